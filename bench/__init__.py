@@ -1,0 +1,1 @@
+"""Benchmarks: fused against eager against torch.compile."""

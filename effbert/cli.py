@@ -1,0 +1,163 @@
+"""The commands, each a function that imports what it needs when it runs."""
+
+import dataclasses
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+USAGE = """usage: effbert COMMAND ...
+
+  search   find a small BERT: effbert search --preset demo --output_dir runs/demo
+  arch     parameters and FLOPs of an architecture: effbert arch "TEXT" --preset efficientbert
+
+effbert COMMAND --help lists a command's flags. EFFBERT_TRACEBACK=1 shows where an error came from."""
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; returns the exit status. ValueError and OSError carry one line for the person."""
+    commands = {"search": search, "arch": arch}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from effbert import __version__
+
+        print(__version__)
+        return 0
+    if arguments[0] not in commands:
+        raise ValueError(f"unknown command {arguments[0]!r}: one of {', '.join(commands)}; effbert --help tells more")
+    refuse_repeats(arguments[1:])
+    return commands[arguments[0]](arguments[1:])
+
+
+def refuse_repeats(arguments: list[str]) -> None:
+    """ValueError where a flag is given twice: the parser would keep the last one and say nothing."""
+    flags = [argument.split("=", 1)[0].replace("-", "_") for argument in arguments if argument.startswith("--")]
+    twice = [flag for flag, count in Counter(flags).items() if count > 1]
+    if twice:
+        raise ValueError(f"--{twice[0].lstrip('_')} is given {Counter(flags)[twice[0]]} times: give it once")
+
+
+def take_flag(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of --name (as `--name value` or `--name=value`) and the other arguments."""
+    rest, value = [], None
+    items = iter(arguments)
+    for item in items:
+        if item == f"--{name}":
+            value = next(items, None)
+            if value is None:
+                raise ValueError(f"--{name} needs a value")
+        elif item.startswith(f"--{name}="):
+            value = item.split("=", 1)[1]
+        else:
+            rest.append(item)
+    return value, rest
+
+
+def preset(name: str | None, presets: dict, default):
+    """The value a preset stands for; `default` where none is named."""
+    if name is None:
+        return default
+    if name not in presets:
+        raise ValueError(f"unknown preset {name!r}: one of {', '.join(presets)}")
+    return presets[name]()
+
+
+def parse(kind: type, arguments: list[str], program: str, **default):
+    """Read a dataclass from the command line with tyro; its error box becomes one line."""
+    import contextlib
+    import io
+
+    import tyro
+
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(kind, args=arguments, use_underscores=True, prog=program, **default)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        lines = [line.strip("│ ─╭╮╰╯").strip() for line in box.getvalue().splitlines()]
+        text = " ".join(line for line in lines if line and line != "Parsing error")
+        raise ValueError(f"{text or 'the arguments cannot be read'}; {program} --help lists the flags") from None
+
+
+def search(arguments: list[str]) -> int:
+    """effbert search: run or resume a whole search."""
+    from effbert.config import PRESETS, SearchConfig
+
+    name, arguments = take_flag(arguments, "preset")
+    start = preset(name, PRESETS, SearchConfig(output_dir=""))
+    config = parse(SearchConfig, arguments, "effbert search", default=start)
+    if not config.output_dir:
+        raise ValueError("search needs --output_dir, the folder that the run is kept in")
+    quiet_libraries()
+    from effbert.search.run import run_search
+
+    run_search(config)
+    return 0
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of the libraries below would tear our own lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def arch(arguments: list[str]) -> int:
+    """effbert arch: print what an architecture has and costs, with and without the training-only projection."""
+    import tyro
+
+    from effbert.architecture import Architecture, Dimensions
+    from effbert.config import DIMENSIONS
+
+    name, arguments = take_flag(arguments, "preset")
+    sizes = preset(name, DIMENSIONS, Dimensions())
+
+    @dataclass(frozen=True)
+    class Arguments:
+        """Parameters and FLOPs of an architecture by part."""
+
+        text: tyro.conf.Positional[str]
+        length: int = 128
+        num_labels: int = 3
+        dims: tyro.conf.OmitArgPrefixes[Dimensions] = dataclasses.field(default=sizes)
+
+    given = parse(Arguments, arguments, "effbert arch")
+    print_costs(Architecture.parse(given.text), given.dims, given.length, given.num_labels)
+    return 0
+
+
+def print_costs(architecture, dims, length: int, num_labels: int) -> None:
+    """The table of `effbert arch`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from effbert.architecture import count_flops, count_parameters
+
+    parameters, flops = count_parameters(architecture, dims), count_flops(architecture, dims, length)
+    table = Table(title=f"{len(architecture.layers)} layers, hidden_size {dims.hidden_size}, length {length}")
+    for column in ("part", "parameters", "MFLOPs"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+
+    def line(part, count, cost):
+        table.add_row(part, f"{count:,}", f"{cost / 1e6:,.1f}")
+
+    line("embeddings", parameters.embeddings, flops.embeddings)
+    line("attention", parameters.attention, flops.attention)
+    for number, layer in enumerate(architecture.layers):
+        line(f"mlp {number + 1}  {layer}", parameters.mlp[number], flops.mlp[number])
+    line("encoder", parameters.total, flops.total)
+    line("fit_dense (training only)", parameters.fit_dense, flops.fit_dense)
+    line("encoder with fit_dense", parameters.total_with_projection, flops.total_with_projection)
+    line("pooler", parameters.pooler, flops.pooler)
+    line(f"head of {num_labels}", parameters.head(num_labels), flops.head(num_labels))
+    deployed = [part.total + part.pooler + part.head(num_labels) for part in (parameters, flops)]
+    line("deployed: encoder, pooler, head", *deployed)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -1,0 +1,266 @@
+"""What a run is: typed settings and the presets, which are values of them.
+
+Every field can be overridden on the command line under its own name (`--learning_rate` style, nested ones as
+`--stage1.task_phase.learning_rate`). Sizes and rates that a preset changes are in `PRESETS`, at the end of this file.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from effbert.architecture import PUBLISHED, Architecture, Dimensions, count_parameters
+from effbert.distill import LossWeights
+from effbert.optim import TrainingArguments
+
+
+@dataclass(frozen=True)
+class StudentArguments:
+    """Sizes of the supernet and of every candidate; names as in transformers."""
+
+    hidden_size: int = 540
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 12
+    intermediate_size: int = 540
+    embedding_size: int = 128
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+
+
+@dataclass(frozen=True)
+class TeacherArguments:
+    """The teacher made where no folder is given: a BERT of these sizes, masked-LM on the corpus, then the task.
+
+    finetuning also serves a given teacher that has no head for the task.
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    vocab_size: int = 30522
+    pretraining: TrainingArguments = field(default_factory=TrainingArguments)
+    finetuning: TrainingArguments = field(
+        default_factory=lambda: TrainingArguments(learning_rate=5e-5, num_train_epochs=3)
+    )
+
+
+@dataclass(frozen=True)
+class SearchStage:
+    """Stages 1 and 2: how many candidates, and each candidate's budget.
+
+    general_share: share of the corpus for the general phase. task_share: share of the task's training rows.
+    sampler: "random" or "lanas"; initial_samples and refit_every are those of lanas.
+    """
+
+    num_candidates: int = 80
+    general_share: float = 0.02
+    task_share: float = 0.1
+    general_phase: TrainingArguments = field(default_factory=TrainingArguments)
+    task_phase: TrainingArguments = field(
+        default_factory=lambda: TrainingArguments(
+            learning_rate=4e-4, num_train_epochs=3, per_device_train_batch_size=64
+        )
+    )
+    sampler: Literal["random", "lanas"] = "lanas"
+    initial_samples: int = 80
+    refit_every: int = 10
+
+
+@dataclass(frozen=True)
+class SharedStage:
+    """Stage 3: the supernet learns with a sampled architecture a step; candidates are scored on it without training."""
+
+    num_candidates: int = 1000
+    general_share: float = 1.0
+    task_share: float = 1.0
+    general_phase: TrainingArguments = field(default_factory=TrainingArguments)
+    task_phase: TrainingArguments = field(
+        default_factory=lambda: TrainingArguments(learning_rate=4e-4, num_train_epochs=3)
+    )
+    sampler: Literal["random", "lanas"] = "lanas"
+    initial_samples: int = 80
+    refit_every: int = 10
+
+
+@dataclass(frozen=True)
+class FinalStage:
+    """The full distillation of the winner, and of the rows it is compared with, all under this budget."""
+
+    general_share: float = 1.0
+    general_phase: TrainingArguments = field(default_factory=TrainingArguments)
+    task_phase: TrainingArguments = field(
+        default_factory=lambda: TrainingArguments(learning_rate=4e-4, num_train_epochs=10)
+    )
+    num_random: int = 2
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """A progressive search with warm-up distillation, from text to a small model.
+
+    output_dir: the run's folder; the same command again resumes there.
+    task: the task that ranks candidates (builtin-topic, builtin-next, a GLUE name, squad, squad2.0, or your own name
+        with train_file). tasks: further tasks that stage 3 learns beside it.
+    data_dir: folder with GLUE or SQuAD files in their official layout; without it they are loaded by name.
+    train_file, validation_file, text_columns, label_column: your own CSV, TSV or JSON task; task_kind "regression" where
+        its labels are scores.
+    corpus: plain text for general distillation: "builtin", a text file or folder, or a name for load_dataset.
+    corpus_tokens: at most so many tokens of it; 0 for all.
+    teacher: folder or name of a BERT-like encoder; empty to train one. teacher_labels: names for its logits, in order.
+    validation_share: share of the task's training rows on which candidates are ranked.
+    max_train_rows: use at most so many training rows of each task; 0 for all.
+    min_params, max_params: band of a candidate's parameters, with the projection, without pooler and head; 0 for the
+        published architecture's count at these sizes, times 15/15.74 and 16/15.74.
+    seeds: repeat the rows of the final table so often, for mean and spread.
+    """
+
+    output_dir: str
+    task: str = "mnli"
+    tasks: tuple[str, ...] = ()
+    data_dir: str = ""
+    train_file: str = ""
+    validation_file: str = ""
+    text_columns: tuple[str, ...] = ()
+    label_column: str = "label"
+    task_kind: Literal["", "classification", "regression"] = ""
+    corpus: str = "builtin"
+    corpus_tokens: int = 0
+    teacher: str = ""
+    teacher_labels: tuple[str, ...] = ()
+    max_length: int = 128
+    validation_share: float = 0.1
+    max_train_rows: int = 0
+    min_params: int = 0
+    max_params: int = 0
+    seed: int = 0
+    seeds: int = 1
+    device: str = "auto"
+    student: StudentArguments = field(default_factory=StudentArguments)
+    teacher_model: TeacherArguments = field(default_factory=TeacherArguments)
+    loss: LossWeights = field(default_factory=LossWeights)
+    supernet: TrainingArguments = field(default_factory=TrainingArguments)
+    stage1: SearchStage = field(default_factory=SearchStage)
+    stage2: SearchStage = field(default_factory=SearchStage)
+    stage3: SharedStage = field(default_factory=SharedStage)
+    final: FinalStage = field(default_factory=FinalStage)
+
+    def band(self, dims: Dimensions) -> tuple[int, int]:
+        """(min_params, max_params), where unset the published band scaled to these sizes."""
+        published = Architecture.parse(PUBLISHED)
+        layers = self.student.num_hidden_layers
+        if len(published.layers) == layers:
+            count = count_parameters(published, dims).total_with_projection
+        else:
+            count = count_parameters(Architecture.uniform("2_2", layers), dims).total_with_projection
+        return (
+            self.min_params or round(count * BAND[0] / PUBLISHED_PARAMETERS),
+            self.max_params or round(count * BAND[1] / PUBLISHED_PARAMETERS),
+        )
+
+
+BAND = (15_000_000, 16_000_000)
+PUBLISHED_PARAMETERS = 15_737_724
+
+
+def as_dict(config: SearchConfig) -> dict:
+    """The configuration as plain JSON values, without output_dir, which does not change what is computed."""
+    fields = dataclasses.asdict(config)
+    fields.pop("output_dir")
+    return _plain(fields)
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def demo() -> SearchConfig:
+    """Six minutes on two cores: a 6×96 teacher trained on the built-in text, 6×64 students, about 20 + 20 candidates."""
+    small = TrainingArguments(learning_rate=1e-3, per_device_train_batch_size=32, warmup_ratio=0.05)
+    task = TrainingArguments(learning_rate=1e-3, num_train_epochs=1, per_device_train_batch_size=32)
+    stage = SearchStage(
+        num_candidates=8,
+        general_share=0.04,
+        task_share=0.5,
+        general_phase=small,
+        task_phase=task,
+        initial_samples=4,
+        refit_every=2,
+    )
+    return SearchConfig(
+        output_dir="",
+        task="builtin-topic",
+        tasks=("builtin-next",),
+        max_length=64,
+        validation_share=0.2,
+        student=StudentArguments(
+            hidden_size=64,
+            num_attention_heads=4,
+            intermediate_size=64,
+            embedding_size=32,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        ),
+        teacher_model=TeacherArguments(
+            hidden_size=96,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            intermediate_size=384,
+            vocab_size=6000,
+            pretraining=dataclasses.replace(small, num_train_epochs=1),
+            finetuning=TrainingArguments(learning_rate=5e-4, num_train_epochs=3, per_device_train_batch_size=32),
+        ),
+        supernet=small,
+        stage1=stage,
+        stage2=dataclasses.replace(stage, num_candidates=6),
+        stage3=SharedStage(
+            num_candidates=20,
+            general_share=0.1,
+            task_share=0.5,
+            general_phase=small,
+            task_phase=task,
+            initial_samples=8,
+            refit_every=4,
+        ),
+        final=FinalStage(
+            general_share=0.2,
+            general_phase=small,
+            task_phase=dataclasses.replace(task, num_train_epochs=2),
+        ),
+    )
+
+
+def smoke() -> SearchConfig:
+    """Everything the demo does, in under a minute: for CI, and for tests that kill it. Its scores mean nothing."""
+    base = demo()
+    stage = dataclasses.replace(base.stage1, num_candidates=2, general_share=0.1, task_share=0.25, initial_samples=1)
+    return dataclasses.replace(
+        base,
+        max_length=32,
+        corpus_tokens=20_000,
+        max_train_rows=400,
+        student=dataclasses.replace(base.student, hidden_size=32, intermediate_size=32, embedding_size=16),
+        teacher_model=dataclasses.replace(
+            base.teacher_model,
+            hidden_size=32,
+            intermediate_size=64,
+            vocab_size=2000,
+            finetuning=dataclasses.replace(base.teacher_model.finetuning, num_train_epochs=1),
+        ),
+        stage1=stage,
+        stage2=stage,
+        stage3=dataclasses.replace(base.stage3, num_candidates=4, initial_samples=2, refit_every=1),
+        final=dataclasses.replace(
+            base.final, num_random=1, task_phase=dataclasses.replace(base.final.task_phase, num_train_epochs=1)
+        ),
+    )
+
+
+PRESETS = {"demo": demo, "smoke": smoke}
+DIMENSIONS = {
+    "efficientbert": Dimensions,
+    "efficientbert-tiny": lambda: Dimensions(hidden_size=360, intermediate_size=360),
+}

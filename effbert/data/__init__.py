@@ -1,0 +1,1 @@
+"""Data: tasks, corpora, tokenisation, packing, batches."""

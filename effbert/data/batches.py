@@ -1,0 +1,209 @@
+"""Padded batches of an encoded data set, by number. The one idea: an epoch is a plan, drawn at once from (seed, name,
+epoch), so that batch i is the same for every candidate and can be fetched without its predecessors; rows of similar
+length share a batch, and a batch is padded to one of a few lengths only. Ids are views into the Arrow file, which
+stays memory-mapped."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from effbert.random import generator
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_WINDOW = 64  # batches among which rows are grouped by length
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows padded to length L. Without labels or positions those fields are None.
+
+    input_ids, attention_mask (1 = keep), token_type_ids: int64 [B, L]. labels: int64 or float32 [B].
+    start_positions, end_positions: int64 [B]. indices: rows of the data set [B]. tokens: ids that are no padding.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    token_type_ids: torch.Tensor
+    labels: torch.Tensor | None
+    start_positions: torch.Tensor | None
+    end_positions: torch.Tensor | None
+    indices: np.ndarray
+    tokens: int
+
+    def to(self, device: torch.device | str) -> "Batch":
+        fields = {name: value for name, value in vars(self).items()}
+        moved = {n: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for n, v in fields.items()}
+        return Batch(**moved)
+
+
+class Tokens(NamedTuple):
+    """Ids in an epoch: without padding, and with."""
+
+    real: int
+    padded: int
+
+
+class Rows:
+    """Random access to the ids and labels of a data set, by numpy views of its Arrow memory: make once, plan often."""
+
+    def __init__(self, dataset: "Dataset"):
+        self._views = {}
+        for name in ("input_ids", "token_type_ids"):
+            if name in dataset.column_names:
+                self._views[name] = _Ragged(dataset, name)
+        self.lengths = self._views["input_ids"].lengths
+        self.values = {
+            name: _numbers(dataset, name)
+            for name in ("labels", "start_positions", "end_positions")
+            if name in dataset.column_names
+        }
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, indices: np.ndarray, length: int, pad_token_id: int) -> Batch:
+        """The rows `indices`, padded to `length`."""
+        shape = (len(indices), length)
+        lengths = self.lengths[indices]
+        input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+        self._views["input_ids"].fill(input_ids, indices)
+        token_type_ids = np.zeros(shape, dtype=np.int64)
+        if "token_type_ids" in self._views:
+            self._views["token_type_ids"].fill(token_type_ids, indices)
+        mask = np.arange(length) < lengths[:, None]
+        values = {name: torch.from_numpy(column[indices]) for name, column in self.values.items()}
+        return Batch(
+            input_ids=torch.from_numpy(input_ids),
+            attention_mask=torch.from_numpy(mask.astype(np.int64)),
+            token_type_ids=torch.from_numpy(token_type_ids),
+            labels=values.get("labels"),
+            start_positions=values.get("start_positions"),
+            end_positions=values.get("end_positions"),
+            indices=indices.copy(),
+            tokens=int(lengths.sum()),
+        )
+
+
+class BatchPlan(Sequence[Batch]):
+    """The batches of one epoch: `plan[i]` is batch i, `len(plan)` the steps, `plan.tokens` ids real and padded.
+
+    Every row occurs once (with `drop_last` the rows of an incomplete batch are left out, others each epoch). Without a
+    seed rows go by length, in their order within a length. Raises ValueError if a row is longer than the last bucket.
+    """
+
+    def __init__(
+        self,
+        dataset: "Dataset | Rows",
+        batch_size: int,
+        *,
+        pad_token_id: int,
+        seed: int | None = None,
+        name: str = "",
+        epoch: int = 0,
+        buckets: Sequence[int] | None = None,
+        drop_last: bool = False,
+    ):
+        self.rows = dataset if isinstance(dataset, Rows) else Rows(dataset)
+        if len(self.rows) == 0:
+            raise ValueError("no batches: the data set has no rows")
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} should be at least 1")
+        longest = int(self.rows.lengths.max())
+        self.buckets = np.asarray(length_buckets(-(-longest // 8) * 8) if buckets is None else sorted(buckets))
+        if longest > self.buckets[-1]:
+            raise ValueError(f"a row of {longest} ids does not fit the longest bucket, {self.buckets[-1]}")
+        self._pad_token_id = pad_token_id
+        self._batches = self._draw(batch_size, seed, name, epoch, drop_last)
+        bucket_of_row = self.buckets[np.searchsorted(self.buckets, self.rows.lengths)]
+        self._lengths = [int(bucket_of_row[batch].max()) for batch in self._batches]
+        self.tokens = Tokens(
+            real=int(sum(self.rows.lengths[batch].sum() for batch in self._batches)),
+            padded=sum(length * len(batch) for length, batch in zip(self._lengths, self._batches, strict=True)),
+        )
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, i: int) -> Batch:
+        return self.rows.batch(self._batches[i], self._lengths[i], self._pad_token_id)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[i] for i in range(len(self)))
+
+    def _draw(self, batch_size: int, seed: int | None, name: str, epoch: int, drop_last: bool) -> list[np.ndarray]:
+        rng = None if seed is None else generator(seed, "shuffle", name, epoch)
+        order = np.arange(len(self.rows)) if rng is None else rng.permutation(len(self.rows))
+        if drop_last:
+            order = order[: len(order) // batch_size * batch_size]
+        window = len(order) if rng is None else _WINDOW * batch_size
+        batches = []
+        for start in range(0, len(order), max(window, 1)):
+            part = order[start : start + window]
+            buckets = np.searchsorted(self.buckets, self.rows.lengths[part])
+            part = part[np.argsort(buckets, kind="stable")]
+            batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+        return batches if rng is None else [batches[i] for i in rng.permutation(len(batches))]
+
+
+def length_buckets(max_length: int) -> tuple[int, ...]:
+    """Lengths to pad to: 16, 32, 48, 64, 96, 128, 192, ... below `max_length`, and that itself."""
+    steps = sorted(factor << shift for factor in (2, 3) for shift in range(3, max_length.bit_length()))
+    return (*(length for length in steps if length < max_length and length != 24), max_length)
+
+
+def subset(dataset: "Dataset", size: int | float, *, first: bool = True) -> "Dataset":
+    """The first (or last) rows: `size` of them if an int, that share of them (at least one) if a float in (0, 1]."""
+    rows = size if isinstance(size, int) else max(1, round(size * len(dataset)))
+    if rows < 1 or rows > len(dataset) or (isinstance(size, float) and not 0 < size <= 1):
+        raise ValueError(f"cannot take {size} of {len(dataset)} rows: give a share in (0, 1] or a number of rows")
+    return dataset.select(range(rows) if first else range(len(dataset) - rows, len(dataset)))
+
+
+def split(dataset: "Dataset", validation_fraction: float, seed: int) -> tuple["Dataset", "Dataset"]:
+    """Training and validation rows, drawn at random by `seed`, each in the order of `dataset` and neither empty."""
+    count = round(validation_fraction * len(dataset))
+    if not 0 < count < len(dataset):
+        raise ValueError(f"validation_fraction {validation_fraction} of {len(dataset)} rows leaves one side empty")
+    order = generator(seed, "split").permutation(len(dataset))
+    return dataset.select(np.sort(order[count:])), dataset.select(np.sort(order[:count]))
+
+
+class _Ragged:
+    """A list column: row i is `values[chunk][starts[i] : starts[i] + lengths[i]]`."""
+
+    def __init__(self, dataset: "Dataset", name: str):
+        self._values, chunk_of, starts, lengths = [], [], [], []
+        for chunk in dataset.data.table.column(name).chunks:
+            offsets = chunk.offsets.to_numpy()
+            self._values.append(chunk.values.to_numpy(zero_copy_only=True))
+            chunk_of.append(np.full(len(chunk), len(self._values) - 1, dtype=np.int32))
+            starts.append(offsets[:-1].astype(np.int64))
+            lengths.append(np.diff(offsets).astype(np.int64))
+        rows = _row_numbers(dataset)
+        self._chunk_of, self._starts, self.lengths = (
+            np.concatenate(parts)[rows] if parts else np.zeros(0, np.int64) for parts in (chunk_of, starts, lengths)
+        )
+
+    def fill(self, padded: np.ndarray, indices: np.ndarray) -> None:
+        where = zip(
+            self._chunk_of[indices].tolist(),
+            self._starts[indices].tolist(),
+            self.lengths[indices].tolist(),
+            strict=True,
+        )
+        for row, (chunk, start, length) in enumerate(where):
+            padded[row, :length] = self._values[chunk][start : start + length]
+
+
+def _numbers(dataset: "Dataset", name: str) -> np.ndarray:
+    values = dataset.data.table.column(name).to_numpy()[_row_numbers(dataset)]
+    return values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
+
+
+def _row_numbers(dataset: "Dataset") -> np.ndarray | slice:
+    return slice(None) if dataset._indices is None else dataset._indices.column(0).to_numpy()

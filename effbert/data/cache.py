@@ -1,0 +1,126 @@
+"""Data sets kept on disk between runs as Arrow files. The one idea: an entry is named by the hash of everything it
+depends on and appears by one atomic rename, so it is either whole or absent, whatever kills the process or races it."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_FORMAT = "1"
+_FILE = "data.arrow"
+
+
+def default_cache_dir() -> Path:
+    """`$EFFBERT_CACHE`, else `$XDG_CACHE_HOME/effbert`, else `~/.cache/effbert`."""
+    if own := os.environ.get("EFFBERT_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "effbert"
+
+
+def cached(
+    key_parts: Sequence[str | int | float | bool | None],
+    build: "Callable[[], Dataset | Iterable[Dataset]]",
+    cache_dir: str | Path | None = None,
+) -> "Dataset":
+    """The data set named by `key_parts`, memory-mapped; built and written first if it is not there.
+
+    `build` returns it whole, or as an iterable of pieces with equal features, written one by one so that memory stays
+    bounded (at least one piece, which may have no rows). Several processes may ask at once: each builds, one wins,
+    all read the same file. Raises ValueError, one line, if the cache cannot be written.
+    """
+    from datasets import Dataset
+
+    root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    folder = root / hashlib.blake2b(json.dumps([_FORMAT, *key_parts]).encode(), digest_size=16).hexdigest()
+    if not (folder / _FILE).is_file():
+        pieces = build()
+        _write(folder, [pieces] if isinstance(pieces, Dataset) else pieces)
+    return Dataset.from_file(str(folder / _FILE))
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """A hash of all that decides which ids a tokenizer gives: its pieces, rules and special tokens."""
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        rules = json.loads(backend.to_str())
+        rules.pop("truncation", None)
+        rules.pop("padding", None)
+    else:
+        rules = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    text = json.dumps([rules, special, list(tokenizer.model_input_names)], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def dataset_fingerprint(dataset: "Dataset") -> str:
+    """A hash of the column names, types and values of a data set, wherever it came from."""
+    digest = hashlib.blake2b(repr(sorted(dataset.features.items())).encode(), digest_size=16)
+    columns = sorted(dataset.column_names)
+    for table in dataset.with_format("arrow").iter(batch_size=10_000):
+        for batch in table.select(columns).combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    return digest.hexdigest()
+
+
+def _write(folder: Path, pieces: "Iterable[Dataset]") -> None:
+    root = folder.parent
+    with _one_line_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=root))
+    try:
+        _write_arrow(temporary / _FILE, pieces)
+        with _one_line_errors(root):
+            _flush(temporary)
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                if not (folder / _FILE).is_file():  # else another process was faster with the same content
+                    raise
+            _flush(root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_arrow(path: Path, pieces: "Iterable[Dataset]") -> None:
+    import pyarrow as pa
+
+    writer = schema = None
+    with open(path, "wb") as file:
+        for piece in pieces:
+            with _one_line_errors(path.parent.parent):
+                if writer is None:
+                    schema = piece.features.arrow_schema
+                    writer = pa.ipc.new_stream(file, schema)
+                flat = piece if piece._indices is None else piece.flatten_indices()
+                writer.write_table(flat.data.table.cast(schema))
+        if writer is None:
+            raise ValueError("a data set to be cached came without pieces")
+        with _one_line_errors(path.parent.parent):
+            writer.close()
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _flush(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _one_line_errors(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"cannot write the data cache {root}: {reason}; set EFFBERT_CACHE elsewhere") from error

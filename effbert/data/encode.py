@@ -1,0 +1,95 @@
+"""Raw tasks to token ids, cached on disk. The one idea: whatever a task asks, its rows become unpadded id lists plus
+numbers to compare against, and nothing after this file knows text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from effbert.data.cache import cached, dataset_fingerprint, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from effbert.data.tasks import Task, TaskSpec
+
+_PIECE = 10_000
+
+
+@dataclass(frozen=True)
+class EncodedTask:
+    """The splits of a task as ids: `input_ids`, `token_type_ids` if the tokenizer makes them, and `labels` (int64, or
+    float32 for regression) in the order of the raw rows. Spans: one row a window, as `squad.encode_spans` says.
+    """
+
+    spec: "TaskSpec"
+    train: "Dataset"
+    validation: "Dataset"
+
+
+def encode_task(
+    task: "Task",
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    cache_dir: str | Path | None = None,
+    *,
+    stride: int | None = None,
+) -> EncodedTask:
+    """`task` in ids of `tokenizer`, at most `max_length` a row; of a pair the longer text is cut first.
+
+    stride: ids shared by neighbouring windows of a span task, by default 128 or a third of `max_length`.
+    Raises ValueError if a split is empty or `max_length` leaves no room for text.
+    """
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=task.spec.pair)
+    if room < 1 + task.spec.pair:
+        raise ValueError(f"max_length {max_length} leaves no room for text between the special tokens")
+    if task.spec.kind != "spans":
+        stride = 0
+    elif stride is None:
+        stride = min(128, max_length // 3)
+    splits = []
+    for name, dataset in (("train", task.train), ("validation", task.validation)):
+        if len(dataset) == 0:
+            raise ValueError(f"task {task.spec.name}: the {name} split is empty")
+        key = (
+            "task",
+            task.spec.kind,
+            dataset_fingerprint(dataset),
+            tokenizer_fingerprint(tokenizer),
+            max_length,
+            stride,
+        )
+        splits.append(
+            cached(key, lambda rows=dataset: _pieces(rows, task.spec, tokenizer, max_length, stride), cache_dir)
+        )
+    return EncodedTask(task.spec, *splits)
+
+
+def _pieces(dataset: "Dataset", spec: "TaskSpec", tokenizer: "PreTrainedTokenizerBase", max_length: int, stride: int):
+    if spec.kind == "spans":
+        from effbert.data.squad import encode_spans
+
+        yield encode_spans(dataset, tokenizer, max_length, stride)
+        return
+    for rows in dataset.iter(_PIECE):
+        yield _encode_rows(rows, spec, tokenizer, max_length)
+
+
+def _encode_rows(rows: dict, spec: "TaskSpec", tokenizer: "PreTrainedTokenizerBase", max_length: int) -> "Dataset":
+    from datasets import Dataset, Features, List, Value
+
+    encoded = tokenizer(
+        rows["text_a"],
+        rows["text_b"] if spec.pair else None,
+        truncation="longest_first",
+        max_length=max_length,
+        return_attention_mask=False,
+    )
+    columns = {"input_ids": encoded["input_ids"]}
+    features = {"input_ids": List(Value("int32"))}
+    if "token_type_ids" in encoded:
+        columns["token_type_ids"] = encoded["token_type_ids"]
+        features["token_type_ids"] = List(Value("int8"))
+    columns["labels"] = rows["label"]
+    features["labels"] = Value("float32" if spec.kind == "regression" else "int64")
+    return Dataset.from_dict(columns, features=Features(features))

@@ -1,0 +1,226 @@
+"""A user's own task from two files with named columns, and the careful reading that every file format here shares.
+
+The suffix decides the format: .csv (comma, double quotes), .tsv (tab, no quoting, as GLUE writes it), .json (a list of
+objects, or one under "data"), .jsonl (an object a line). Whatever is wrong in a file is reported with its line, so
+that the person at the keyboard can go there.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from effbert.data.tasks import Task, TaskSpec
+
+if TYPE_CHECKING:
+    import datasets
+
+Rows = Iterator[tuple[str, dict[str, Any]]]  # where the row lies ("file:line"), the row by column
+
+
+def load_task(
+    name: str,
+    train_file: str | PathLike[str],
+    validation_file: str | PathLike[str],
+    text_columns: Sequence[str],
+    label_column: str = "label",
+    kind: Literal["classification", "regression"] | None = None,
+) -> Task:
+    """One or two text columns and a label column make a task called `name`; other columns are left alone.
+
+    Labels are names: the strings of the train file, sorted (1 in JSON is "1", true is "True"). Labels that are all
+    numbers, not all of them whole, are neither assumed to be classes nor to be scores: `kind` must say so. With
+    kind="regression" labels are finite floats. Raises FileNotFoundError or ValueError, with file and line.
+    """
+    if not 1 <= len(text_columns) <= 2:
+        raise ValueError(f"task {name!r}: text_columns takes one or two column names, not {len(text_columns)}")
+    wanted = [*text_columns, label_column]
+    if len(set(wanted)) < len(wanted):
+        raise ValueError(f"task {name!r}: text and label columns must be different, but are {', '.join(wanted)}")
+    train = list(_fields(Path(train_file), text_columns, label_column))
+    validation = list(_fields(Path(validation_file), text_columns, label_column))
+    if kind is None:
+        _refuse_scores(train_file, [label for *_, label in train])
+
+    pair = len(text_columns) == 2
+    if kind == "regression":
+        spec = TaskSpec(name, "regression", (), ("pearson", "spearman"), pair)
+        return Task(spec, *(text_dataset(spec, _with_scores(rows)) for rows in (train, validation)))
+    labels = tuple(sorted({label for *_, label in train}))
+    if len(labels) < 2:
+        raise ValueError(f"{train_file}: every row has the label {labels[0]!r}; a task needs at least two labels")
+    spec = TaskSpec(name, "classification", labels, ("accuracy", "mcc"), pair)
+    return Task(spec, *(text_dataset(spec, _with_classes(rows, labels)) for rows in (train, validation)))
+
+
+def text_dataset(spec: TaskSpec, rows: Sequence[tuple[str, str, int | float]]) -> datasets.Dataset:
+    """(text_a, text_b, label) rows as a Dataset with the columns of `Task`; text_b is left out unless `spec.pair`."""
+    from datasets import Dataset, Features, Value
+
+    label_type = "int64" if spec.kind == "classification" else "float32"
+    columns = {
+        "text_a": [row[0] for row in rows],
+        "text_b": [row[1] for row in rows],
+        "label": [row[2] for row in rows],
+    }
+    types = {"text_a": Value("string"), "text_b": Value("string"), "label": Value(label_type)}
+    if not spec.pair:
+        del columns["text_b"], types["text_b"]
+    return Dataset.from_dict(columns, features=Features(types))
+
+
+def class_index(label: str, labels: Sequence[str], where: str) -> int:
+    """The index of a label; ValueError with `where` and the known labels if it is none of them."""
+    try:
+        return labels.index(label)
+    except ValueError:
+        raise ValueError(f"{where}: unknown label {label!r}; known labels are {', '.join(labels)}") from None
+
+
+def score(label: str, where: str) -> float:
+    """A regression label as a finite float; ValueError with `where` otherwise."""
+    number = _number(label)
+    if number is None:
+        raise ValueError(f"{where}: label {label!r} should be a finite number")
+    return number
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, line ends as they are, without a byte order mark.
+
+    Raises FileNotFoundError for no such file; ValueError for an empty one, and, with line and byte offset, for bytes
+    that are not UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        byte = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+        raise ValueError(f"{path}:{line}: {byte} is not UTF-8; save the file as UTF-8") from None
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty")
+    return text
+
+
+def tab_separated(path: Path) -> list[tuple[int, list[str]]]:
+    """(line number, fields) of every line of a TSV file without quoting; empty lines at the end are dropped."""
+    lines = read_text(path).rstrip("\r\n").split("\n")
+    return [(number, line.removesuffix("\r").split("\t")) for number, line in enumerate(lines, 1)]
+
+
+def wrong_width(path: Path, line: int, found: int, expected: int) -> ValueError:
+    """The error for a row that has `found` columns where `expected` are due."""
+    return ValueError(f"{path}:{line}: {found} columns, expected {expected}")
+
+
+def _fields(path: Path, text_columns: Sequence[str], label_column: str) -> Iterator[tuple[str, str, str, str]]:
+    """(where, text_a, text_b or "", label) of every row, all as strings."""
+    readers = {".csv": _comma_rows, ".tsv": _tab_rows, ".json": _json_rows, ".jsonl": _json_line_rows}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"{path}: the suffix must say the format, one of {', '.join(readers)}")
+    empty = True
+    for where, row in readers[path.suffix.lower()](path):
+        empty = False
+        for column in (*text_columns, label_column):
+            if column not in row:
+                raise ValueError(f"{where}: no column {column!r}; there are {', '.join(row)}")
+        texts = [row[column] for column in text_columns]
+        for column, text in zip(text_columns, texts, strict=True):
+            if not isinstance(text, str):
+                raise ValueError(f"{where}: column {column!r} should hold text, not {json.dumps(text)[:40]}")
+        label = row[label_column]
+        if label is None or label == "" or isinstance(label, (list, dict)):
+            raise ValueError(f"{where}: column {label_column!r} should hold a label, not {json.dumps(label)[:40]}")
+        yield where, texts[0], texts[1] if len(texts) == 2 else "", str(label)
+    if empty:
+        raise ValueError(f"{path}: there are no rows")
+
+
+def _comma_rows(path: Path) -> Rows:
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        line, rows = 1, []
+        for fields in reader:
+            if fields:
+                rows.append((line, fields))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}:{line}: not a CSV row: {error}") from None
+    return _under_header(path, rows)
+
+
+def _tab_rows(path: Path) -> Rows:
+    return _under_header(path, tab_separated(path))
+
+
+def _under_header(path: Path, rows: Sequence[tuple[int, list[str]]]) -> Rows:
+    (first, header), *rest = rows
+    if len(set(header)) < len(header):
+        raise ValueError(f"{path}:{first}: a column name occurs twice: {', '.join(header)}")
+    for line, fields in rest:
+        if len(fields) != len(header):
+            raise wrong_width(path, line, len(fields), len(header))
+        yield f"{path}:{line}", dict(zip(header, fields, strict=True))
+
+
+def parse_json(path: Path, text: str, first_line: int = 1) -> Any:
+    """`text` of the file as JSON, where it begins at `first_line`; ValueError with line and column."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise ValueError(f"{path}:{line}: not JSON: {error.msg} (column {error.colno})") from None
+    except RecursionError:
+        raise ValueError(f"{path}:{first_line}: not JSON that can be read: nested too deep") from None
+
+
+def _json_rows(path: Path) -> Rows:
+    content = parse_json(path, read_text(path))
+    rows = content.get("data") if isinstance(content, dict) else content
+    if not isinstance(rows, list):
+        raise ValueError(f'{path}: should hold a list of objects, or {{"data": [...]}}')
+    for number, row in enumerate(rows, 1):
+        yield _json_row(f"{path}: row {number}", row)
+
+
+def _json_line_rows(path: Path) -> Rows:
+    for line, text in enumerate(read_text(path).split("\n"), 1):
+        if text.strip():
+            yield _json_row(f"{path}:{line}", parse_json(path, text, line))
+
+
+def _json_row(where: str, row: Any) -> tuple[str, dict[str, Any]]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: should be an object, not {json.dumps(row)[:40]}")
+    return where, row
+
+
+def _number(label: str) -> float | None:
+    try:
+        number = float(label)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _refuse_scores(path: str | PathLike[str], labels: Sequence[str]) -> None:
+    numbers = [_number(label) for label in labels]
+    if all(number is not None for number in numbers) and not all(number.is_integer() for number in numbers):
+        raise ValueError(f"{path}: labels are numbers like {labels[0]}: say kind=regression (or kind=classification)")
+
+
+def _with_classes(rows: Sequence[tuple[str, str, str, str]], labels: Sequence[str]) -> list[tuple[str, str, int]]:
+    return [(text_a, text_b, class_index(label, labels, where)) for where, text_a, text_b, label in rows]
+
+
+def _with_scores(rows: Sequence[tuple[str, str, str, str]]) -> list[tuple[str, str, float]]:
+    return [(text_a, text_b, score(label, where)) for where, text_a, text_b, label in rows]

@@ -1,0 +1,260 @@
+"""SQuAD 1.1 and 2.0: rows, sliding windows over long contexts, and answers read back out of logits.
+
+Everything hangs on character offsets into the context. A window keeps, for each of its tokens, the stretch of context
+that the token covers, so any tokenizer that reports offsets (WordPiece, byte-level BPE) works alike, and an answer is
+always cut from the original text, never put together from tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from effbert.data.files import parse_json, read_text
+from effbert.data.glue import fetch
+from effbert.data.tasks import Task, TaskSpec, plain_name
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+NAMES = ("squad", "squad2.0")
+VERSIONS = {
+    **dict.fromkeys(("squad", "squad1.1", "squadv1", "squadv1.1"), "1.1"),
+    **dict.fromkeys(("squad2", "squad2.0", "squadv2", "squadv2.0"), "2.0"),
+}
+LONGEST_QUESTION = 64  # tokens kept of a question, as in the BERT paper's code; never more than a quarter of the window
+
+
+def load_task(name: str, data_dir: str | PathLike[str] | None = None) -> Task:
+    """SQuAD from `data_dir` (holding train-v1.1.json and dev-v1.1.json, or -v2.0) or, without it, by `datasets` name.
+
+    Raises ValueError for an unknown name; FileNotFoundError or ValueError, with the place, for missing or bad files;
+    FileNotFoundError where the data cannot be fetched.
+    """
+    if plain_name(name) not in VERSIONS:
+        raise ValueError(f"unknown SQuAD task {name!r}; choose from {', '.join(NAMES)}")
+    version = VERSIONS[plain_name(name)]
+    spec = TaskSpec(NAMES[version == "2.0"], "spans", (), ("f1", "exact_match"), True)
+    if data_dir is None:
+        splits = fetch("rajpurkar/squad_v2" if version == "2.0" else "rajpurkar/squad")
+        return Task(spec, *(_dataset(splits[split].to_list()) for split in ("train", "validation")))
+    if not Path(data_dir).is_dir():
+        raise FileNotFoundError(f"data_dir {data_dir}: no such folder")
+    paths = (Path(data_dir) / f"{split}-v{version}.json" for split in ("train", "dev"))
+    return Task(spec, *(_dataset(_read(path, version == "2.0")) for path in paths))
+
+
+def references(dataset: datasets.Dataset) -> dict[str, list[str]]:
+    """The accepted answers by question id, [] where the context holds none; see `effbert.metrics.squad_scores`."""
+    return {key: list(answers["text"]) for key, answers in zip(dataset["id"], dataset["answers"], strict=True)}
+
+
+def encode_spans(
+    dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 384, stride: int = 128
+) -> datasets.Dataset:
+    """Question and context as windows of at most `max_length` tokens, neighbours sharing `stride` tokens of context.
+
+    One row a window, not padded: input_ids; token_type_ids if the tokenizer makes them; start_positions and
+    end_positions, the first and last token of the first answer, both 0 (the CLS token) where this window does not hold
+    all of it; example_index, the row of `dataset`; offset_start and offset_end, the characters of the context that
+    each token covers, surrounding blanks excluded, -1 outside the context and for blanks. The question is cut to 64
+    tokens (a quarter of `max_length` if that is less). Raises ValueError for a tokenizer without offsets or without CLS
+    in front, and for too wide a stride.
+    """
+    from datasets import Dataset, Features, List, Value, concatenate_datasets
+
+    longest = min(LONGEST_QUESTION, max_length // 4)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} reports no character offsets: use its fast version for spans")
+    room = max_length - longest - tokenizer.num_special_tokens_to_add(pair=True)
+    if not 0 <= stride < room:
+        raise ValueError(f"stride {stride} should be from 0 to {room - 1}, as max_length is {max_length}")
+    types = {"input_ids": List(Value("int32"))}
+    if "token_type_ids" in tokenizer.model_input_names:
+        types["token_type_ids"] = List(Value("int8"))
+    types |= {name: Value("int32") for name in ("start_positions", "end_positions", "example_index")}
+    types |= {name: List(Value("int32")) for name in ("offset_start", "offset_end")}
+    parts = []
+    for first in range(0, max(len(dataset), 1), 1000):
+        examples = dataset.select(range(first, min(first + 1000, len(dataset)))).to_list()
+        windows = _windows(examples, first, tokenizer, max_length, stride, longest)
+        columns = {name: [] for name in types}
+        for window in windows:
+            for name, column in columns.items():
+                column.append(window[name])
+        parts.append(Dataset.from_dict(columns, features=Features(types)))
+    return concatenate_datasets(parts)
+
+
+def decode_spans(
+    start_logits: Sequence[np.ndarray],
+    end_logits: Sequence[np.ndarray],
+    features: datasets.Dataset,
+    examples: datasets.Dataset,
+    *,
+    max_answer_length: int = 30,
+    null_threshold: float = 0.0,
+    version2: bool = False,
+) -> dict[str, str]:
+    """The best answer of each question by id; "" for none (where `version2`, or where a question has no window).
+
+    start_logits, end_logits: one row a window of `features` (as `encode_spans` made them from `examples`), each at
+    least as long as the window, so padded batches serve as they are. The answer maximises start + end over all windows
+    and all spans of 1 to `max_answer_length` tokens of context: the exact maximum, no list of n best is needed. With
+    `version2` it is "" where the smallest CLS score (start + end at token 0) over the windows exceeds the best span by
+    more than `null_threshold` (Devlin et al. 2018, section 4.3). Raises ValueError for another number of rows, or rows
+    that are too short.
+    """
+    if not len(start_logits) == len(end_logits) == len(features):
+        raise ValueError(f"{len(start_logits)} and {len(end_logits)} rows of logits for {len(features)} windows")
+    best = {}  # example index -> (score, window's characters)
+    null: dict[int, float] = {}
+    for start, end, window in zip(start_logits, end_logits, features, strict=True):
+        example = window["example_index"]
+        starts, ends = np.asarray(window["offset_start"]), np.asarray(window["offset_end"])
+        if min(len(start), len(end)) < len(starts):
+            raise ValueError(f"{min(len(start), len(end))} logits for a window of {len(starts)} tokens")
+        null[example] = min(null.get(example, np.inf), float(start[0]) + float(end[0]))
+        score, first, last = _best_span(start, end, starts >= 0, max_answer_length)
+        if score > best.get(example, (-np.inf,))[0]:
+            best[example] = score, int(starts[first]), int(ends[last])
+    answers = {}
+    for index, example in enumerate(examples):
+        score, first, last = best.get(index, (-np.inf, 0, 0))
+        none = version2 and null.get(index, np.inf) - score > null_threshold
+        answers[example["id"]] = "" if none else example["context"][first:last]
+    return answers
+
+
+def _best_span(start: np.ndarray, end: np.ndarray, context: np.ndarray, longest: int) -> tuple[float, int, int]:
+    """Highest start + end with start <= end < start + longest over tokens where `context`; -inf where there is none."""
+    length = len(context)
+    start = np.where(context, np.asarray(start, np.float64)[:length], -np.inf)
+    end = np.where(context, np.asarray(end, np.float64)[:length], -np.inf)
+    reach = np.lib.stride_tricks.sliding_window_view(np.append(end, np.full(longest - 1, -np.inf)), longest)
+    total = start + reach.max(axis=1)
+    first = int(total.argmax())
+    return float(total[first]), first, first + int(reach[first].argmax())
+
+
+def _windows(
+    examples: Sequence[Mapping[str, Any]],
+    first_index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    stride: int,
+    longest_question: int,
+) -> Iterator[dict[str, Any]]:
+    if not examples:
+        return
+    encoded = tokenizer(
+        _cut_questions([example["question"] for example in examples], tokenizer, longest_question),
+        [example["context"] for example in examples],
+        truncation="only_second",
+        max_length=max_length,
+        stride=stride,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        padding=False,
+    )
+    for window, row in enumerate(encoded["overflow_to_sample_mapping"]):
+        example = examples[row]
+        input_ids = encoded["input_ids"][window]
+        if tokenizer.cls_token_id is None or input_ids[0] != tokenizer.cls_token_id:
+            raise ValueError(f"{type(tokenizer).__name__} puts no CLS token first, which stands for 'no answer here'")
+        inside = [part == 1 for part in encoded.sequence_ids(window)]
+        offsets = _context_offsets(encoded["offset_mapping"][window], inside, example["context"])
+        start, end = _positions(offsets, example["context"], example["answers"])
+        yield {
+            "input_ids": input_ids,
+            "token_type_ids": encoded["token_type_ids"][window] if "token_type_ids" in encoded else None,
+            "start_positions": start,
+            "end_positions": end,
+            "example_index": first_index + row,
+            "offset_start": offsets[:, 0],
+            "offset_end": offsets[:, 1],
+        }
+
+
+def _cut_questions(questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, longest: int) -> list[str]:
+    questions = [question.strip() for question in questions]
+    offsets = tokenizer(list(questions), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [q[: o[longest - 1][1]] if len(o) > longest else q for q, o in zip(questions, offsets, strict=True)]
+
+
+def _context_offsets(offsets: Sequence[tuple[int, int]], inside: Sequence[bool], context: str) -> np.ndarray:
+    """[tokens, 2]; byte-level tokenizers may count the blank before a word to the word, so blanks are taken off."""
+    result = np.full((len(offsets), 2), -1, np.int32)
+    for token, (start, end) in enumerate(offsets):
+        if inside[token]:
+            piece = context[start:end]
+            if piece.strip():
+                result[token] = start + len(piece) - len(piece.lstrip()), start + len(piece.rstrip())
+    return result
+
+
+def _positions(offsets: np.ndarray, context: str, answers: Mapping[str, Sequence[Any]]) -> tuple[int, int]:
+    """First and last token of the first answer, or (0, 0) where the window does not hold all of it."""
+    tokens = np.flatnonzero(offsets[:, 0] >= 0)
+    if not answers["text"] or not len(tokens):
+        return 0, 0
+    text, start = answers["text"][0], answers["answer_start"][0]
+    start, end = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
+    if offsets[tokens[0], 0] > start or offsets[tokens[-1], 1] < end:
+        return 0, 0
+    covering = tokens[(offsets[tokens, 0] < end) & (offsets[tokens, 1] > start)]
+    return (int(covering[0]), int(covering[-1])) if len(covering) else (0, 0)
+
+
+def _read(path: Path, version2: bool) -> list[dict[str, Any]]:
+    content, rows = parse_json(path, read_text(path)), []
+    for a, article in enumerate(_part(content, "data", list, f"{path}")):
+        for p, paragraph in enumerate(_part(article, "paragraphs", list, f"{path}: data[{a}]")):
+            where = f"{path}: data[{a}].paragraphs[{p}]"
+            context = _part(paragraph, "context", str, where)
+            for q, question in enumerate(_part(paragraph, "qas", list, where)):
+                rows.append(_row(question, context, version2, f"{where}.qas[{q}]"))
+    if not rows:
+        raise ValueError(f"{path}: there are no questions")
+    return rows
+
+
+def _row(question: Any, context: str, version2: bool, where: str) -> dict[str, Any]:
+    texts, starts = [], []
+    for number, answer in enumerate(_part(question, "answers", list, where)):
+        text = _part(answer, "text", str, f"{where}.answers[{number}]")
+        start = _part(answer, "answer_start", int, f"{where}.answers[{number}]")
+        if start < 0 or not text.strip() or context[start : start + len(text)] != text:
+            found = context[max(start, 0) : max(start, 0) + len(text)]
+            raise ValueError(f"{where}.answers[{number}]: {text!r} is not at answer_start {start}, {found!r} is")
+        texts.append(text)
+        starts.append(start)
+    if not texts and not version2:
+        raise ValueError(f"{where}: no answer, which only SQuAD 2.0 allows")
+    return {
+        "id": _part(question, "id", str, where),
+        "question": _part(question, "question", str, where),
+        "context": context,
+        "answers": {"text": texts, "answer_start": starts},
+    }
+
+
+def _part(content: Any, key: str, kind: type, where: str) -> Any:
+    """`content[key]`, which must be a `kind`."""
+    value = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(value, kind):
+        raise ValueError(f"{where}: not in the SQuAD layout, {key!r} should be a {kind.__name__}")
+    return value
+
+
+def _dataset(rows: Sequence[Mapping[str, Any]]) -> datasets.Dataset:
+    from datasets import Dataset, Features, List, Value
+
+    answers = {"text": List(Value("string")), "answer_start": List(Value("int32"))}
+    types = {"id": Value("string"), "question": Value("string"), "context": Value("string"), "answers": answers}
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in types}, features=Features(types))

@@ -1,0 +1,118 @@
+"""The distillation losses: attention scores, projected hidden states, predictions (DESIGN of the published method, §3).
+
+One function takes the student's and the teacher's `Trace` and gives the weighted sum and its parts as device scalars.
+`loss_mask="real"` runs all of them over real tokens only; "released" is the published form.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from effbert import kernels
+from effbert.teacher import layer_map
+from effbert.trace import Trace
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How the parts add up.
+
+    attention, hidden, prediction: weights of the three parts. Over real tokens the attention part is larger than the
+        published one by about padded length / real length, so its weight matters relative to the prediction's.
+    temperature: t of the soft cross entropy.
+    loss_mask: "real" or "released".
+    score_form: "auto", "direct" or "gram" (effbert.kernels.score_mse).
+    """
+
+    attention: float = 1.0
+    hidden: float = 1.0
+    prediction: float = 1.0
+    temperature: float = 1.0
+    loss_mask: Literal["real", "released"] = "real"
+    score_form: Literal["auto", "direct", "gram"] = "auto"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Weighted total and unweighted parts, 0-d tensors on the student's device; prediction is None without a head."""
+
+    total: torch.Tensor
+    attention: torch.Tensor
+    hidden: torch.Tensor
+    prediction: torch.Tensor | None = None
+
+
+def attention_loss(student: Trace, teacher: Trace, attention_mask: torch.Tensor, weights: LossWeights) -> torch.Tensor:
+    """Σ over student layers of the score MSE with the mapped teacher layer."""
+    targets = layer_map(len(teacher.queries), len(student.queries))
+    return sum(
+        kernels.score_mse(
+            student.queries[index],
+            student.keys[index],
+            teacher.queries[target],
+            teacher.keys[target],
+            attention_mask,
+            weights.loss_mask,
+            weights.score_form,
+        )
+        for index, target in enumerate(targets)
+    )
+
+
+def hidden_loss(
+    student: Trace, teacher: Trace, fit_dense: torch.nn.Linear, attention_mask: torch.Tensor, weights: LossWeights
+) -> torch.Tensor:
+    """MSE of the projected embedding output, plus that of each layer's projected output with its mapped teacher layer."""
+    targets = layer_map(len(teacher.queries), len(student.queries))
+    teacher_states = [teacher.hidden_states[0], *(teacher.hidden_states[target + 1] for target in targets)]
+    mask = attention_mask if weights.loss_mask == "real" else None
+    return kernels.projected_mse(student.hidden_states, teacher_states, fit_dense.weight, fit_dense.bias, mask)
+
+
+def prediction_loss(
+    kind: str,
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    attention_mask: torch.Tensor,
+    weights: LossWeights,
+) -> torch.Tensor:
+    """Classification: soft cross entropy, mean over B × C. Regression: MSE to `labels` [B]. Spans [B, L, 2]: start plus
+    end, mean over the real positions; in the released form over B × L, with position 0 left out on both sides.
+    """
+    if kind == "regression":
+        return F.mse_loss(student_logits[:, 0].float(), labels.float())
+    if kind == "classification":
+        return kernels.soft_cross_entropy(student_logits, teacher_logits, weights.temperature)
+    mask = attention_mask
+    released = weights.loss_mask == "released"
+    if released:
+        mask = mask.clone()
+        mask[:, 0] = 0
+    return sum(
+        kernels.soft_cross_entropy(
+            student_logits[..., side], teacher_logits[..., side], weights.temperature, mask, not released
+        )
+        for side in (0, 1)
+    )
+
+
+def distillation_losses(
+    student: Trace,
+    teacher: Trace,
+    fit_dense: torch.nn.Linear,
+    attention_mask: torch.Tensor,
+    weights: LossWeights,
+    kind: str | None = None,
+    labels: torch.Tensor | None = None,
+) -> Losses:
+    """General distillation (attention + hidden), plus the prediction part where the task's `kind` is given."""
+    attention = attention_loss(student, teacher, attention_mask, weights)
+    hidden = hidden_loss(student, teacher, fit_dense, attention_mask, weights)
+    total = weights.attention * attention + weights.hidden * hidden
+    if kind is None:
+        return Losses(total, attention, hidden)
+    prediction = prediction_loss(kind, student.logits, teacher.logits, labels, attention_mask, weights)
+    return Losses(total + weights.prediction * prediction, attention, hidden, prediction)

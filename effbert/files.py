@@ -1,0 +1,112 @@
+"""Writing files so that a reader sees the old content or the new, never half of one.
+
+Everything is written under a temporary name in the same folder, flushed to the disk, and renamed. A process killed in
+between leaves a file whose name begins with `PARTIAL`; `remove_partial` sweeps those up at the next start.
+"""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL = ".partial-"
+
+
+class DiskFullError(OSError):
+    """The disk or the quota is full; the message is one line that names the path."""
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Replaces the file `path` by `data` (text as UTF-8), or leaves it as it was and raises OSError."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, with the same suffix; what the body wrote there becomes `path` at the end.
+
+    The file and its folder are synced to the disk. If the body or the disk fails, `path` keeps its old content and the
+    temporary file is removed; a full disk raises DiskFullError. The folder of `path` must exist.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    with _nothing_left_behind(path, temporary):
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+
+
+@contextmanager
+def atomic_dir(path: str | Path) -> Iterator[Path]:
+    """Yields a new empty folder beside `path`; it becomes `path` at the end, as in `atomic_path`.
+
+    An existing folder is replaced as a whole, by two renames: a process killed between them leaves no `path`, and the
+    folder must be written again.
+    """
+    path = Path(path)
+    temporary, previous = _temporary(path), _temporary(path)
+    with _nothing_left_behind(path, temporary):
+        temporary.mkdir()
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        if path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    _remove(previous)
+
+
+def remove_partial(folder: str | Path) -> None:
+    """Removes what killed processes left under `folder`. Only for a folder that no other process is writing to."""
+    for leftover in list(Path(folder).rglob(f"{PARTIAL}*")):
+        _remove(leftover)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{PARTIAL}{secrets.token_hex(4)}-{path.name}")
+
+
+@contextmanager
+def _nothing_left_behind(path: Path, temporary: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        _remove(temporary)
+        if not _is_disk_full(error):
+            raise
+        full = DiskFullError(f"{path}: no space left on device; nothing already written was lost")
+        full.errno = errno.ENOSPC
+        raise full from error
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """torch and safetensors report a full disk with errors of their own, above or instead of the OSError."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if isinstance(error, Exception) and os.strerror(errno.ENOSPC) in str(error):
+        return True
+    below = error.__cause__ or error.__context__
+    return below is not None and _is_disk_full(below)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

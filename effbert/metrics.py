@@ -1,0 +1,105 @@
+"""Metrics over a whole split: predictions are collected first and scored once, never averaged over batches.
+
+Every value is a fraction: 0 to 1, or -1 to 1 for the correlations and MCC; exact match and F1 of SQuAD too, which are
+usually printed times 100. Where a score is undefined because predictions are constant it is 0.0, with no warning: a
+candidate that learnt nothing should rank low, not stop a search.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+CLASS_METRICS = ("accuracy", "f1", "mcc")
+SCORE_METRICS = ("pearson", "spearman")
+
+
+def compute(spec_metrics: Sequence[str], predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """The named metrics of predictions against references, both of shape [N].
+
+    accuracy, f1 and mcc take class indices; f1 is that of two classes with index 1 as the positive one, 0.0 where no
+    positive is predicted or there is none; mcc is Matthews' correlation, 0.0 where either side is constant. pearson
+    and spearman take floats and are computed in float64; 0.0 where either side is constant (up to rounding). Raises
+    ValueError for an unknown name, other shapes, no rows, numbers that are not finite, or f1 of more than two classes.
+    """
+    predictions, references = np.asarray(predictions), np.asarray(references)
+    if predictions.ndim != 1 or predictions.shape != references.shape or not predictions.size:
+        raise ValueError(f"metrics need equal shapes [N > 0], not {predictions.shape} and {references.shape}")
+    result = {}
+    for name in spec_metrics:
+        if name in CLASS_METRICS:
+            result[name] = _class_metric(name, predictions, references)
+        elif name in SCORE_METRICS:
+            result[name] = _correlation(name, predictions, references)
+        else:
+            raise ValueError(f"unknown metric {name!r}; choose from {', '.join(CLASS_METRICS + SCORE_METRICS)}")
+    return result
+
+
+def squad_scores(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Exact match and token F1 by question id, each the best over the accepted answers, mean over the questions.
+
+    Definition: the evaluation script of SQuAD 2.0. Texts are compared in lower case without ASCII punctuation, without
+    "a", "an", "the", and with single blanks. A question without accepted answers wants "". (The script of 1.1 differs
+    only for answers of nothing but articles and punctuation, which are not counted as answers here.) Raises ValueError
+    where the ids differ or there are none.
+    """
+    if predictions.keys() != references.keys() or not references:
+        missing, extra = references.keys() - predictions.keys(), predictions.keys() - references.keys()
+        raise ValueError(
+            f"{len(references)} questions, of which {len(missing)} lack an answer; {len(extra)} ids too many"
+        )
+    exact = f1 = 0.0
+    for key, accepted in references.items():
+        words = _words(predictions[key])
+        golds = [gold for gold in map(_words, accepted) if gold] or [[]]
+        exact += max(float(words == gold) for gold in golds)
+        f1 += max(_overlap(words, gold) for gold in golds)
+    return {"exact_match": exact / len(references), "f1": f1 / len(references)}
+
+
+def _class_metric(name: str, predictions: np.ndarray, references: np.ndarray) -> float:
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    for side in (predictions, references):
+        if not np.issubdtype(side.dtype, np.integer):
+            raise ValueError(f"{name} takes class indices, not {side.dtype}")
+    if name == "accuracy":
+        return float(accuracy_score(references, predictions))
+    if name == "mcc":
+        constant = np.ptp(predictions) == 0 or np.ptp(references) == 0
+        return 0.0 if constant else float(matthews_corrcoef(references, predictions))
+    if not {*np.unique(predictions), *np.unique(references)} <= {0, 1}:
+        raise ValueError("f1 is that of two classes, 0 and 1")
+    return float(f1_score(references, predictions, labels=[0, 1], pos_label=1, average="binary", zero_division=0.0))
+
+
+def _correlation(name: str, predictions: np.ndarray, references: np.ndarray) -> float:
+    from scipy.stats import pearsonr, spearmanr
+
+    sides = predictions.astype(np.float64), references.astype(np.float64)
+    if not all(np.isfinite(side).all() for side in sides):
+        raise ValueError(f"{name} needs finite numbers")
+    if any(_constant(side) for side in sides):
+        return 0.0
+    return float((pearsonr if name == "pearson" else spearmanr)(*sides).statistic)
+
+
+def _constant(values: np.ndarray) -> bool:
+    """Whether the spread is no more than rounding; scipy warns below the same bound."""
+    return bool(np.linalg.norm(values - values.mean()) <= 1e-13 * abs(values.mean()))
+
+
+def _words(text: str) -> list[str]:
+    bare = text.lower().translate(dict.fromkeys(map(ord, string.punctuation)))
+    return re.sub(r"\b(?:a|an|the)\b", " ", bare).split()
+
+
+def _overlap(words: Sequence[str], gold: Sequence[str]) -> float:
+    if not words or not gold:
+        return float(words == gold)
+    return 2 * (Counter(words) & Counter(gold)).total() / (len(words) + len(gold))

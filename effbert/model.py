@@ -1,0 +1,341 @@
+"""The student: a BERT whose MLPs follow an architecture, as a transformers model.
+
+A layer is post-LayerNorm attention followed by the stacked MLPs that its expression and linear structure describe. The
+same modules serve a standalone model, whose weights have exactly the used sizes, and the supernet, whose weights are
+full and of which a candidate runs slices: every forward takes the architecture to run, by default the config's own.
+
+Shapes: B sequences, L positions, C hidden_size, H heads.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+)
+
+from effbert import kernels
+from effbert.architecture import PUBLISHED, Architecture, attention_head_size
+from effbert.kernels import Dropout
+from effbert.trace import Trace
+
+SITES_PER_LAYER = 8  # dropout sites: 0 embeddings, then per layer attention scores, attention output, the MLPs
+
+
+@lru_cache(maxsize=4096)
+def parse_architecture(text: str) -> Architecture:
+    """`Architecture.parse`, remembered."""
+    return Architecture.parse(text)
+
+
+class EffBertConfig(PreTrainedConfig):
+    """Configuration of a student.
+
+    architecture: one expression a layer, joined by ", "; num_hidden_layers follows from it.
+    embedding_size: width of the token table, of which three neighbours are concatenated and projected; None for a table
+        of hidden_size without neighbours.
+    intermediate_size: MLP width at ratio 1.
+    fit_size: teacher width, for the training-only projection; None in a deployed model.
+    position_offset: position id of the first token (0; pad_token_id + 1 with a RoBERTa vocabulary).
+    neighbour_padding: what a masked neighbour contributes to an embedding: "zero", or "released" for its token's row.
+    combine: what add, mul and max do with unequal widths: "truncate", "pad", "pad_released" (effbert.kernels.eager).
+    """
+
+    model_type = "effbert"
+
+    architecture: str = PUBLISHED
+    vocab_size: int = 30522
+    embedding_size: int | None = 128
+    hidden_size: int = 540
+    num_attention_heads: int = 12
+    intermediate_size: int = 540
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    pad_token_id: int | None = 0
+    position_offset: int = 0
+    fit_size: int | None = None
+    neighbour_padding: str = "zero"
+    combine: str = "truncate"
+
+    def __post_init__(self, **kwargs):
+        kwargs.pop("num_hidden_layers", None)
+        super().__post_init__(**kwargs)
+        attention_head_size(self.hidden_size, self.num_attention_heads)
+        if self.neighbour_padding not in ("zero", "released"):
+            raise ValueError(f"neighbour_padding {self.neighbour_padding!r}: one of 'zero', 'released'")
+        if self.combine not in ("truncate", "pad", "pad_released"):
+            raise ValueError(f"combine {self.combine!r}: one of 'truncate', 'pad', 'pad_released'")
+        self.num_hidden_layers = len(parse_architecture(self.architecture).layers)
+
+
+class Embeddings(nn.Module):
+    """Token ids [B, L] to [B, L, C]: next, current and previous token through one Linear, positions, segments."""
+
+    def __init__(self, config: EffBertConfig):
+        super().__init__()
+        self.config = config
+        width = config.embedding_size or config.hidden_size
+        self.token_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.dense = nn.Linear(3 * width, config.hidden_size) if config.embedding_size else None
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, input_ids, attention_mask, token_type_ids, position_ids):
+        x = self.token_embeddings(input_ids)
+        if self.dense is not None:
+            if self.config.neighbour_padding == "zero":
+                x = x * attention_mask[:, :, None].to(x.dtype)
+            following = F.pad(x[:, 1:], (0, 0, 0, 1))
+            previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+            x = self.dense(torch.cat((following, x, previous), dim=-1))
+        return self.norm(x + self.position_embeddings(position_ids) + self.token_type_embeddings(token_type_ids))
+
+
+class Attention(nn.Module):
+    """Self-attention with dropout, residual and LayerNorm; also gives the queries and keys [B, H, L, C / H]."""
+
+    def __init__(self, config: EffBertConfig):
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.query = nn.Linear(size, size)
+        self.key = nn.Linear(size, size)
+        self.value = nn.Linear(size, size)
+        self.dense = nn.Linear(size, size)
+        self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+
+    def _heads(self, x):
+        return x.unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
+
+    def forward(self, x, attention_mask, dropout):
+        query, key, value = (self._heads(linear(x)) for linear in (self.query, self.key, self.value))
+        context = kernels.attention(
+            query, key, value, attention_mask, dropout(self.config.attention_probs_dropout_prob, 0)
+        )
+        y = self.dense(context.transpose(1, 2).flatten(2))
+        y = kernels.dropout_add_layer_norm(
+            y, x, self.norm.weight, self.norm.bias, self.norm.eps, dropout(self.config.hidden_dropout_prob, 1)
+        )
+        return y, query, key
+
+
+class MLP(nn.Module):
+    """One of a layer's stacked MLPs; `width` is its inner width, of which a candidate may use the first part."""
+
+    def __init__(self, config: EffBertConfig, width: int):
+        super().__init__()
+        self.config = config
+        self.dense1 = nn.Linear(config.hidden_size, width)
+        self.dense2 = nn.Linear(width, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x, expression, inner_width, dropout):
+        return kernels.mlp_block(
+            x,
+            self.dense1.weight,
+            self.dense1.bias,
+            self.dense2.weight,
+            self.dense2.bias,
+            self.norm.weight,
+            self.norm.bias,
+            expression,
+            inner_width,
+            self.norm.eps,
+            dropout,
+            self.config.combine,
+        )
+
+
+class Layer(nn.Module):
+    """Attention, then the stacked MLPs: as many and as wide as the layer's structure says at most."""
+
+    def __init__(self, config: EffBertConfig, structure):
+        super().__init__()
+        self.config = config
+        self.attention = Attention(config)
+        width = structure.inner_width(config.intermediate_size)
+        self.mlps = nn.ModuleList(MLP(config, width) for _ in range(structure.stacks))
+
+    def forward(self, x, attention_mask, expression, dropout):
+        x, query, key = self.attention(x, attention_mask, dropout)
+        inner_width = expression.structure.inner_width(self.config.intermediate_size)
+        for index, mlp in enumerate(self.mlps[: expression.structure.stacks]):
+            x = mlp(x, expression, inner_width, dropout(self.config.hidden_dropout_prob, 2 + index))
+        return x, query, key
+
+
+class EffBertPreTrainedModel(PreTrainedModel):
+    """What all student classes share: config class, weight initialisation, saving and loading."""
+
+    config_class = EffBertConfig
+    base_model_prefix = "effbert"
+    _supports_sdpa = True
+
+
+class EffBertModel(EffBertPreTrainedModel):
+    """The bare encoder, with an optional pooler and the training-only projection where the config has a fit_size."""
+
+    def __init__(self, config: EffBertConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = Embeddings(config)
+        layers = parse_architecture(config.architecture).layers
+        self.layers = nn.ModuleList(Layer(config, expression.structure) for expression in layers)
+        self.fit_dense = nn.Linear(config.hidden_size, config.fit_size) if config.fit_size else None
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.token_embeddings
+
+    def set_input_embeddings(self, value):
+        self.embeddings.token_embeddings = value
+
+    def _dropout(self, key, base):
+        if key is None:
+            return lambda p, site: None
+        return lambda p, site: Dropout(p, key, base + site) if p else None
+
+    def trace(self, input_ids, attention_mask=None, token_type_ids=None, architecture=None, position_ids=None) -> Trace:
+        """Hidden states, queries and keys for token ids [B, L]; attention_mask [B, L], 1 = keep.
+
+        In training mode dropout is on; its key for this step is drawn from torch's default CPU generator.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + self.config.position_offset
+        architecture = architecture or parse_architecture(self.config.architecture)
+        key = int(torch.randint(2**62, ())) if self.training else None
+
+        x = self.embeddings(input_ids, attention_mask, token_type_ids, position_ids)
+        embedding_dropout = self._dropout(key, 0)(self.config.hidden_dropout_prob, 0)
+        x = kernels.dropout(x, embedding_dropout)
+        states, queries, keys = [x], [], []
+        for index, (layer, expression) in enumerate(zip(self.layers, architecture.layers, strict=True)):
+            x, query, key_ = layer(x, attention_mask, expression, self._dropout(key, 1 + index * SITES_PER_LAYER))
+            states.append(x)
+            queries.append(query)
+            keys.append(key_)
+        return Trace(tuple(states), tuple(queries), tuple(keys))
+
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        """tanh(Linear(first token)) for x [B, L, C] -> [B, C]."""
+        return torch.tanh(self.pooler(x[:, 0]))
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        output_hidden_states=None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """last_hidden_state [B, L, C], pooler_output [B, C] where there is a pooler."""
+        states = self.trace(input_ids, attention_mask, token_type_ids, position_ids=position_ids).hidden_states
+        return BaseModelOutputWithPooling(
+            last_hidden_state=states[-1],
+            pooler_output=self.pool(states[-1]) if self.pooler is not None else None,
+            hidden_states=states if output_hidden_states else None,
+        )
+
+
+class EffBertHeadModel(EffBertPreTrainedModel):
+    """An encoder with one linear head; subclasses say what the head reads."""
+
+    pooled = True
+
+    def __init__(self, config: EffBertConfig):
+        super().__init__(config)
+        self.effbert = EffBertModel(config, add_pooling_layer=self.pooled)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [B, num_labels], or [B, L, num_labels] where the head is not pooled, for x [B, L, C]."""
+        return self.classifier(self.effbert.pool(x) if self.pooled else x)
+
+    def trace(self, input_ids, attention_mask=None, token_type_ids=None, head: bool = True) -> Trace:
+        """The encoder's trace, with logits unless `head` is False."""
+        trace = self.effbert.trace(input_ids, attention_mask, token_type_ids)
+        return Trace(trace.hidden_states, trace.queries, trace.keys, self.head(trace.hidden_states[-1])) if head else trace
+
+    def _run(self, input_ids, attention_mask, token_type_ids, position_ids):
+        states = self.effbert.trace(
+            input_ids, attention_mask, token_type_ids, position_ids=position_ids
+        ).hidden_states
+        return self.head(states[-1]), states
+
+
+class EffBertForSequenceClassification(EffBertHeadModel):
+    """Classification with config.num_labels classes, or regression with one."""
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        labels=None,
+        output_hidden_states=None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """logits [B, num_labels]; with labels [B] also the loss: cross entropy, or squared error for one label."""
+        logits, states = self._run(input_ids, attention_mask, token_type_ids, position_ids)
+        loss = None
+        if labels is not None and self.config.num_labels == 1:
+            loss = F.mse_loss(logits[:, 0], labels.to(logits.dtype))
+        elif labels is not None:
+            loss = F.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=states if output_hidden_states else None
+        )
+
+
+class EffBertForQuestionAnswering(EffBertHeadModel):
+    """Extractive question answering: start and end logits over the positions."""
+
+    pooled = False
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        start_positions=None,
+        end_positions=None,
+        output_hidden_states=None,
+        **kwargs,
+    ) -> QuestionAnsweringModelOutput:
+        """start_logits, end_logits [B, L]; with positions [B] also the mean of the two cross entropies."""
+        logits, states = self._run(input_ids, attention_mask, token_type_ids, position_ids)
+        start, end = logits.unbind(dim=-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = (F.cross_entropy(start, start_positions) + F.cross_entropy(end, end_positions)) / 2
+        return QuestionAnsweringModelOutput(
+            loss=loss, start_logits=start, end_logits=end, hidden_states=states if output_hidden_states else None
+        )
+
+
+def register() -> None:
+    """Make the Auto classes of transformers know the model type "effbert"."""
+    from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+
+    AutoConfig.register("effbert", EffBertConfig, exist_ok=True)
+    AutoModel.register(EffBertConfig, EffBertModel, exist_ok=True)
+    AutoModelForSequenceClassification.register(EffBertConfig, EffBertForSequenceClassification, exist_ok=True)
+    AutoModelForQuestionAnswering.register(EffBertConfig, EffBertForQuestionAnswering, exist_ok=True)

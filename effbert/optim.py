@@ -1,0 +1,91 @@
+"""AdamW groups, gradient clipping and the learning-rate curve, as in the published method.
+
+The learning rate is a pure function of the step, so a resumed run needs no scheduler state.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class TrainingArguments:
+    """One training phase; names as in transformers.
+
+    num_train_epochs: passes over the phase's data. warmup_ratio: share of all steps with a rising learning rate.
+    bf16: autocast (weights stay fp32). A step is gradient_accumulation_steps batches.
+    """
+
+    learning_rate: float = 1e-4
+    num_train_epochs: int = 1
+    per_device_train_batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    warmup_ratio: float = 0.1
+    lr_scheduler_type: Literal["linear", "cosine"] = "linear"
+    bf16: bool = False
+
+    def __post_init__(self):
+        at_least = {"num_train_epochs": 0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if self.learning_rate < 0 or not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(
+                f"learning_rate {self.learning_rate} must not be negative and warmup_ratio {self.warmup_ratio} in 0..1"
+            )
+
+
+def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, kind: str = "linear") -> float:
+    """Multiplier of the learning rate for update `step` (from 0): linear warm-up from 0, then linear or half-cosine decay.
+
+    With warm-up the first update has rate 0, as published.
+    """
+    if step < warmup_steps:
+        return step / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if kind == "linear":
+        return max(0.0, 1 - progress)
+    return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
+    """Two AdamW groups: biases and LayerNorm weights without weight decay, everything else with it."""
+    decayed, exempt = [], []
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
+        parts = name.lower().split(".")
+        is_norm = len(parts) > 1 and parts[-2] in ("norm", "layernorm", "layer_norm")
+        (exempt if parts[-1] == "bias" or is_norm else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+
+
+class Optimizer:
+    """AdamW with clipping; `step` applies the accumulated gradients at the rate of the given update number.
+
+    Parameters without a gradient (MLPs that a sampled architecture did not use) are neither updated nor decayed.
+    """
+
+    def __init__(self, model: nn.Module, arguments: TrainingArguments, total_steps: int):
+        self.arguments = arguments
+        self.total_steps = total_steps
+        self.warmup_steps = int(total_steps * arguments.warmup_ratio)
+        groups = parameter_groups(model.named_parameters(), arguments.weight_decay)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.adamw = torch.optim.AdamW(groups, lr=arguments.learning_rate, fused=True)
+
+    def step(self, number: int) -> torch.Tensor:
+        """Clip, update, clear the gradients; returns the gradient norm before clipping, a 0-d tensor."""
+        factor = learning_rate_factor(number, self.total_steps, self.warmup_steps, self.arguments.lr_scheduler_type)
+        for group in self.adamw.param_groups:
+            group["lr"] = self.arguments.learning_rate * factor
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.arguments.max_grad_norm)
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm

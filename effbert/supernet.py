@@ -1,0 +1,131 @@
+"""The supernet: one set of full-width weights of which every candidate is slices, with a head for each task.
+
+Three verbs: run a candidate on the shared weights (`trace`), count what it uses (`effbert.architecture`), and extract
+it as a standalone model that holds only the used slices and gives the same outputs.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from effbert.architecture import Architecture
+from effbert.data.tasks import TaskSpec
+from effbert.model import (
+    EffBertConfig,
+    EffBertForQuestionAnswering,
+    EffBertForSequenceClassification,
+    EffBertModel,
+    EffBertPreTrainedModel,
+)
+from effbert.trace import Trace
+
+FULL_STRUCTURE = "4_1"
+
+
+def supernet_config(config: EffBertConfig, num_layers: int) -> EffBertConfig:
+    """`config` with the architecture that uses every weight: four full-width MLPs with gelu in each layer."""
+    return derive_config(config, Architecture.uniform(FULL_STRUCTURE, num_layers))
+
+
+def derive_config(config: EffBertConfig, architecture: Architecture, **changes) -> EffBertConfig:
+    """A copy of `config` for another architecture, with `changes` to its fields."""
+    fields = config.to_dict()
+    for name in ("architectures", "num_hidden_layers", "transformers_version", "model_type", "supernet_tasks"):
+        fields.pop(name, None)
+    return EffBertConfig(**{**fields, "architecture": str(architecture), **changes})
+
+
+def used_slices(state: dict[str, torch.Tensor], architecture: Architecture, intermediate_size: int, prefix: str = ""):
+    """The part of an encoder's state dict that `architecture` uses, cut to its inner widths (views, not copies)."""
+    used = {}
+    for name, tensor in state.items():
+        parts = name.removeprefix(prefix).split(".")
+        if parts[0] != "layers" or parts[2] != "mlps":
+            used[name] = tensor
+            continue
+        structure = architecture.layers[int(parts[1])].structure
+        if int(parts[3]) >= structure.stacks:
+            continue
+        width = structure.inner_width(intermediate_size)
+        if parts[4] == "dense1":
+            tensor = tensor[:width]
+        elif parts[4:] == ["dense2", "weight"]:
+            tensor = tensor[:, :width]
+        used[name] = tensor
+    return used
+
+
+class Supernet(EffBertPreTrainedModel):
+    """An encoder with full weights and one head for each task.
+
+    Classification and regression tasks share the pooler, as the published multi-task model does; a spans task reads
+    the last layer directly. `tasks` is the task list; it is kept in the config as (name, kind, labels) so that a saved
+    supernet loads by itself.
+    """
+
+    def __init__(self, config: EffBertConfig, tasks: Sequence[TaskSpec] = ()):
+        if tasks:
+            config.supernet_tasks = [[task.name, task.kind, list(task.labels)] for task in tasks]
+        super().__init__(config)
+        self.effbert = EffBertModel(config, add_pooling_layer=True)
+        self.kinds = {name: kind for name, kind, _ in getattr(config, "supernet_tasks", [])}
+        self.labels = {name: labels for name, _, labels in getattr(config, "supernet_tasks", [])}
+        self.heads = nn.ModuleDict(
+            {
+                head_key(name): nn.Linear(config.hidden_size, num_outputs(kind, self.labels[name]))
+                for name, kind in self.kinds.items()
+            }
+        )
+        self.post_init()
+
+    def trace(
+        self,
+        input_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        architecture: Architecture | None = None,
+        task: str | None = None,
+    ) -> Trace:
+        """Run `architecture` (default: the full supernet) on the shared weights; logits of `task` where one is named."""
+        trace = self.effbert.trace(input_ids, attention_mask, token_type_ids, architecture)
+        if task is None:
+            return trace
+        last = trace.hidden_states[-1]
+        x = last if self.kinds[task] == "spans" else self.effbert.pool(last)
+        return Trace(trace.hidden_states, trace.queries, trace.keys, self.heads[head_key(task)](x))
+
+    def extract(self, architecture: Architecture, task: str | None = None, **changes):
+        """A standalone model with copies of the used slices: with the head of `task`, or the bare encoder.
+
+        `changes` go to its config, e.g. `fit_size=None` drops the training-only projection. Outputs equal those of the
+        supernet running the same architecture.
+        """
+        config = derive_config(self.config, architecture, **changes)
+        source = {f"effbert.{name}": tensor for name, tensor in self.effbert.state_dict().items()}
+        source = used_slices(source, architecture, config.intermediate_size, "effbert.")
+        if task is None:
+            model = EffBertModel(config)
+            source = {name.removeprefix("effbert."): tensor for name, tensor in source.items()}
+        else:
+            labels = self.labels[task] or [f"LABEL_{index}" for index in range(num_outputs(self.kinds[task], []))]
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: index for index, label in enumerate(labels)}
+            model = (EffBertForQuestionAnswering if self.kinds[task] == "spans" else EffBertForSequenceClassification)(
+                config
+            )
+            head = self.heads[head_key(task)].state_dict()
+            source |= {f"classifier.{name}": tensor for name, tensor in head.items()}
+        wanted = model.state_dict()
+        model.load_state_dict({name: source[name] for name in wanted})
+        return model.train(self.training)
+
+
+def head_key(task: str) -> str:
+    """A task name as a module name (module names may not hold dots)."""
+    return task.replace(".", "_")
+
+
+def num_outputs(kind: str, labels: Sequence[str]) -> int:
+    """Width of a task's head: its labels, 1 for regression, 2 (start, end) for spans."""
+    return {"regression": 1, "spans": 2}.get(kind) or len(labels)

@@ -1,0 +1,1 @@
+"""The search: space, samplers, budgets, the three stages, the study on disk, the report."""

@@ -1,0 +1,100 @@
+"""The final table: what each row scores and costs, as text on the terminal, as JSON, and as the winner's model card."""
+
+import json
+import statistics
+from pathlib import Path
+
+from rich.table import Table
+
+from effbert.files import write_atomic
+
+
+def summarise(results: list[dict], metric: str) -> list[dict]:
+    """One entry a row: mean and standard deviation of the score over its repeats, the costs of the first."""
+    by_row: dict[str, list[dict]] = {}
+    for result in results:
+        by_row.setdefault(result["row"], []).append(result)
+    table = []
+    for name, repeats in by_row.items():
+        scores = [result["scores"][metric] for result in repeats]
+        table.append(
+            {
+                "row": name,
+                "score": statistics.mean(scores),
+                "spread": statistics.stdev(scores) if len(scores) > 1 else None,
+                "repeats": len(scores),
+                **{key: repeats[0][key] for key in ("parameters", "flops", "latency_ms", "latency_spread_ms")},
+                "architecture": repeats[0]["architecture"],
+            }
+        )
+    return table
+
+
+def as_rich_table(table: list[dict], metric: str, length: int) -> Table:
+    """For the terminal."""
+    view = Table(title=f"{metric} on held-out rows; costs of the deployed model at length {length}")
+    for column in ("row", metric, "parameters", "MFLOPs", "CPU ms (batch 1)"):
+        view.add_column(column, justify="left" if column == "row" else "right")
+    for line in table:
+        view.add_row(*cells(line))
+    return view
+
+
+def cells(line: dict) -> tuple[str, ...]:
+    """The columns of one row as text."""
+    spread = "" if line["spread"] is None else f" ± {line['spread']:.4f}"
+    return (
+        line["row"],
+        f"{line['score']:.4f}{spread}",
+        f"{line['parameters']:,}",
+        f"{line['flops'] / 1e6:,.1f}",
+        f"{line['latency_ms']:.2f} ± {line['latency_spread_ms']:.2f}",
+    )
+
+
+def as_markdown(table: list[dict], metric: str) -> str:
+    """The same table in Markdown."""
+    head = ("row", metric, "parameters", "MFLOPs", "CPU ms (batch 1)")
+    lines = [head, ("---",) * len(head), *(cells(line) for line in table)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_results(folder: Path, results: dict) -> None:
+    """<run>/results.json, all or nothing."""
+    write_atomic(folder / "results.json", json.dumps(results, indent=1))
+
+
+def model_card(results: dict) -> str:
+    """README.md of the winner's folder: what it is, how it scores, what it cost to find."""
+    winner = next(line for line in results["table"] if line["row"] == "winner")
+    layers = "\n".join(f"{number}. `{text}`" for number, text in enumerate(results["layers"], start=1))
+    costs = "\n".join(f"| {part} | {seconds:.0f} |" for part, seconds in results["seconds"].items())
+    return f"""---
+library_name: transformers
+tags: [effbert]
+---
+# A small BERT found by effbert
+
+Task {results["task"]}, {results["metric"]} {winner["score"]:.4f} on the held-out rows, {winner["parameters"]:,} parameters,
+seed {results["seed"]}.
+
+```python
+import effbert  # registers the model type
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+```
+
+Architecture, a layer a line:
+
+{layers}
+
+All rows were distilled from the same teacher with the same budget, after the same warm-up:
+
+{as_markdown(results["table"], results["metric"])}
+
+Costs are those of the deployed model at length {results["max_length"]}: 2 FLOPs a multiply-add of linears and attention,
+CPU latency as median ± quartile distance of one sequence in fp32 on {results["device"]}.
+
+| part of the search | seconds |
+| --- | --- |
+{costs}
+"""

@@ -1,0 +1,137 @@
+"""Fixtures shared by all tests: the recorded numbers of the published method, as models and inputs of ours."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from effbert.architecture import Architecture
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items):
+    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU, and PyTorch finds none")
+    no_data = pytest.mark.skip(reason=f"needs the data in {SHARED}, which is absent")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "shared" in item.keywords and not SHARED.is_dir():
+            item.add_marker(no_data)
+
+
+def tensors(name: str) -> dict[str, torch.Tensor]:
+    with np.load(FIXTURES / name) as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+class Parity:
+    """The recorded numbers: architectures, inputs, outputs, losses, gradients."""
+
+    def __init__(self):
+        self.facts = json.loads((FIXTURES / "parity.json").read_text())
+        self.outputs = tensors("parity_outputs.npz")
+        self.gradients = tensors("parity_grads.npz")
+        self.student_state = tensors("parity_student.npz")
+        self.teacher_state = tensors("parity_teacher.npz")
+        self.architectures = {
+            name: Architecture.parse(", ".join(expressions)) for name, expressions in self.facts["archs"].items()
+        }
+
+    @property
+    def inputs(self):
+        return tuple(self.outputs[f"input/{name}"] for name in ("token_ids", "attention_mask", "segment_ids"))
+
+    def student_config(self, **changes):
+        from effbert.model import EffBertConfig
+
+        return EffBertConfig(
+            **{
+                "architecture": str(Architecture.uniform("4_1", 3)),
+                "vocab_size": 200,
+                "embedding_size": 16,
+                "hidden_size": 60,
+                "intermediate_size": 60,
+                "max_position_embeddings": 64,
+                "fit_size": 96,
+                "neighbour_padding": "released",
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+                **changes,
+            }
+        )
+
+    def supernet(self, task="mnli", **changes):
+        """The recorded student weights as a supernet with one head: mnli, sts-b, squad1.1 or squad2.0."""
+        from effbert.data.tasks import TaskSpec
+        from effbert.released import student_state
+        from effbert.supernet import Supernet, head_key
+
+        labels = ("a", "b", "c") if task == "mnli" else ()
+        kind = {"mnli": "classification", "sts-b": "regression"}.get(task, "spans")
+        model = Supernet(self.student_config(**changes), [TaskSpec(task, kind, labels, ("accuracy",), True)])
+        state = student_state({**self.student_state, **self._heads("student", task)})
+        head = f"heads.{head_key(task)}"
+        state = {name.replace("classifier", head): tensor for name, tensor in state.items()}
+        model.load_state_dict(state)
+        return model.eval()
+
+    def teacher(self, task="mnli"):
+        from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification
+
+        from effbert.released import teacher_state
+        from effbert.teacher import Teacher
+
+        config = BertConfig(
+            vocab_size=200,
+            hidden_size=96,
+            num_hidden_layers=6,
+            num_attention_heads=12,
+            intermediate_size=144,
+            max_position_embeddings=64,
+            hidden_act="gelu_new",
+            layer_norm_eps=1e-5,
+            num_labels={"mnli": 3, "sts-b": 1}.get(task, 2),
+        )
+        spans = task.startswith("squad")
+        model = (BertForQuestionAnswering if spans else BertForSequenceClassification)(config)
+        state = teacher_state({**self.teacher_state, **self._heads("teacher", task)})
+        if spans:
+            state = {name.replace("classifier", "qa_outputs"): t for name, t in state.items() if "pooler" not in name}
+        model.load_state_dict(state)
+        return Teacher(model)
+
+    def _heads(self, role, task):
+        start = f"heads/{role}|{task}|"
+        return {name.removeprefix(start): tensor for name, tensor in self.outputs.items() if name.startswith(start)}
+
+
+@pytest.fixture(scope="session")
+def parity():
+    return Parity()
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    return SHARED
+
+
+def digest(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum, Euclidean norm and product with cos(0), cos(1), ... of a tensor, in float64."""
+    flat = tensor.detach().double().flatten()
+    weights = torch.cos(torch.arange(flat.numel(), dtype=torch.float64))
+    return torch.stack((flat.sum(), flat.norm(), flat @ weights))
+
+
+@pytest.fixture(scope="session")
+def same_digest():
+    def check(tensor, recorded, tolerance=1e-5):
+        """Equal digests up to `tolerance` relative to what rounding every element can move them by."""
+        mine = digest(tensor)
+        allowed = tolerance * (1 + recorded[1] + tensor.abs().sum().double())
+        assert ((mine - recorded).abs() <= allowed).all(), (mine, recorded)
+
+    return check

@@ -1,0 +1,317 @@
+"""SQuAD: files in the official layout, answers through windows and back, with WordPiece and byte-level BPE."""
+
+import json
+import re
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import BertWordPieceTokenizer, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import BertTokenizerFast, PreTrainedTokenizerFast
+
+from effbert.data.squad import _dataset, decode_spans, encode_spans, references
+from effbert.data.tasks import load_task
+from effbert.metrics import squad_scores
+
+REAL = Path(__file__).parents[3] / "shared" / "data"
+WORDS = [
+    "Ada",
+    "wrote",
+    "the",
+    "first",
+    "programme",
+    "in",
+    "1843,",
+    "not",
+    "Babbage.",
+    "(Café",
+    "Zoë)",
+    "日本",
+    "naïve",
+]
+
+
+def wordpiece() -> PreTrainedTokenizerFast:
+    backend = BertWordPieceTokenizer(lowercase=True)
+    backend.train_from_iterator(WORDS[:9], vocab_size=60, min_frequency=1, show_progress=False)
+    return BertTokenizerFast(tokenizer_object=backend._tokenizer)
+
+
+def byte_bpe(trim_offsets: bool) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([" ".join(WORDS[:9])] * 3, trainer)
+    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=trim_offsets)
+    names = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=["input_ids", "attention_mask"], **names)
+
+
+TOKENIZERS = {"wordpiece": wordpiece(), "bpe": byte_bpe(False), "bpe trimmed": byte_bpe(True)}
+
+
+def example(context: str, text: str | None, start: int = 0, key: str = "q", question: str = "  Who wrote it?"):
+    answers = {"text": [], "answer_start": []} if text is None else {"text": [text], "answer_start": [start]}
+    return {"id": key, "question": question, "context": context, "answers": answers}
+
+
+def oracle_logits(features, score=5.0):
+    """Logits, padded by 3, of a model that knows the answer: one peak each, at CLS where the window has none."""
+    starts, ends = [], []
+    for window in features:
+        start, end = (np.zeros(len(window["input_ids"]) + 3, np.float32) for _ in "se")
+        start[window["start_positions"]] = end[window["end_positions"]] = score
+        starts.append(start)
+        ends.append(end)
+    return starts, ends
+
+
+@st.composite
+def marked_contexts(draw):
+    """A context with odd spacing, and an answer of whole words in it."""
+    words = draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=60))
+    first = draw(st.integers(0, len(words) - 1))
+    last = min(len(words), first + draw(st.integers(1, 3)))
+    blanks = draw(st.lists(st.sampled_from([" ", "  ", "\n", "\u00a0"]), min_size=len(words), max_size=len(words)))
+    pieces = [word + blank for word, blank in zip(words, blanks, strict=True)]
+    return "".join(pieces), "".join(pieces[first:last]).strip(), len("".join(pieces[:first]))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(marked=marked_contexts())
+def test_answers_come_back_exactly_through_windows(name, marked):
+    examples = _dataset([example("Nothing here.", None, key="other"), example(*marked)])
+    features = encode_spans(examples, TOKENIZERS[name], max_length=96, stride=48)
+    for window in features:
+        inside = [token for token, end in enumerate(window["offset_end"]) if end >= 0]
+        assert len(window["input_ids"]) <= 96 and inside and window["input_ids"][0] == TOKENIZERS[name].cls_token_id
+        if window["start_positions"]:
+            context = examples[window["example_index"]]["context"]
+            assert inside[0] <= window["start_positions"] <= window["end_positions"] <= inside[-1]
+            start, end = (
+                window["offset_start"][window["start_positions"]],
+                window["offset_end"][window["end_positions"]],
+            )
+            assert context[start:end] == marked[1]
+    assert any(window["start_positions"] for window in features)
+    answers = decode_spans(*oracle_logits(features), features, examples, max_answer_length=48)
+    assert answers["q"] == marked[1]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_windows_together_cover_the_context_and_share_the_stride(name):
+    context = " ".join(WORDS * 8)
+    features = encode_spans(_dataset([example(context, None)]), TOKENIZERS[name], max_length=64, stride=20)
+    assert len(features) > 2
+    prefix = TOKENIZERS[name](example("", None)["question"].strip(), context).sequence_ids().index(1)
+    covered, previous = set(), None
+    for window in features:
+        inside = window["input_ids"][prefix:-1]
+        if previous is not None:
+            assert previous[-20:] == inside[:20]
+        previous = inside
+        for start, end in zip(window["offset_start"], window["offset_end"], strict=True):
+            covered |= set(range(start, end))
+    assert covered == {place for place, letter in enumerate(context) if not letter.isspace()}
+    assert ("token_type_ids" in features.column_names) == (name == "wordpiece")
+
+
+def test_an_answer_cut_by_the_window_is_no_answer_there():
+    context = " ".join(["wrote"] * 200)
+    tokenizer = TOKENIZERS["wordpiece"]
+    examples = _dataset([example(context, context)])
+    features = encode_spans(examples, tokenizer, max_length=64, stride=8)
+    assert set(features["start_positions"]) == {0} and set(features["end_positions"]) == {0}
+
+
+def test_a_long_question_is_cut_to_a_quarter_of_the_window():
+    long = example("Ada wrote it.", "Ada", question="wrote " * 500)
+    features = encode_spans(_dataset([long]), TOKENIZERS["wordpiece"], max_length=64, stride=8)
+    assert len(features) == 1
+    assert features[0]["offset_end"].count(-1) == 16 + 3
+    assert features[0]["start_positions"] == 18
+
+
+def test_no_rows_make_no_windows():
+    features = encode_spans(_dataset([]), TOKENIZERS["wordpiece"])
+    assert len(features) == 0 and "offset_start" in features.column_names
+
+
+@pytest.mark.parametrize("stride", [-1, 45, 128])
+def test_a_stride_that_does_not_fit_is_refused(stride):
+    with pytest.raises(ValueError, match="from 0 to 44, as max_length is 64"):
+        encode_spans(_dataset([example("Ada", "Ada")]), TOKENIZERS["wordpiece"], max_length=64, stride=stride)
+
+
+def test_the_best_span_is_the_exact_maximum_over_all_spans():
+    examples = _dataset([example(" ".join(WORDS), None)])
+    features = encode_spans(examples, TOKENIZERS["wordpiece"], max_length=96, stride=0)
+    window, rng = features[0], np.random.default_rng(0)
+    tokens = [token for token, end in enumerate(window["offset_end"]) if end >= 0]
+    for _ in range(20):
+        start, end = rng.normal(size=(2, 1, len(window["input_ids"])))
+        spans = [(a, b) for a in tokens for b in tokens if a <= b < a + 4]
+        a, b = max(spans, key=lambda span: start[0, span[0]] + end[0, span[1]])
+        answer = decode_spans(start, end, features, examples, max_answer_length=4)["q"]
+        assert answer == examples[0]["context"][window["offset_start"][a] : window["offset_end"][b]]
+
+
+def test_no_answer_needs_version_2_and_a_margin_above_the_threshold():
+    examples = _dataset([example("Ada wrote it.", "Ada")])
+    features = encode_spans(examples, TOKENIZERS["wordpiece"])
+    start, end = oracle_logits(features, score=1.0)
+    start[0][0] = end[0][0] = 2.0
+    decode = lambda **settings: decode_spans(start, end, features, examples, **settings)["q"]  # noqa: E731
+    assert decode() == "Ada"
+    assert decode(version2=True) == ""
+    assert decode(version2=True, null_threshold=2.0) == "Ada"
+    assert decode(version2=True, null_threshold=1.9) == ""
+
+
+def test_one_window_sure_of_an_answer_outvotes_windows_without():
+    """The null score is the smallest over the windows: a window that lacks the answer says nothing of the others."""
+    examples = _dataset([example(" ".join(["wrote"] * 100 + ["Ada"]), "Ada", 600)])
+    features = encode_spans(examples, TOKENIZERS["wordpiece"], max_length=64, stride=8)
+    assert len(features) > 1
+    assert decode_spans(*oracle_logits(features), features, examples, version2=True) == {"q": "Ada"}
+
+
+def test_logits_must_fit_the_windows():
+    examples = _dataset([example("Ada wrote it.", "Ada")])
+    features = encode_spans(examples, TOKENIZERS["wordpiece"])
+    with pytest.raises(ValueError, match="0 and 0 rows of logits for 1 windows"):
+        decode_spans([], [], features, examples)
+    with pytest.raises(ValueError, match="2 logits for a window"):
+        decode_spans([np.zeros(2)], [np.zeros(2)], features, examples)
+
+
+def official(*questions, context="Ada wrote the first programme."):
+    paragraph = {"context": context, "qas": list(questions)}
+    return {"version": "x", "data": [{"title": "t", "paragraphs": [paragraph]}]}
+
+
+GOOD = {"id": "1", "question": "Who?", "answers": [{"text": "Ada", "answer_start": 0}]}
+NONE = {
+    **{"id": "2", "question": "When?", "answers": [], "is_impossible": True},
+    "plausible_answers": [{"text": "first", "answer_start": 14}],
+}
+
+
+def write(folder, version, content, split=None):
+    for name in (split,) if split else ("train", "dev"):
+        (folder / f"{name}-v{version}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", ["squad", "SQuAD1.1", "squad-v1.1"])
+def test_version_1_files_load(name, tmp_path):
+    write(tmp_path, "1.1", official(GOOD))
+    task = load_task(name, tmp_path)
+    assert task.spec.name == "squad" and task.spec.kind == "spans" and task.spec.metrics[0] == "f1"
+    assert task.train[0] == example("Ada wrote the first programme.", "Ada", key="1", question="Who?")
+
+
+@pytest.mark.parametrize("name", ["squad2.0", "squad_v2", "SQuAD-v2.0"])
+def test_version_2_files_load_with_impossible_questions(name, tmp_path):
+    write(tmp_path, "2.0", official(GOOD, NONE))
+    task = load_task(name, tmp_path)
+    assert task.spec.name == "squad2.0"
+    assert references(task.validation) == {"1": ["Ada"], "2": []}
+
+
+def test_by_name_gives_the_rows_of_the_files(tmp_path, monkeypatch):
+    write(tmp_path, "2.0", official(GOOD, NONE))
+    local = load_task("squad2.0", tmp_path)
+    split = local.train.add_column("title", ["t", "t"])
+    asked = []
+
+    def load_dataset(*arguments):
+        asked.append(arguments[0])
+        return {"train": split, "validation": split}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_task("squad_v2").validation[:] == local.validation[:]
+    assert load_task("squad").spec.name == "squad"
+    assert asked == ["rajpurkar/squad_v2", "rajpurkar/squad"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ([], r"train-v1.1.json: not in the SQuAD layout, 'data' should be a list"),
+        ({"data": [{"title": "t"}]}, r"data\[0\]: not in the SQuAD layout, 'paragraphs' should be a list"),
+        (official({**GOOD, "answers": None}), r"data\[0\].paragraphs\[0\].qas\[0\]: .*'answers'"),
+        (official({**GOOD, "answers": [{"text": "Ada", "answer_start": 1}]}), r"'Ada' is not at answer_start 1, 'da '"),
+        (official({**GOOD, "answers": [{"text": "Ada", "answer_start": -30}]}), r"'Ada' is not at answer_start -30"),
+        (official(GOOD, NONE), r"qas\[1\]: no answer, which only SQuAD 2.0 allows"),
+        (official(), r"train-v1.1.json: there are no questions"),
+    ],
+)
+def test_bad_layout_is_named_by_its_place(content, says, tmp_path):
+    write(tmp_path, "1.1", official(GOOD))
+    write(tmp_path, "1.1", content, "train")
+    with pytest.raises(ValueError, match=says) as caught:
+        load_task("squad", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_task("squad", tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"train-v2.0.json: no such file"):
+        load_task("squad2.0", tmp_path)
+    write(tmp_path, "1.1", official(GOOD))
+    (tmp_path / "dev-v1.1.json").write_text('{"data":\n [}')
+    with pytest.raises(ValueError, match=r"dev-v1.1.json:2: not JSON"):
+        load_task("squad", tmp_path)
+    (tmp_path / "dev-v1.1.json").write_bytes(b'{"data":\n "\xff"}')
+    with pytest.raises(ValueError, match=r"dev-v1.1.json:2: byte 0xff"):
+        load_task("squad", tmp_path)
+
+
+def real(path: str) -> Path:
+    if not (REAL / path).exists():
+        pytest.skip(f"no data at {REAL / path}")
+    return REAL / path
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(("name", "rows"), [("squad", (10822, 1055)), ("squad2.0", (1050, 699))])
+def test_the_real_files_load_whole(name, rows):
+    task = load_task(name, real("squad"))
+    assert (len(task.train), len(task.validation)) == rows
+    impossible = sum(not accepted for accepted in references(task.validation).values())
+    assert (impossible > 0) == (name == "squad2.0")
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["squad", "squad2.0"])
+def test_real_answers_come_back_exactly_from_bert_windows(name):
+    """Exactly wherever the answer ends where words end; an answer cut out of a word grows to that word."""
+    vocabulary = real("vocab/bert-base-uncased-vocab.txt")
+    tokenizer = BertTokenizerFast(tokenizer_object=BertWordPieceTokenizer(str(vocabulary), lowercase=True)._tokenizer)
+    examples = load_task(name, real("squad")).validation.select(range(400))
+    features = encode_spans(examples, tokenizer, max_length=160, stride=64)
+    assert len(features) > 400
+    answers = decode_spans(*oracle_logits(features), features, examples, version2=name == "squad2.0")
+    whole_words = 0
+    for row in examples:
+        if not row["answers"]["text"]:
+            assert answers[row["id"]] == ""
+            continue
+        text, start = row["answers"]["text"][0], row["answers"]["answer_start"][0]
+        assert text in answers[row["id"]]
+        around = row["context"][max(start - 1, 0) : start + 1], row["context"][start + len(text) - 1 :][:2]
+        if not any(re.fullmatch(r"\w\w", edge) for edge in around):
+            whole_words += 1
+            assert answers[row["id"]] == text
+    assert whole_words > 150
+    assert squad_scores(answers, references(examples))["exact_match"] > 0.98

@@ -1,0 +1,118 @@
+"""Metrics against their formulas, on whole splits, and where they are undefined."""
+
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from effbert.metrics import compute, squad_scores
+
+BINARY = st.integers(1, 40).flatmap(
+    lambda n: st.tuples(*[st.lists(st.integers(0, 1), min_size=n, max_size=n).map(np.array)] * 2)
+)
+FLOATS = st.integers(3, 30).flatmap(
+    lambda n: st.tuples(*[st.lists(st.integers(-999, 999), min_size=n, max_size=n, unique=True)] * 2)
+)
+
+
+@settings(max_examples=40, deadline=None)  # the first example imports sklearn
+@given(BINARY)
+def test_class_metrics_follow_from_the_four_counts(sides):
+    predictions, references = sides
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = compute(("accuracy", "f1", "mcc"), predictions, references)
+    tp, tn = np.sum(predictions & references), np.sum((1 - predictions) & (1 - references))
+    fp, fn = np.sum(predictions & (1 - references)), np.sum((1 - predictions) & references)
+    assert scores["accuracy"] == pytest.approx((tp + tn) / len(references))
+    assert scores["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 0.0)
+    product = float((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert scores["mcc"] == pytest.approx((tp * tn - fp * fn) / product**0.5 if product else 0.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(FLOATS)
+def test_correlations_follow_their_formulas(sides):
+    x, y = (np.array(side, np.float32) for side in sides)
+    scores = compute(("pearson", "spearman"), x, y)
+    assert scores["pearson"] == pytest.approx(np.corrcoef(x.astype(float), y.astype(float))[0, 1], abs=1e-9)
+    ranks = [np.argsort(np.argsort(side)) for side in (x, y)]
+    assert scores["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-9)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.permutations(range(12)))
+def test_the_order_of_rows_does_not_matter(order):
+    x, y = np.arange(12) % 3, np.arange(12) % 2
+    assert compute(("mcc",), x[list(order)], y[list(order)]) == pytest.approx(compute(("mcc",), x, y))
+
+
+def test_mcc_of_three_classes():
+    perfect = np.array([0, 1, 2, 2, 1])
+    assert compute(("mcc", "accuracy"), perfect, perfect) == pytest.approx({"mcc": 1.0, "accuracy": 1.0})
+
+
+@pytest.mark.parametrize("constant", [np.full(6, 0.1, np.float32), np.zeros(6), np.full(6, 1e6) + np.arange(6) * 1e-10])
+def test_constant_sides_have_no_correlation_and_give_no_warning(constant):
+    varied = np.arange(6.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for sides in ((constant, varied), (varied, constant), (constant, constant), (constant[:1], varied[:1])):
+            assert compute(("pearson", "spearman"), *sides) == {"pearson": 0.0, "spearman": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("names", "predictions", "references", "says"),
+    [
+        (("rouge",), np.zeros(2), np.zeros(2), "unknown metric 'rouge'; choose from accuracy"),
+        (("accuracy",), np.zeros(2, int), np.zeros(3, int), "equal shapes"),
+        (("accuracy",), np.zeros((2, 2), int), np.zeros((2, 2), int), "equal shapes"),
+        (("accuracy",), np.zeros(0, int), np.zeros(0, int), "N > 0"),
+        (("accuracy",), np.zeros(2), np.zeros(2, int), "class indices, not float64"),
+        (("pearson",), np.array([0.0, np.nan]), np.zeros(2), "finite"),
+        (("f1",), np.array([0, 2]), np.array([0, 1]), "two classes"),
+    ],
+)
+def test_bad_input_is_refused(names, predictions, references, says):
+    with pytest.raises(ValueError, match=says):
+        compute(names, predictions, references)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "accepted", "exact", "f1"),
+    [
+        ("The  Eiffel Tower!", ["eiffel tower"], 1, 1),
+        ("a theatre", ["theatre"], 1, 1),
+        ("thea", ["a"], 0, 0),
+        ("Eiffel", ["the Eiffel Tower", "Paris"], 0, 2 / 3),
+        ("in Paris, France", ["Paris", "Paris France"], 0, 4 / 5),
+        ("red red blue", ["red blue blue"], 0, 2 / 3),
+        ("U.S.", ["us"], 1, 1),
+        ("", [], 1, 1),
+        ("something", [], 0, 0),
+        ("", ["Paris"], 0, 0),
+        ("the", ["Paris"], 0, 0),
+    ],
+)
+def test_squad_scores_of_one_question(prediction, accepted, exact, f1):
+    assert squad_scores({"q": prediction}, {"q": accepted}) == pytest.approx({"exact_match": exact, "f1": f1})
+
+
+def test_squad_scores_are_means_over_questions():
+    scores = squad_scores({"a": "Paris", "b": "x", "c": ""}, {"c": [], "a": ["Paris"], "b": ["x y z"]})
+    assert scores == pytest.approx({"exact_match": 2 / 3, "f1": (1 + 0.5 + 1) / 3})
+
+
+def test_squad_ids_must_agree():
+    with pytest.raises(ValueError, match="2 questions, of which 1 lack an answer; 1 ids too many"):
+        squad_scores({"a": "", "x": ""}, {"a": [], "b": []})
+    with pytest.raises(ValueError, match="0 questions"):
+        squad_scores({}, {})
+
+
+@given(st.text(max_size=30), st.text(max_size=30))
+def test_squad_scores_stay_within_bounds_and_exact_implies_f1(prediction, gold):
+    scores = squad_scores({"q": prediction}, {"q": [gold]})
+    assert 0 <= scores["f1"] <= 1 and (scores["exact_match"] == 0 or scores["f1"] == 1)
