@@ -34,3 +34,14 @@ def load(path: str | Path, fingerprint: str) -> dict:
             "delete it to restart this phase"
         )
     return content["state"]
+
+
+def own_memory(model: torch.nn.Module) -> torch.nn.Module:
+    """`model` with every weight in memory of its own.
+
+    transformers leaves loaded weights as views into the mapped file, and the alignment of a matrix changes the last bit
+    of its products: a resumed run must not differ from an undisturbed one by that.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model

@@ -236,7 +236,7 @@ def demo() -> SearchConfig:
 def smoke() -> SearchConfig:
     """Everything the demo does, in under a minute: for CI, and for tests that kill it. Its scores mean nothing."""
     base = demo()
-    stage = dataclasses.replace(base.stage1, num_candidates=2, general_share=0.1, task_share=0.25, initial_samples=1)
+    stage = dataclasses.replace(base.stage1, num_candidates=2, general_share=0.1, task_share=0.25, initial_samples=2)
     return dataclasses.replace(
         base,
         max_length=32,

@@ -45,7 +45,7 @@ def metrics_of_spans(rows: list[np.ndarray], task: EncodedTask, split: str) -> d
     """Exact match and F1 of the decoded answers, for logits [length, 2] of every window."""
     from effbert.data import squad
 
-    examples = getattr(task, f"{split}_examples")
+    examples = getattr(task.raw, split)
     answers = squad.decode_spans(
         [row[:, 0] for row in rows],
         [row[:, 1] for row in rows],

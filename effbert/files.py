@@ -30,7 +30,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, with the same suffix; what the body wrote there becomes `path` at the end.
 
     The file and its folder are synced to the disk. If the body or the disk fails, `path` keeps its old content and the
-    temporary file is removed; a full disk raises DiskFullError. The folder of `path` must exist.
+    temporary file is removed; a full disk raises DiskFullError. The folder of `path` must exist. Hand torch.save an open file, not
+    the path: its own writer does not say that the disk is full.
     """
     path = Path(path)
     temporary = _temporary(path)
@@ -57,9 +58,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
             for name in names:
                 _sync(Path(folder, name))
             _sync(Path(folder))
-        if path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
+        _swap(temporary, path, previous)
         _sync(path.parent)
     _remove(previous)
 
@@ -68,6 +67,17 @@ def remove_partial(folder: str | Path) -> None:
     """Removes what killed processes left under `folder`. Only for a folder that no other process is writing to."""
     for leftover in list(Path(folder).rglob(f"{PARTIAL}*")):
         _remove(leftover)
+
+
+def _swap(temporary: Path, path: Path, previous: Path) -> None:
+    if path.exists():
+        os.replace(path, previous)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        if previous.exists():
+            os.replace(previous, path)
+        raise
 
 
 def _temporary(path: Path) -> Path:

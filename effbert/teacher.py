@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from effbert.checkpoint import own_memory
 from effbert.trace import Trace
 
 
@@ -131,9 +132,10 @@ def load_model(folder: str | Path, head: str | None = None, **overrides) -> nn.M
         "spans": transformers.AutoModelForQuestionAnswering,
     }[head]
     try:
-        return auto.from_pretrained(folder, use_safetensors=True, attn_implementation="sdpa", **overrides)
+        model = auto.from_pretrained(folder, use_safetensors=True, attn_implementation="sdpa", **overrides)
     except Exception as error:
         raise ValueError(f"teacher {folder}: its weights cannot be read: {str(error).splitlines()[0]}") from error
+    return own_memory(model)
 
 
 def head_of(config) -> str | None:

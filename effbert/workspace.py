@@ -12,10 +12,10 @@ import torch
 from effbert import random
 from effbert.config import SearchConfig
 from effbert.data.batches import BatchPlan, subset
-from effbert.data.corpus import load_corpus
+from effbert.data.corpus import load_corpus, sentences_of
 from effbert.data.encode import EncodedTask, encode_task
 from effbert.data.tasks import BUILTIN, Task, TaskSpec, load_task, map_labels
-from effbert.data.tokenizer import load_tokenizer
+from effbert.data.tokenizer import load_tokenizer, train_wordpiece
 from effbert.engine import Phase, forget, train
 from effbert.evaluate import evaluate
 from effbert.files import atomic_dir
@@ -89,7 +89,7 @@ def open_workspace(config: SearchConfig, folder: Path, say: Say) -> Workspace:
     raw = {name: split_task(task, config) for name, task in load_tasks(config).items()}
     if given is not None:
         check_teacher(given, config, next(iter(raw.values()))[0].spec)
-    tokenizer = load_tokenizer(config.teacher) if given is not None else own_tokenizer(config, folder, raw, say)
+    tokenizer = load_tokenizer(config.teacher) if given is not None else own_tokenizer(config, folder, say)
     corpus = load_corpus(config.corpus, tokenizer, config.max_length, limit_tokens=config.corpus_tokens or None)
     say(f"corpus: {len(corpus):,} sequences of at most {config.max_length} tokens from {config.corpus}")
     tasks = {name: encode_task(task, tokenizer, config.max_length) for name, (task, _) in raw.items()}
@@ -169,15 +169,12 @@ def teacher_columns(given, config: SearchConfig, spec: TaskSpec) -> list[int]:
     return map_labels(spec.labels, names, f"teacher {config.teacher}")
 
 
-def own_tokenizer(config: SearchConfig, folder: Path, raw: dict, say: Say):
+def own_tokenizer(config: SearchConfig, folder: Path, say: Say):
     """A WordPiece tokenizer trained on the run's corpus, kept in its folder."""
-    from effbert.data.corpus import iterate_sentences
-    from effbert.data.tokenizer import train_wordpiece
-
     target = folder / "tokenizer"
     if not target.exists():
         say(f"training a WordPiece vocabulary of {config.teacher_model.vocab_size:,} on {config.corpus}")
-        tokenizer = train_wordpiece(iterate_sentences(config.corpus), config.teacher_model.vocab_size)
+        tokenizer = train_wordpiece(sentences_of(config.corpus), config.teacher_model.vocab_size)
         with atomic_dir(target) as temporary:
             tokenizer.save_pretrained(temporary)
     return load_tokenizer(target)

@@ -36,13 +36,14 @@ def _step_aside():
     """Let the installed package of this name take our place in sys.modules, where there is one."""
     import sys
     from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
     from pathlib import Path
 
     here = Path(__file__).resolve().parent.parent
     elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
     spec = PathFinder.find_spec("kernels", elsewhere)
     if spec is not None and spec.loader is not None:
-        module = importlib.util.module_from_spec(spec)
+        module = module_from_spec(spec)
         sys.modules["kernels"] = module
         spec.loader.exec_module(module)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from effbert import random
+from effbert.checkpoint import own_memory
 from effbert.architecture import Architecture, count_parameters
 from effbert.config import SearchStage, SharedStage
 from effbert.data.batches import subset
@@ -113,7 +114,7 @@ def warm_supernet(workspace: Workspace, reporter: Reporter) -> Supernet:
         )
         save_model(supernet, target)
         forget([phase])
-    return Supernet.from_pretrained(target).to(workspace.device).eval()
+    return own_memory(Supernet.from_pretrained(target)).to(workspace.device).eval()
 
 
 def save_model(model, target: Path) -> None:
@@ -197,7 +198,7 @@ def shared_supernet(
     """Stage 3's supernet: from the warm one, general distillation then all tasks, a sampled architecture a step."""
     config, target = workspace.config, workspace.folder / "stage3" / "supernet"
     if target.exists():
-        return Supernet.from_pretrained(target).to(workspace.device).eval()
+        return own_memory(Supernet.from_pretrained(target)).to(workspace.device).eval()
     folder = workspace.folder / "stage3"
     folder.mkdir(exist_ok=True)
     supernet = warm

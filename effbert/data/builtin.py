@@ -36,8 +36,8 @@ _MODULES = {
     " rlcompleter shlex tkinter tty turtle turtledemo webbrowser",
     "internet": "asynchat asyncore cgi cgitb email ftplib html http imaplib ipaddress mailbox mailcap mimetypes netrc"
     " nntplib nturl2path poplib smtpd smtplib socket socketserver ssl telnetlib urllib uuid wsgiref xmlrpc",
-    "language": "__future__ abc annotationlib ast bisect builtins collections collections_abc contextlib contextvars copy"
-    " copyreg dataclasses dis enum functools graphlib heapq help imp importlib inspect keyword opcode operator"
+    "language": "__future__ abc annotationlib ast bisect builtins collections collections_abc contextlib contextvars"
+    " copy copyreg dataclasses dis enum functools graphlib heapq help imp importlib inspect keyword opcode operator"
     " py_abc py_warnings reprlib symtable token tokenize types typing warnings weakref weakrefset",
     "system": "asyncio bz2 compression concurrent ctypes dbm filecmp fileinput fnmatch genericpath glob gzip io logging"
     " lzma multiprocessing ntpath os pathlib pipes platform posixpath pty pyio queue sched selectors shutil"
@@ -148,6 +148,7 @@ def _next_rows(found: list[Document], copies: Counter, size: int, split: str) ->
         for first, second in pairwise(passage)
         if copies[first.lower()] == 1 and copies[second.lower()] == 1
     ]
+    true_pairs = {pair for document in found for passage in document.passages for pair in pairwise(passage)}
     spans = {}
     for i, (name, *_) in enumerate(pairs):
         spans[name] = (spans.get(name, (i, i))[0], i + 1)
@@ -158,10 +159,13 @@ def _next_rows(found: list[Document], copies: Counter, size: int, split: str) ->
         follows = i % 2
         if not follows:
             start, end = spans[name]
-            choices = [j for j in range(start, end) if pairs[j][1] != number]
-            if not choices or rng.random() < 0.5:
-                choices = [*range(start), *range(end, len(pairs))]
-            second = pairs[choices[rng.integers(len(choices))]][3]
+            near = [pairs[j] for j in range(start, end) if pairs[j][1] != number]
+            near = [other[3] for other in near if (first, other[3]) not in true_pairs]
+            if near and rng.random() < 0.5:
+                second = near[rng.integers(len(near))]
+            else:
+                far = rng.integers(len(pairs) - (end - start))
+                second = pairs[far if far < start else far + end - start][3]
         rows.append((first, second, follows))
     return rows
 

@@ -54,6 +54,12 @@ def load_corpus(
     return cached(key, build, cache_dir)
 
 
+def sentences_of(source: str | Path | Sequence[str | Path], *, cache_dir: str | Path | None = None) -> Iterator[str]:
+    """The sentences of a corpus in reading order, as `load_corpus` finds them; the same errors."""
+    paragraphs = _open(source, None, "train", "text", cache_dir)[2]
+    return (sentence for paragraph in paragraphs for sentence in split_sentences(paragraph))
+
+
 def pack(sentences: Iterable[list[int]], cls_token_id: int, sep_token_id: int, max_length: int) -> Iterator[list[int]]:
     """Sequences `cls ... sep` of at most `max_length` ids that hold every id of `sentences`, in order."""
     room = max_length - 2

@@ -19,12 +19,17 @@ _PIECE = 10_000
 @dataclass(frozen=True)
 class EncodedTask:
     """The splits of a task as ids: `input_ids`, `token_type_ids` if the tokenizer makes them, and `labels` (int64, or
-    float32 for regression) in the order of the raw rows. Spans: one row a window, as `squad.encode_spans` says.
+    float32 for regression) in the order of the rows of `raw`. Spans: one row a window, as `squad.encode_spans` says.
     """
 
-    spec: "TaskSpec"
+    raw: "Task"
     train: "Dataset"
     validation: "Dataset"
+
+    @property
+    def spec(self) -> "TaskSpec":
+        """What the task asks."""
+        return self.raw.spec
 
 
 def encode_task(
@@ -62,7 +67,7 @@ def encode_task(
         splits.append(
             cached(key, lambda rows=dataset: _pieces(rows, task.spec, tokenizer, max_length, stride), cache_dir)
         )
-    return EncodedTask(task.spec, *splits)
+    return EncodedTask(task, *splits)
 
 
 def _pieces(dataset: "Dataset", spec: "TaskSpec", tokenizer: "PreTrainedTokenizerBase", max_length: int, stride: int):

@@ -85,8 +85,11 @@ def load_tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerBase":
         tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else str(path_or_name))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        wanted = "it should hold tokenizer.json or vocab.txt" if folder.is_dir() else reason
-        raise FileNotFoundError(f"no tokenizer at {path_or_name}: {wanted}") from error
+        if folder.is_dir():
+            reason = f"the folder should hold tokenizer.json or vocab.txt ({reason})"
+        else:
+            reason = f"no such folder here, and the Hugging Face hub gives none: {reason}"
+        raise FileNotFoundError(f"no tokenizer at {path_or_name}: {reason}") from error
     missing = [name for name in ("pad", "cls", "sep") if getattr(tokenizer, f"{name}_token_id") is None]
     if missing:
         raise ValueError(f"the tokenizer at {path_or_name} has no {', '.join(missing)} token; a BERT tokenizer has all")

@@ -1,0 +1,113 @@
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from effbert.data.cache import cached, dataset_fingerprint, default_cache_dir, tokenizer_fingerprint
+from effbert.data.tokenizer import train_wordpiece
+
+ROWS = {"ids": [[1, 2], [], [3]], "name": ["a", "b", "c"]}
+
+
+def _never():
+    raise AssertionError("built again")
+
+
+def test_built_once_and_read_back_memory_mapped(tmp_path):
+    built = cached(("rows", 1), lambda: Dataset.from_dict(ROWS), tmp_path)
+    again = cached(("rows", 1), _never, tmp_path)
+    assert built.to_dict() == again.to_dict() == ROWS
+    assert again.cache_files
+    assert cached(("rows", 2), lambda: Dataset.from_dict({"x": [1]}), tmp_path).to_dict() == {"x": [1]}
+
+
+def test_pieces_are_joined_and_selections_respected(tmp_path):
+    whole = Dataset.from_dict(ROWS)
+    joined = cached(("pieces",), lambda: (whole.select([i]) for i in (2, 0)), tmp_path)
+    assert joined["name"] == ["c", "a"]
+    shuffled = cached(("shuffled",), lambda: whole.select([2, 0, 1]), tmp_path)
+    assert shuffled["ids"] == [[3], [1, 2], []]
+
+
+def test_a_failed_or_killed_write_leaves_nothing_that_is_read(tmp_path):
+    def breaks():
+        yield Dataset.from_dict(ROWS)
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        cached(("rows",), breaks, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+    kill = (
+        "import os, signal, sys; from datasets import Dataset; from effbert.data.cache import cached\n"
+        "def pieces():\n    yield Dataset.from_dict({'name': ['half']})\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "cached(('rows',), pieces, sys.argv[1])"
+    )
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", kill, str(tmp_path)], cwd=root).returncode == -9
+    assert list(tmp_path.iterdir())
+    assert cached(("rows",), lambda: Dataset.from_dict(ROWS), tmp_path)["name"] == ["a", "b", "c"]
+
+
+def test_of_two_writers_one_wins_and_both_read_the_same(tmp_path):
+    def slow():
+        cached(("race",), lambda: Dataset.from_dict({"name": ["first"]}), tmp_path)
+        return Dataset.from_dict({"name": ["second"]})
+
+    assert cached(("race",), slow, tmp_path)["name"] == ["first"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_unwritable_place_and_a_full_disk_are_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot write the data cache .*file") as caught:
+        cached(("rows",), lambda: Dataset.from_dict(ROWS), tmp_path / "file")
+    assert "\n" not in str(caught.value)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match="No space left on device; set EFFBERT_CACHE"):
+        cached(("rows",), lambda: Dataset.from_dict(ROWS), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_errors_of_the_builder_pass_through(tmp_path):
+    def missing():
+        raise FileNotFoundError("no such text")
+        yield
+
+    with pytest.raises(FileNotFoundError, match="no such text"):
+        cached(("rows",), missing, tmp_path)
+
+
+def test_the_folder_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("EFFBERT_CACHE", "/a")
+    assert default_cache_dir() == Path("/a")
+    monkeypatch.delenv("EFFBERT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert default_cache_dir() == Path("/b/effbert")
+
+
+def test_tokenizer_fingerprint_sees_vocabulary_and_rules_but_not_use():
+    text = ["some words to learn from", "Some More"] * 4
+    one, same = train_wordpiece(text, 40), train_wordpiece(text, 40)
+    before = tokenizer_fingerprint(one)
+    one(text, truncation=True, max_length=4, padding=True)
+    assert tokenizer_fingerprint(one) == before == tokenizer_fingerprint(same)
+    assert tokenizer_fingerprint(train_wordpiece(text, 32)) != before
+    assert tokenizer_fingerprint(train_wordpiece(text, 40, lowercase=False)) != before
+
+
+def test_dataset_fingerprint_is_of_the_content_alone(tmp_path):
+    dataset = Dataset.from_dict(ROWS)
+    other_way = Dataset.from_dict({"name": ["x", *ROWS["name"]], "ids": [[9], *ROWS["ids"]]}).select([1, 2, 3])
+    stored = cached(("rows",), lambda: (dataset.select([i]) for i in range(3)), tmp_path)
+    assert dataset_fingerprint(dataset) == dataset_fingerprint(other_way) == dataset_fingerprint(stored)
+    assert dataset_fingerprint(dataset) != dataset_fingerprint(dataset.select([0, 2, 1]))
+    assert dataset_fingerprint(dataset) != dataset_fingerprint(dataset.remove_columns("name"))

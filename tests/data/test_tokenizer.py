@@ -1,0 +1,60 @@
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from effbert.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_wordpiece
+
+TEXT = ["The quick brown fox jumps over the lazy dog.", "Zwölf Boxkämpfer jagen Viktor.", "the fox, the dog & 12 more"]
+
+
+def test_ids_text_and_types_are_those_of_bert():
+    tokenizer = train_wordpiece(TEXT * 3, 200)
+    assert tuple(tokenizer.convert_ids_to_tokens(range(5))) == SPECIAL_TOKENS
+    one = tokenizer("The FOX", "a dog")
+    assert tokenizer.convert_ids_to_tokens(one["input_ids"])[:3] == ["[CLS]", "the", "fox"]
+    assert tokenizer.decode(one["input_ids"]) == "[CLS] the fox [SEP] a dog [SEP]"
+    assert one["token_type_ids"] == [0] * 4 + [1] * (len(one["input_ids"]) - 4)
+    assert tokenizer.unk_token_id not in tokenizer("Zwolf boxkampfer")["input_ids"]
+    assert tokenizer("日")["input_ids"][1] == tokenizer.unk_token_id
+
+
+def test_vocabulary_is_the_same_in_every_process_and_order():
+    code = (
+        "import pathlib, textwrap; from effbert.data.tokenizer import train_wordpiece;"
+        "lines = pathlib.Path(textwrap.__file__).read_text().splitlines();"
+        "print(sorted(train_wordpiece(lines, 600).get_vocab().items()))"
+    )
+    root = Path(__file__).parents[2]
+    other = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    lines = Path(textwrap.__file__).read_text().splitlines()
+    vocab = train_wordpiece(lines[::-1], 600).get_vocab()
+    assert len(vocab) == 600
+    assert other.strip() == str(sorted(vocab.items()))
+
+
+def test_saved_and_loaded_it_stays_the_same(tmp_path):
+    tokenizer = train_wordpiece(TEXT, 150)
+    tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert isinstance(again, PreTrainedTokenizerFast)
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert again(TEXT[0], TEXT[1]) == tokenizer(TEXT[0], TEXT[1])
+
+
+def test_text_without_words_and_too_small_a_vocabulary_are_refused():
+    with pytest.raises(ValueError, match="no words"):
+        train_wordpiece(["", "  "], 100)
+    with pytest.raises(ValueError, match="vocab_size 10 cannot hold"):
+        train_wordpiece(TEXT, 10)
+
+
+def test_folders_without_a_tokenizer_are_named_in_one_line(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{broken")
+    for place in (tmp_path / "absent", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"no tokenizer at {place}") as caught:
+            load_tokenizer(place)
+        assert "\n" not in str(caught.value)

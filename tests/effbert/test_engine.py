@@ -1,0 +1,210 @@
+"""The training loop: resuming is exact, divergence stops a phase and not the run, checkpoints refuse what they are not."""
+
+import io
+import os
+import pickle
+import signal
+import zipfile
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from effbert import checkpoint, files
+from effbert.data.batches import BatchPlan
+from effbert.engine import Phase, forget, train
+from effbert.kernels import philox
+from effbert.optim import TrainingArguments
+
+ROWS = datasets.Dataset.from_dict({"input_ids": [[1 + (7 * i + j) % 9 for j in range(1 + i % 5)] for i in range(43)]})
+
+
+class Tiny(nn.Module):
+    """Predicts nothing useful, but has dropout and an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(10, 6)
+        self.out = nn.Linear(6, 1)
+
+    def forward(self, batch):
+        x = self.table(batch.input_ids) * batch.attention_mask[..., None]
+        x = philox.apply(x, philox.Dropout(0.3, int(torch.randint(2**62, ())), 0))
+        return (self.out(x).mean(dim=(1, 2)) - 1.0).square().mean()
+
+
+def plan_of(epoch):
+    return BatchPlan(ROWS, 4, pad_token_id=0, seed=5, name="t", epoch=epoch)
+
+
+ARGUMENTS = TrainingArguments(learning_rate=0.05, num_train_epochs=3, gradient_accumulation_steps=2)
+
+
+def run(phase, arguments=ARGUMENTS, on_step=None, spoil_at=None):
+    model = Tiny()
+
+    def loss_of(batch, number):
+        loss = model(batch)
+        return loss * float("nan") if number == spoil_at else loss
+
+    result = train(model, plan_of, loss_of, arguments, phase, after_epoch=lambda e: {"epoch": e}, on_step=on_step)
+    return model, result
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", [1, 5, 6, 7, 17])
+def test_a_phase_killed_after_any_step_ends_as_if_undisturbed(tmp_path, moment):
+    whole, expected = run(Phase(("p", 1), 3))
+    phase = Phase(("p", 1), 3, tmp_path / "p.pt", "settings", save_seconds=-1.0)
+
+    def kill(step, total):
+        if step == moment:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(phase, on_step=kill)
+    model, result = run(phase)
+    for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert (result.steps, result.tokens, result.loss, result.epochs) == (
+        expected.steps,
+        expected.tokens,
+        expected.loss,
+        expected.epochs,
+    )
+    forget([phase])
+    assert not phase.checkpoint.exists()
+
+
+def test_ctrl_c_finishes_the_step_saves_and_resumes(tmp_path):
+    whole, _ = run(Phase(("p", 1), 3))
+    phase = Phase(("p", 1), 3, tmp_path / "p.pt")
+
+    def interrupt(step, total):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(phase, on_step=interrupt)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert checkpoint.load(phase.checkpoint, phase.fingerprint)["step"] == 4
+    model, _ = run(phase)
+    for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_accumulated_gradients_are_the_mean_over_the_group():
+    one = TrainingArguments(learning_rate=0.05, num_train_epochs=1, gradient_accumulation_steps=1)
+    _, single = run(Phase(("p",), 0), one)
+    _, double = run(Phase(("p",), 0), TrainingArguments(**{**vars(one), "gradient_accumulation_steps": 2}))
+    batches = len(plan_of(0))
+    assert single.steps == batches and double.steps == -(-batches // 2)
+    assert single.tokens == double.tokens == sum(len(row) for row in ROWS["input_ids"])
+
+
+def test_a_non_finite_loss_ends_the_phase_within_twenty_steps_without_raising():
+    arguments = TrainingArguments(learning_rate=0.05, num_train_epochs=9)
+    _, result = run(Phase(("p",), 0), arguments, spoil_at=2)
+    assert not result.finished and result.steps <= 20
+
+
+def test_other_seeds_and_names_train_differently():
+    base = next(run(Phase(("p", 1), 3))[0].parameters())
+    for phase in (Phase(("p", 2), 3), Phase(("p", 1), 4)):
+        assert not torch.equal(base, next(run(phase)[0].parameters()))
+
+
+def saved(tmp_path):
+    path = tmp_path / "state.pt"
+    checkpoint.save(path, "phase a", {"model": {"w": torch.arange(3.0)}, "step": 2})
+    return path
+
+
+def test_a_checkpoint_comes_back_whole(tmp_path):
+    state = checkpoint.load(saved(tmp_path), "phase a")
+    assert torch.equal(state["model"]["w"], torch.arange(3.0)) and state["step"] == 2
+
+
+def test_a_checkpoint_of_another_phase_says_whose_it_is(tmp_path):
+    with pytest.raises(ValueError, match="belongs to 'phase a', not to 'phase b'"):
+        checkpoint.load(saved(tmp_path), "phase b")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 300])
+def test_a_truncated_checkpoint_is_refused_in_one_line(tmp_path, keep):
+    path = saved(tmp_path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="delete it to restart") as error:
+        checkpoint.load(path, "phase a")
+    assert "\n" not in str(error.value)
+
+
+class Bomb:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (open, (self.target, "w"))
+
+
+def test_a_checkpoint_with_code_is_refused_and_not_executed(tmp_path):
+    target = str(tmp_path / "exploded")
+    path = saved(tmp_path)
+    content = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(content, "w") as new:
+        for name in old.namelist():
+            data = pickle.dumps(Bomb(target), protocol=2) if name.endswith("data.pkl") else old.read(name)
+            new.writestr(name, data)
+    path.write_bytes(content.getvalue())
+    with pytest.raises(ValueError, match="not executed"):
+        checkpoint.load(path, "phase a")
+    path.write_bytes(pickle.dumps(Bomb(target)))
+    with pytest.raises(ValueError, match="delete it"):
+        checkpoint.load(path, "phase a")
+    assert not os.path.exists(target)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(tmp_path, monkeypatch):
+    path = saved(tmp_path)
+
+    def full(state, target):
+        open(target, "wb").write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="no space left on device") as error:
+        checkpoint.save(path, "phase a", {"step": 3})
+    assert isinstance(error.value, files.DiskFullError) and "\n" not in str(error.value)
+    monkeypatch.undo()
+    assert checkpoint.load(path, "phase a")["step"] == 2
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state.pt"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"learning_rate": -1.0}, {"warmup_ratio": 2.0}, {"num_train_epochs": -1}, {"gradient_accumulation_steps": 0}]
+)
+def test_arguments_that_make_no_sense_are_refused(changes):
+    with pytest.raises(ValueError, match="must"):
+        TrainingArguments(**changes)
+
+
+def test_the_same_batch_number_draws_the_same_numbers_whatever_ran_before():
+    seen = []
+
+    def record(batch, number):
+        seen.append((number, float(torch.rand(()))))
+        return torch.zeros((), requires_grad=True) * 1.0
+
+    for _ in range(2):
+        np.random.seed(len(seen))
+        torch.manual_seed(len(seen))
+        train(Tiny(), plan_of, record, TrainingArguments(num_train_epochs=1), Phase(("p",), 0))
+    half = len(seen) // 2
+    assert seen[:half] == seen[half:]

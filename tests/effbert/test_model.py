@@ -1,0 +1,180 @@
+"""The student as a transformers model: saving, loading, padding, dropout, heads."""
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+
+import effbert  # noqa: F401  (registers the model type)
+from effbert.architecture import Architecture, count_parameters
+from effbert.data.tasks import TaskSpec
+from effbert.model import (
+    EffBertConfig,
+    EffBertForQuestionAnswering,
+    EffBertForSequenceClassification,
+    EffBertModel,
+)
+from effbert.supernet import Supernet, supernet_config
+
+MIXED = "tanh(linear4_2(gelu(linear4_2(x,wb1)),wb2)), add(linear1_3(mul(linear1_3(max(x,tanh(x)),wb1),x),wb2),x)"
+
+
+def config(**changes):
+    small = {
+        "architecture": MIXED,
+        "vocab_size": 50,
+        "embedding_size": 8,
+        "hidden_size": 24,
+        "num_attention_heads": 4,
+        "intermediate_size": 24,
+        "max_position_embeddings": 40,
+    }
+    return EffBertConfig(**{**small, **changes})
+
+
+def batch(lengths=(9, 5, 1), pad=0, total=None):
+    ids = torch.randint(1, 50, (len(lengths), total or max(lengths)), generator=torch.Generator().manual_seed(3))
+    mask = (torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]).long()
+    return ids * mask + pad * (1 - mask), mask
+
+
+@pytest.mark.parametrize("num_labels", [1, 2, 5])
+def test_a_saved_classifier_loads_through_the_auto_class_and_agrees(tmp_path, num_labels):
+    model = EffBertForSequenceClassification(config(num_labels=num_labels)).eval()
+    ids, mask = batch()
+    before = model(ids, mask).logits
+    assert before.shape == (3, num_labels)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert isinstance(loaded, EffBertForSequenceClassification)
+    torch.testing.assert_close(loaded(ids, mask).logits, before, rtol=1e-6, atol=1e-7)
+    assert str(loaded.config.architecture) == MIXED
+
+
+def test_encoder_and_question_answering_load_through_their_auto_classes(tmp_path):
+    ids, mask = batch()
+    for kind, auto in ((EffBertModel, AutoModel), (EffBertForQuestionAnswering, AutoModelForQuestionAnswering)):
+        model = kind(config()).eval()
+        model.save_pretrained(tmp_path / kind.__name__)
+        loaded = auto.from_pretrained(tmp_path / kind.__name__).eval()
+        for mine, theirs in zip(loaded(ids, mask).to_tuple(), model(ids, mask).to_tuple(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_losses_follow_the_labels():
+    ids, mask = batch()
+    classes = EffBertForSequenceClassification(config(num_labels=3)).eval()
+    output = classes(ids, mask, labels=torch.tensor([0, 2, 1]))
+    expected = torch.nn.functional.cross_entropy(output.logits, torch.tensor([0, 2, 1]))
+    torch.testing.assert_close(output.loss, expected)
+    score = EffBertForSequenceClassification(config(num_labels=1)).eval()
+    output = score(ids, mask, labels=torch.tensor([0.5, 2.0, 1.0]))
+    torch.testing.assert_close(output.loss, (output.logits[:, 0] - torch.tensor([0.5, 2.0, 1.0])).square().mean())
+    spans = EffBertForQuestionAnswering(config()).eval()
+    output = spans(ids, mask, start_positions=torch.tensor([1, 0, 0]), end_positions=torch.tensor([2, 3, 0]))
+    assert torch.isfinite(output.loss) and output.start_logits.shape == (3, 9)
+
+
+@pytest.mark.parametrize("pad", [0, 7])
+def test_logits_do_not_depend_on_padding(pad):
+    model = EffBertForSequenceClassification(config(num_labels=3)).eval()
+    lengths = (9, 5, 1)
+    ids, mask = batch(lengths, pad=pad, total=31)
+    together = model(ids, mask).logits
+    for row, length in enumerate(lengths):
+        alone = model(ids[row : row + 1, :length]).logits
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_released_neighbour_padding_lets_the_pad_row_in():
+    ids, mask = batch((9, 5))
+    outputs = []
+    for padding in ("zero", "released"):
+        torch.manual_seed(0)
+        model = EffBertModel(config(neighbour_padding=padding)).eval()
+        with torch.no_grad():
+            model.embeddings.token_embeddings.weight[0] = 1.0
+        outputs.append(model(ids, mask).last_hidden_state)
+    assert not torch.allclose(outputs[0][1, 4], outputs[1][1, 4])
+    torch.testing.assert_close(outputs[0][0], outputs[1][0])
+
+
+def test_dropout_follows_the_default_generator_and_only_in_training():
+    model = EffBertModel(config(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)).train()
+    ids, mask = batch()
+
+    def output(seed):
+        torch.manual_seed(seed)
+        return model(ids, mask).last_hidden_state
+
+    torch.testing.assert_close(output(1), output(1), rtol=0, atol=0)
+    assert not torch.allclose(output(1), output(2))
+    model.eval()
+    torch.testing.assert_close(output(1), output(2), rtol=0, atol=0)
+
+
+def test_a_standalone_model_has_exactly_the_counted_parameters():
+    for fit_size in (None, 30):
+        settings = config(fit_size=fit_size)
+        counted = count_parameters(Architecture.parse(MIXED), settings)
+        model = EffBertModel(settings, add_pooling_layer=False)
+        total = counted.total_with_projection if fit_size else counted.total
+        assert sum(p.numel() for p in model.parameters()) == total
+    classifier = EffBertForSequenceClassification(config(num_labels=3))
+    assert classifier.num_parameters() == counted.total + counted.pooler + counted.head(3)
+
+
+def test_a_direct_token_table_has_no_neighbours():
+    settings = config(embedding_size=None)
+    model = EffBertModel(settings, add_pooling_layer=False)
+    assert model.embeddings.dense is None
+    counted = count_parameters(Architecture.parse(MIXED), settings)
+    assert sum(p.numel() for p in model.parameters()) == counted.total
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"num_attention_heads": 5}, "24 does not divide into 5"),
+        ({"neighbour_padding": "none"}, "'zero', 'released'"),
+        ({"combine": "cut"}, "'truncate', 'pad'"),
+        ({"architecture": "softmax(x)"}, "softmax"),
+    ],
+)
+def test_a_config_that_cannot_be_built_says_why(changes, message):
+    with pytest.raises(Exception, match=message):
+        config(**changes)
+
+
+def test_gradients_reach_exactly_the_slices_a_candidate_uses():
+    supernet = Supernet(supernet_config(config(fit_size=30), 2), [TaskSpec("t", "classification", ("a", "b"), ("accuracy",), False)])
+    architecture = Architecture.parse(MIXED)
+    ids, mask = batch()
+    supernet.train().trace(ids, mask, None, architecture, "t").logits.square().sum().backward()
+    first, second = (layer.mlps for layer in supernet.effbert.layers)
+    assert first[3].dense1.weight.grad[:12].abs().sum() > 0 and first[3].dense1.weight.grad[12:].abs().sum() == 0
+    assert second[0].dense2.weight.grad[:, 8:].abs().sum() == 0
+    assert all(parameter.grad is None for mlp in second[1:] for parameter in mlp.parameters())
+
+
+def test_a_saved_supernet_loads_by_itself(tmp_path):
+    specs = [
+        TaskSpec("one", "classification", ("no", "yes"), ("accuracy",), False),
+        TaskSpec("two.0", "spans", (), ("f1",), True),
+        TaskSpec("three", "regression", (), ("pearson",), True),
+    ]
+    supernet = Supernet(supernet_config(config(fit_size=30), 2), specs).eval()
+    supernet.save_pretrained(tmp_path)
+    loaded = Supernet.from_pretrained(tmp_path).eval()
+    ids, mask = batch()
+    architecture = Architecture.parse(MIXED)
+    for task, shape in (("one", (3, 2)), ("two.0", (3, 9, 2)), ("three", (3, 1))):
+        mine = loaded.trace(ids, mask, None, architecture, task).logits
+        assert mine.shape == shape
+        torch.testing.assert_close(mine, supernet.trace(ids, mask, None, architecture, task).logits, rtol=1e-6, atol=1e-7)
+        alone = loaded.extract(architecture, task, fit_size=None)
+        torch.testing.assert_close(alone.trace(ids, mask).logits, mine, rtol=1e-6, atol=1e-6)
+    assert alone.config.num_labels == 1 and loaded.extract(architecture, "one").config.id2label == {0: "no", 1: "yes"}
+    bare = loaded.extract(architecture)
+    torch.testing.assert_close(
+        bare(ids, mask).last_hidden_state, loaded.trace(ids, mask, None, architecture).hidden_states[-1]
+    )

@@ -1,0 +1,136 @@
+"""Teachers of several families are read without changing or materialising anything; misfits are refused clearly."""
+
+import pytest
+import torch
+import transformers
+
+from effbert.teacher import Teacher, check_shape, head_of, layer_map, load_model, read_config, student_vocabulary
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "intermediate_size": 32,
+    "max_position_embeddings": 42,
+    "attention_probs_dropout_prob": 0.0,
+}
+FAMILIES = {
+    "Bert": {},
+    "Roberta": {"pad_token_id": 1, "type_vocab_size": 1},
+    "Electra": {"embedding_size": 16},
+}
+
+
+def build(family, head="ForSequenceClassification", **changes):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **FAMILIES[family], **changes})
+    return getattr(transformers, f"{family}{head}")(config).eval()
+
+
+def batch(pad):
+    ids = torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    return torch.where(mask.bool(), ids, pad), mask, torch.zeros_like(ids)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_scores_and_logits_are_those_of_the_model_itself(family):
+    model = build(family, num_labels=3)
+    ids, mask, types = batch(model.config.pad_token_id)
+    trace = Teacher(build(family, num_labels=3)).trace(ids, mask, types)
+    model.set_attn_implementation("eager")
+    expected = model(ids, mask, output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(trace.logits, expected.logits)
+    assert len(trace.hidden_states) == 5 and len(trace.queries) == len(trace.keys) == 4
+    for mine, theirs in zip(trace.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    for query, key, probabilities in zip(trace.queries, trace.keys, expected.attentions, strict=True):
+        assert query.shape == (2, 3, 9, 8)
+        scores = query @ key.transpose(-1, -2) / 8**0.5
+        scores = scores.masked_fill(mask[:, None, None, :] == 0, float("-inf"))
+        torch.testing.assert_close(torch.softmax(scores, -1), probabilities, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_is_not_materialised_and_nothing_is_kept(family):
+    teacher = Teacher(build(family))
+    assert teacher.config._attn_implementation == "sdpa"
+    trace = teacher.trace(*batch(teacher.config.pad_token_id))
+    assert not teacher._caught
+    assert not any(t.requires_grad for t in (*trace.hidden_states, *trace.queries, trace.logits))
+
+
+def test_a_bare_encoder_and_a_question_answering_model_are_teachers_too():
+    assert Teacher(build("Bert", "Model")).trace(*batch(0)).logits is None
+    assert Teacher(build("Bert", "ForQuestionAnswering")).trace(*batch(0)).logits.shape == (2, 9, 2)
+
+
+def test_columns_are_put_in_the_order_of_the_tasks_labels():
+    plain = Teacher(build("Bert", num_labels=3)).trace(*batch(0)).logits
+    mapped = Teacher(build("Bert", num_labels=3), [2, 0, 1]).trace(*batch(0)).logits
+    torch.testing.assert_close(mapped, plain[:, [2, 0, 1]])
+
+
+def test_a_model_of_another_kind_is_refused():
+    config = transformers.GPT2Config(vocab_size=60, n_embd=24, n_layer=2, n_head=3)
+    with pytest.raises(ValueError, match="BERT, RoBERTa and ELECTRA"):
+        Teacher(transformers.GPT2Model(config))
+
+
+def test_layers_and_heads_that_do_not_fit_say_what_would():
+    assert layer_map(12, 6) == [1, 3, 5, 7, 9, 11]
+    assert layer_map(6, 6) == list(range(6))
+    with pytest.raises(ValueError, match="12 layers.*5 student layers.*1, 2, 3, 4, 6, 12"):
+        layer_map(12, 5)
+    with pytest.raises(ValueError, match="set num_attention_heads to 12"):
+        check_shape(12, 12, 6, 8)
+
+
+def test_a_folder_without_weights_or_config_is_refused_before_loading(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        read_config(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        read_config(tmp_path)
+    build("Bert").config.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        read_config(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{trunc")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_model(tmp_path)
+
+
+def test_a_pickled_checkpoint_is_never_executed(tmp_path):
+    import pickle
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "exploded"), "w"))
+
+    build("Bert").config.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        load_model(tmp_path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_head_and_vocabulary_are_read_from_the_config(tmp_path):
+    for family, head, expected in (
+        ("Bert", "ForSequenceClassification", "classification"),
+        ("Bert", "ForQuestionAnswering", "spans"),
+        ("Bert", "Model", None),
+    ):
+        build(family, head).save_pretrained(tmp_path / head)
+        assert head_of(read_config(tmp_path / head)) == expected
+    roberta = student_vocabulary(build("Roberta").config)
+    assert (roberta["pad_token_id"], roberta["position_offset"], roberta["type_vocab_size"]) == (1, 2, 1)
+    assert student_vocabulary(build("Electra").config)["position_offset"] == 0
+
+
+def test_a_roberta_student_runs_at_the_longest_text_of_its_teacher():
+    from effbert.model import EffBertConfig, EffBertModel
+
+    vocabulary = student_vocabulary(build("Roberta").config)
+    model = EffBertModel(EffBertConfig(hidden_size=24, num_attention_heads=3, intermediate_size=24, **vocabulary)).eval()
+    assert model(torch.full((1, 40), 7)).last_hidden_state.shape == (1, 40, 24)

@@ -1,0 +1,298 @@
+"""The study and its folder: commits, kill -9, resume, the lock, other configurations, foreign folders."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from effbert.files import DiskFullError
+from effbert.search import study as study_module
+from effbert.search.study import Evaluation, RunFolder, Study
+
+CONFIG = {"seed": 1, "teacher": {"learning_rate": 1e-4, "layers": [6, 96]}, "corpus": None}
+
+
+def value_of(number):
+    return 0.1 + (number * 7 % 5) / 3
+
+
+def run_stage(stage, count):
+    """A stage's loop: the pending candidate first, then new ones; candidate 2 fails."""
+    for number in range(len(stage.evaluations()), count):
+        pending = stage.pending()
+        if pending is None:
+            stage.begin(number, f"text {number}", f"key {number}")
+        else:
+            assert pending == Evaluation(number, f"text {number}", None, "running", pending.attrs)
+        if number == 2:
+            stage.fail(number, "diverged")
+        else:
+            stage.complete(number, value_of(number), epochs=[{"accuracy": value_of(number)}], parameters=7)
+
+
+def test_evaluations_come_back_in_order_with_exact_values_and_attributes(tmp_path):
+    run_stage(Study(tmp_path).stage("stage1"), 4)
+    evaluations = Study(tmp_path).stage("stage1").evaluations()
+    assert [evaluation.number for evaluation in evaluations] == [0, 1, 2, 3]
+    assert [evaluation.state for evaluation in evaluations] == ["complete", "complete", "failed", "complete"]
+    assert [evaluation.value for evaluation in evaluations] == [value_of(0), value_of(1), None, value_of(3)]
+    assert evaluations[1].attrs == {"epochs": [{"accuracy": value_of(1)}], "parameters": 7}
+    assert evaluations[2].attrs == {"reason": "diverged"}
+    assert evaluations[3].architecture == "text 3"
+
+
+def test_a_candidate_is_pending_from_begin_until_it_has_a_value(tmp_path):
+    stage = Study(tmp_path).stage("stage1")
+    assert stage.pending() is None and stage.evaluations() == [] and stage.best() is None
+    stage.begin(0, "text", "key")
+    reopened = Study(tmp_path).stage("stage1")
+    assert reopened.pending() == Evaluation(0, "text", None, "running", {})
+    assert reopened.evaluations() == [] and reopened.best() is None
+    reopened.complete(0, 0.5)
+    assert Study(tmp_path).stage("stage1").pending() is None
+
+
+def test_best_is_the_first_of_the_highest(tmp_path):
+    stage = Study(tmp_path).stage("stage1")
+    for number, value in enumerate([0.2, 0.9, None, 0.9]):
+        stage.begin(number, str(number), str(number))
+        stage.fail(number, "diverged") if value is None else stage.complete(number, value)
+    assert stage.best().number == 1
+
+
+def test_stages_do_not_see_each_other(tmp_path):
+    study = Study(tmp_path)
+    run_stage(study.stage("stage1"), 3)
+    assert study.stage("stage2").evaluations() == []
+
+
+def test_two_runs_share_a_database_given_by_url(tmp_path):
+    url = f"sqlite:///{tmp_path}/shared.db"
+    run_stage(Study(tmp_path / "a", url).stage("stage1"), 2)
+    assert Study(tmp_path / "b", url).stage("stage1").evaluations() == []
+    assert len(Study(tmp_path / "a", url).stage("stage1").evaluations()) == 2
+
+
+def test_a_folder_may_have_any_name(tmp_path):
+    folder = tmp_path / "a?b {c} %41 #d"
+    folder.mkdir()
+    run_stage(Study(folder).stage("stage1"), 1)
+    assert os.listdir(folder) == ["study.db"]
+
+
+def test_misuse_is_refused_and_changes_nothing(tmp_path):
+    stage = Study(tmp_path).stage("stage1")
+    stage.begin(0, "text", "key")
+    with pytest.raises(ValueError, match="0 is running"):
+        stage.begin(1, "text", "key")
+    with pytest.raises(ValueError, match="candidate 1 is not open"):
+        stage.complete(1, 0.5)
+    with pytest.raises(ValueError, match="finite"):
+        stage.complete(0, float("nan"))
+    with pytest.raises(ValueError, match="'key' is kept already"):
+        stage.complete(0, 0.5, key="other")
+    assert stage.pending().number == 0
+    stage.complete(0, 0.5)
+    with pytest.raises(ValueError, match="candidate 0 is not open"):
+        stage.complete(0, 0.6)
+    with pytest.raises(ValueError, match="0 is complete"):
+        stage.begin(0, "text", "key")
+
+
+class KillBeforeCommit:
+    """A connection factory whose connections kill the process with SIGKILL instead of the n-th commit."""
+
+    def __init__(self, commits_left):
+        self.left = commits_left
+
+    def __call__(self, path, **kwargs):
+        outer = self
+
+        class Connection(sqlite3.Connection):
+            def commit(self):
+                outer.left -= 1
+                if outer.left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                super().commit()
+
+        return sqlite3_connect(path, factory=Connection, **kwargs)
+
+
+sqlite3_connect = sqlite3.connect
+
+
+def _killed_run(folder, commits):
+    study_module.sqlite3.connect = KillBeforeCommit(commits)
+    run_stage(Study(folder).stage("stage1"), 4)
+
+
+def kill_at(folder, commits):
+    """Runs the stage in a process that dies at its n-th commit; False if it finished before."""
+    process = multiprocessing.get_context("fork").Process(target=_killed_run, args=(folder, commits))
+    process.start()
+    process.join(60)
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def assert_same_study(folder, undisturbed):
+    stage = Study(folder).stage("stage1")
+    run_stage(stage, 4)
+    assert stage.evaluations() == undisturbed and stage.pending() is None
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_stage(Study(folder).stage("stage1"), 4)
+    return Study(folder).stage("stage1").evaluations()
+
+
+def test_kill_9_at_any_commit_of_a_new_study_leaves_one_that_resumes(tmp_path, undisturbed):
+    died, commits = True, 0
+    while died:
+        folder = tmp_path / str(commits)
+        folder.mkdir()
+        died = kill_at(folder, commits)
+        assert_same_study(folder, undisturbed)
+        commits += 1 if commits < 4 else 4
+    assert commits > 12
+
+
+def test_kill_9_again_and_again_in_the_same_folder_still_ends_the_same(tmp_path, undisturbed):
+    deaths = 0
+    while kill_at(tmp_path, 18):
+        deaths += 1
+        assert deaths < 40
+    assert deaths > 0
+    assert_same_study(tmp_path, undisturbed)
+
+
+def test_a_file_that_is_no_study_is_one_line(tmp_path):
+    (tmp_path / "study.db").write_bytes(b"something else\n" * 100)
+    with pytest.raises(ValueError, match="cannot be used as a study: file is not a database") as caught:
+        Study(tmp_path).stage("stage1")
+    assert str(tmp_path / "study.db") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_one_line_and_the_candidate_stays_pending(tmp_path, monkeypatch):
+    Study(tmp_path).stage("stage1").begin(0, "text", "key")
+
+    def connect(path, **kwargs):
+        connection = sqlite3_connect(path, **kwargs)
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+        return connection
+
+    monkeypatch.setattr(study_module.sqlite3, "connect", connect)
+    with pytest.raises(DiskFullError, match=r"study\.db: no space left on device") as caught:
+        Study(tmp_path).stage("stage1").complete(0, 0.5, log="x" * 1_000_000)
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert Study(tmp_path).stage("stage1").pending() == Evaluation(0, "text", None, "running", {})
+
+
+def test_importing_the_study_does_not_import_optuna():
+    code = (
+        "import sys, effbert.search.study; sys.exit('optuna' in sys.modules or 'sklearn.linear_model' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_folder_is_made_and_opened_again_with_the_same_configuration(tmp_path):
+    folder = tmp_path / "runs" / "demo"
+    for _ in range(2):
+        with RunFolder(folder, CONFIG) as run:
+            assert run.path == folder
+    assert json.loads((folder / "config.json").read_text())["effbert_run"] == CONFIG
+
+
+def test_an_empty_folder_and_one_left_by_a_death_at_the_start_are_fine(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".partial-1-config.json").touch()
+    with RunFolder(str(tmp_path), CONFIG):
+        pass
+
+
+def test_another_configuration_is_refused_with_each_difference_named(tmp_path):
+    with RunFolder(tmp_path, CONFIG):
+        pass
+    other = {"seed": 1, "teacher": {"learning_rate": 4e-4, "layers": [6, 96]}, "task": "mrpc", "corpus": None}
+    with pytest.raises(ValueError) as caught, RunFolder(tmp_path, other):
+        pass
+    message = str(caught.value)
+    assert "teacher.learning_rate: 0.0001 there, 0.0004 here" in message
+    assert "task: not set there, mrpc here" in message
+    assert "--output_dir" in message and "seed" not in message and "corpus" not in message
+    with RunFolder(tmp_path, CONFIG):
+        pass
+
+
+def test_many_differences_are_counted(tmp_path):
+    with RunFolder(tmp_path, {str(i): 0 for i in range(20)}):
+        pass
+    with pytest.raises(ValueError, match="and 15 more"), RunFolder(tmp_path, {str(i): 1 for i in range(20)}):
+        pass
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(max_size=3), json_values, max_size=4), st.dictionaries(st.text(max_size=3), json_values))
+def test_unequal_configurations_always_have_a_difference_to_name(there, here):
+    if there != here:
+        assert study_module._differences(there, here)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.json"])
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path, name):
+    (tmp_path / name).write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match=f"holds something else \\({name}\\)"), RunFolder(tmp_path, CONFIG):
+        pass
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_folder_that_cannot_be_made_or_written_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run", "/proc/effbert-run"):
+        with pytest.raises(ValueError, match="cannot be used as --output_dir") as caught, RunFolder(path, CONFIG):
+            pass
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(study_module, "open", denied, raising=False)
+    with pytest.raises(ValueError, match="permission denied"), RunFolder(tmp_path / "run", CONFIG):
+        pass
+
+
+def _hold(folder, ready):
+    with RunFolder(folder, CONFIG):
+        ready.set()
+        signal.pause()
+
+
+def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, ready))
+    process.start()
+    assert ready.wait(60)
+    with pytest.raises(ValueError, match=rf"another process \(pid {process.pid}\)"), RunFolder(tmp_path, CONFIG):
+        pass
+    process.kill()
+    process.join()
+    with RunFolder(tmp_path, CONFIG):
+        pass
