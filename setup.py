@@ -15,7 +15,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "effbert/__init__.py").re
 setup(
     name="effbert",
     version=VERSION[1],
-    description="Find and train small BERTs on one GPU, fast: progressive architecture search with warm-up distillation",
+    description="Find and train small BERTs on one GPU, fast: progressive search with warm-up distillation",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",

@@ -1,4 +1,4 @@
-"""The command `effbert`: errors are one line and a non-zero exit, Ctrl-C exits with 130; EFFBERT_TRACEBACK=1 shows more."""
+"""The command `effbert`: errors are one line and status 2, Ctrl-C exits with 130; EFFBERT_TRACEBACK=1 shows more."""
 
 import os
 import sys

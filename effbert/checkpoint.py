@@ -16,7 +16,8 @@ FORMAT = 1
 def save(path: str | Path, fingerprint: str, state: dict) -> None:
     """Write `state` (nested dicts and lists of tensors, numbers and strings) to `path`, all or nothing."""
     with atomic_path(path) as temporary:
-        torch.save({"format": FORMAT, "fingerprint": fingerprint, "state": state}, temporary)
+        with open(temporary, "wb") as file:  # given a path, torch hides that the disk is full
+            torch.save({"format": FORMAT, "fingerprint": fingerprint, "state": state}, file)
 
 
 def load(path: str | Path, fingerprint: str) -> dict:
@@ -27,7 +28,7 @@ def load(path: str | Path, fingerprint: str) -> dict:
         kind = "holds more than tensors and is not executed" if "weights" in str(error).lower() else "is damaged"
         raise ValueError(f"checkpoint {path} {kind}: delete it to restart this phase") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or "state" not in content:
-        raise ValueError(f"checkpoint {path} was not written by this version of effbert: delete it to restart this phase")
+        raise ValueError(f"checkpoint {path} is of another version of effbert: delete it to restart this phase")
     if content["fingerprint"] != fingerprint:
         raise ValueError(
             f"checkpoint {path} belongs to {content['fingerprint']!r}, not to {fingerprint!r}: "

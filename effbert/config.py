@@ -38,6 +38,7 @@ class TeacherArguments:
     num_attention_heads: int = 12
     intermediate_size: int = 3072
     vocab_size: int = 30522
+    dropout_prob: float = 0.1
     pretraining: TrainingArguments = field(default_factory=TrainingArguments)
     finetuning: TrainingArguments = field(
         default_factory=lambda: TrainingArguments(learning_rate=5e-5, num_train_epochs=3)
@@ -102,8 +103,8 @@ class SearchConfig:
     task: the task that ranks candidates (builtin-topic, builtin-next, a GLUE name, squad, squad2.0, or your own name
         with train_file). tasks: further tasks that stage 3 learns beside it.
     data_dir: folder with GLUE or SQuAD files in their official layout; without it they are loaded by name.
-    train_file, validation_file, text_columns, label_column: your own CSV, TSV or JSON task; task_kind "regression" where
-        its labels are scores.
+    train_file, validation_file, text_columns, label_column: your own CSV, TSV or JSON task; task_kind "regression"
+        where its labels are scores.
     corpus: plain text for general distillation: "builtin", a text file or folder, or a name for load_dataset.
     corpus_tokens: at most so many tokens of it; 0 for all.
     teacher: folder or name of a BERT-like encoder; empty to train one. teacher_labels: names for its logits, in order.
@@ -111,6 +112,7 @@ class SearchConfig:
     max_train_rows: use at most so many training rows of each task; 0 for all.
     min_params, max_params: band of a candidate's parameters, with the projection, without pooler and head; 0 for the
         published architecture's count at these sizes, times 15/15.74 and 16/15.74.
+    num_threads: CPU threads; 0 leaves it to PyTorch. The last bits of a score depend on it.
     seeds: repeat the rows of the final table so often, for mean and spread.
     """
 
@@ -135,6 +137,7 @@ class SearchConfig:
     seed: int = 0
     seeds: int = 1
     device: str = "auto"
+    num_threads: int = 0
     student: StudentArguments = field(default_factory=StudentArguments)
     teacher_model: TeacherArguments = field(default_factory=TeacherArguments)
     loss: LossWeights = field(default_factory=LossWeights)
@@ -178,7 +181,7 @@ def _plain(value):
 
 
 def demo() -> SearchConfig:
-    """Six minutes on two cores: a 6×96 teacher trained on the built-in text, 6×64 students, about 20 + 20 candidates."""
+    """Six minutes on two cores: a 6×96 teacher trained on the built-in text, 6×64 students."""
     small = TrainingArguments(learning_rate=1e-3, per_device_train_batch_size=32, warmup_ratio=0.05)
     task = TrainingArguments(learning_rate=1e-3, num_train_epochs=1, per_device_train_batch_size=32)
     stage = SearchStage(
@@ -196,6 +199,7 @@ def demo() -> SearchConfig:
         tasks=("builtin-next",),
         max_length=64,
         validation_share=0.2,
+        num_threads=2,
         student=StudentArguments(
             hidden_size=64,
             num_attention_heads=4,
@@ -210,6 +214,7 @@ def demo() -> SearchConfig:
             num_attention_heads=4,
             intermediate_size=384,
             vocab_size=6000,
+            dropout_prob=0.0,
             pretraining=dataclasses.replace(small, num_train_epochs=1),
             finetuning=TrainingArguments(learning_rate=5e-4, num_train_epochs=3, per_device_train_batch_size=32),
         ),
@@ -240,6 +245,7 @@ def smoke() -> SearchConfig:
     return dataclasses.replace(
         base,
         max_length=32,
+        num_threads=1,
         corpus_tokens=20_000,
         max_train_rows=400,
         student=dataclasses.replace(base.student, hidden_size=32, intermediate_size=32, embedding_size=16),

@@ -64,7 +64,7 @@ def attention_loss(student: Trace, teacher: Trace, attention_mask: torch.Tensor,
 def hidden_loss(
     student: Trace, teacher: Trace, fit_dense: torch.nn.Linear, attention_mask: torch.Tensor, weights: LossWeights
 ) -> torch.Tensor:
-    """MSE of the projected embedding output, plus that of each layer's projected output with its mapped teacher layer."""
+    """MSE of the projected embedding output, plus each layer's projected output against its mapped teacher layer."""
     targets = layer_map(len(teacher.queries), len(student.queries))
     teacher_states = [teacher.hidden_states[0], *(teacher.hidden_states[target + 1] for target in targets)]
     mask = attention_mask if weights.loss_mask == "real" else None

@@ -190,7 +190,11 @@ class _Loop:
         self.saved = time.monotonic()
         counters = ("epoch", "position", "step", "tokens", "loss_sum", "last_loss", "records")
         state = {name: getattr(self, name) for name in counters}
-        state |= {"seconds_before": self.seconds, "model": self.model.state_dict(), "optimizer": self.optimizer.adamw.state_dict()}
+        state |= {
+            "seconds_before": self.seconds,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.adamw.state_dict(),
+        }
         checkpoint.save(self.phase.checkpoint, self.phase.fingerprint, state)
 
     def resume(self) -> None:

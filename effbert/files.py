@@ -30,8 +30,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, with the same suffix; what the body wrote there becomes `path` at the end.
 
     The file and its folder are synced to the disk. If the body or the disk fails, `path` keeps its old content and the
-    temporary file is removed; a full disk raises DiskFullError. The folder of `path` must exist. Hand torch.save an open file, not
-    the path: its own writer does not say that the disk is full.
+    temporary file is removed; a full disk raises DiskFullError. The folder of `path` must exist.
+
+    Hand torch.save an open file, not the path: given a path it does not say that the disk is full.
     """
     path = Path(path)
     temporary = _temporary(path)

@@ -19,7 +19,7 @@ CHOSEN = 0.15
 def mask_tokens(
     input_ids: np.ndarray, maskable: np.ndarray, mask_token_id: int, vocab_size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """BERT's corruption of token ids [B, L]: (corrupted ids, chosen [B, L] bool). `maskable` excludes special tokens."""
+    """BERT's corruption of token ids [B, L]: (corrupted ids, chosen [B, L] bool); special tokens are not maskable."""
     draw = rng.random(input_ids.shape)
     chosen = (draw < CHOSEN) & maskable
     if maskable.any() and not chosen.any():
@@ -45,9 +45,9 @@ def masked_lm_loss(model: nn.Module, batch: Batch, tokenizer, rng: np.random.Gen
     return F.cross_entropy(model.cls(hidden[chosen]), batch.input_ids[chosen])
 
 
-def new_bert(tokenizer, *, seed: int, **sizes) -> nn.Module:
-    """A BertForMaskedLM with fresh weights for this tokenizer; `sizes` as in transformers.BertConfig."""
-    from transformers import BertConfig, BertForMaskedLM
+def new_bert(config, seed: int) -> nn.Module:
+    """A BertForMaskedLM with fresh weights for a transformers BertConfig."""
+    from transformers import BertForMaskedLM
 
     torch.manual_seed(random.key(seed, "teacher", "init"))
-    return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes))
+    return BertForMaskedLM(config)

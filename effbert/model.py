@@ -270,12 +270,12 @@ class EffBertHeadModel(EffBertPreTrainedModel):
     def trace(self, input_ids, attention_mask=None, token_type_ids=None, head: bool = True) -> Trace:
         """The encoder's trace, with logits unless `head` is False."""
         trace = self.effbert.trace(input_ids, attention_mask, token_type_ids)
-        return Trace(trace.hidden_states, trace.queries, trace.keys, self.head(trace.hidden_states[-1])) if head else trace
+        return (
+            Trace(trace.hidden_states, trace.queries, trace.keys, self.head(trace.hidden_states[-1])) if head else trace
+        )
 
     def _run(self, input_ids, attention_mask, token_type_ids, position_ids):
-        states = self.effbert.trace(
-            input_ids, attention_mask, token_type_ids, position_ids=position_ids
-        ).hidden_states
+        states = self.effbert.trace(input_ids, attention_mask, token_type_ids, position_ids=position_ids).hidden_states
         return self.head(states[-1]), states
 
 

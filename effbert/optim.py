@@ -42,7 +42,7 @@ class TrainingArguments:
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, kind: str = "linear") -> float:
-    """Multiplier of the learning rate for update `step` (from 0): linear warm-up from 0, then linear or half-cosine decay.
+    """Multiplier of the learning rate for update `step`, from 0: linear warm-up, then linear or half-cosine decay.
 
     With warm-up the first update has rate 0, as published.
     """

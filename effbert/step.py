@@ -16,7 +16,7 @@ TraceOf = Callable[[Batch, int], Trace]
 
 
 def general_loss(workspace: Workspace, trace_of: TraceOf, fit_dense: nn.Linear):
-    """Loss of general distillation, for `effbert.engine.train`; trace_of takes the batch and its number in the phase."""
+    """Loss of general distillation for `effbert.engine.train`; trace_of takes a batch and its number in the phase."""
 
     def loss_of(batch: Batch, number: int) -> torch.Tensor:
         teacher = workspace.general_teacher.trace(*model_inputs(batch))

@@ -87,7 +87,7 @@ class Supernet(EffBertPreTrainedModel):
         architecture: Architecture | None = None,
         task: str | None = None,
     ) -> Trace:
-        """Run `architecture` (default: the full supernet) on the shared weights; logits of `task` where one is named."""
+        """Run `architecture` (default: all weights) on the shared weights; logits of `task` where one is named."""
         trace = self.effbert.trace(input_ids, attention_mask, token_type_ids, architecture)
         if task is None:
             return trace

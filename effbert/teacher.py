@@ -32,16 +32,16 @@ def check_shape(teacher_layers: int, teacher_heads: int, student_layers: int, st
     layer_map(teacher_layers, student_layers)
     if teacher_heads != student_heads:
         raise ValueError(
-            f"the teacher has {teacher_heads} attention heads and the student {student_heads}: scores are compared head "
-            f"by head, so set num_attention_heads to {teacher_heads}, with a hidden_size that it divides"
+            f"the teacher has {teacher_heads} attention heads and the student {student_heads}: scores are compared "
+            f"head by head, so set num_attention_heads to {teacher_heads}, with a hidden_size that it divides"
         )
 
 
 class Teacher(nn.Module):
     """A frozen teacher whose `trace` gives hidden states, queries, keys and logits.
 
-    model: a transformers encoder with `layer[i].attention.self.query` and `.key` (BERT, RoBERTa, ELECTRA and relatives),
-        bare or with a classification or question-answering head.
+    model: a transformers encoder with `layer[i].attention.self.query` and `.key` (BERT, RoBERTa, ELECTRA and their
+        relatives), bare or with a classification or question-answering head.
     columns: the order of the logits' columns, e.g. from `effbert.data.tasks.map_labels`; None keeps the model's own.
     """
 
@@ -97,7 +97,7 @@ def _encoder_layers(encoder: nn.Module) -> nn.ModuleList:
 
 
 def read_config(folder: str | Path):
-    """The transformers config of a teacher folder or hub name; FileNotFoundError where a local folder lacks its files."""
+    """The transformers config of a teacher folder or hub name; FileNotFoundError where a folder lacks its files."""
     from transformers import AutoConfig
 
     path = Path(folder)

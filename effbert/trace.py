@@ -10,7 +10,7 @@ class Trace:
     """Tensors of one forward pass over B sequences of L positions.
 
     hidden_states: the embedding output and each layer's output, [B, L, hidden_size] each.
-    queries, keys: of each layer, [B, num_attention_heads, L, head size]; their raw attention scores are QKᵀ/√(head size).
+    queries, keys: of each layer, [B, num_attention_heads, L, head size]; raw attention scores are QKᵀ/√(head size).
     logits: [B, num_labels], for spans [B, L, 2]; None where no head was run.
     """
 

@@ -4,12 +4,13 @@ Each piece is made the first time and read back afterwards, so a resumed run goe
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from effbert import random
+from effbert.architecture import attention_head_size
 from effbert.config import SearchConfig
 from effbert.data.batches import BatchPlan, subset
 from effbert.data.corpus import load_corpus, sentences_of
@@ -30,9 +31,10 @@ Say = Callable[[str], None]
 class Workspace:
     """Tokenizer, data and teachers of a run.
 
-    tasks: by name, the main task first; each has train, validation (candidates are ranked on it, cut from the official
-        training rows) and `held_out` (the official validation split, for the final table only).
-    general_teacher: the encoder for general distillation. teachers: one fine-tuned teacher a task.
+    tasks: by name, the main task first: rows to train on, and as validation the rows that rank candidates, cut from the
+        official training rows. held_out: the official validation split, for the final table only.
+    teacher_config: the encoder's transformers config, known before its weights. general_teacher: the encoder for
+        general distillation. teachers: one fine-tuned teacher a task.
     """
 
     config: SearchConfig
@@ -42,8 +44,9 @@ class Workspace:
     corpus: object
     tasks: dict[str, EncodedTask]
     held_out: dict[str, EncodedTask]
-    general_teacher: Teacher
-    teachers: dict[str, Teacher]
+    teacher_config: object
+    general_teacher: Teacher | None = None
+    teachers: dict[str, Teacher] = field(default_factory=dict)
 
     @property
     def main_task(self) -> EncodedTask:
@@ -66,7 +69,8 @@ class Workspace:
                 "embedding_size": student.embedding_size,
                 "hidden_dropout_prob": student.hidden_dropout_prob,
                 "attention_probs_dropout_prob": student.attention_probs_dropout_prob,
-                **student_vocabulary(self.general_teacher.config),
+                "initializer_range": initializer_range(student.hidden_size),
+                **student_vocabulary(self.teacher_config),
                 **changes,
             }
         )
@@ -83,12 +87,16 @@ class Workspace:
 
 
 def open_workspace(config: SearchConfig, folder: Path, say: Say) -> Workspace:
-    """Make or read back everything the stages share."""
+    """Make or read back tokenizer and data, and check that they, the teacher and the student go together.
+
+    Cheap beside what follows: `open_teachers` makes the teachers.
+    """
     device = pick_device(config.device)
-    given = read_config(config.teacher) if config.teacher else None
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
     raw = {name: split_task(task, config) for name, task in load_tasks(config).items()}
-    if given is not None:
-        check_teacher(given, config, next(iter(raw.values()))[0].spec)
+    given = read_config(config.teacher) if config.teacher else None
+    check_teacher(given, config, next(iter(raw.values()))[0].spec)
     tokenizer = load_tokenizer(config.teacher) if given is not None else own_tokenizer(config, folder, say)
     corpus = load_corpus(config.corpus, tokenizer, config.max_length, limit_tokens=config.corpus_tokens or None)
     say(f"corpus: {len(corpus):,} sequences of at most {config.max_length} tokens from {config.corpus}")
@@ -99,11 +107,15 @@ def open_workspace(config: SearchConfig, folder: Path, say: Say) -> Workspace:
             f"task {name}: {len(task.train):,} rows to train on, {len(task.validation):,} to rank on, "
             f"{len(held_out[name].validation):,} held out"
         )
-    workspace = Workspace(config, folder, device, tokenizer, corpus, tasks, held_out, None, {})
-    base = config.teacher or str(pretrained_teacher(workspace, say))
-    workspace.general_teacher = Teacher(load_model(base)).to(device)
-    workspace.teachers = {name: task_teacher(workspace, base, task, say) for name, task in tasks.items()}
-    return workspace
+    teacher_config = given or own_teacher_config(config, tokenizer)
+    return Workspace(config, folder, device, tokenizer, corpus, tasks, held_out, teacher_config)
+
+
+def open_teachers(workspace: Workspace, say: Say) -> None:
+    """Make or read back the teachers: the encoder for general distillation, and one fine-tuned teacher a task."""
+    base = workspace.config.teacher or str(pretrained_teacher(workspace, say))
+    workspace.general_teacher = Teacher(load_model(base)).to(workspace.device)
+    workspace.teachers = {name: task_teacher(workspace, base, task, say) for name, task in workspace.tasks.items()}
 
 
 def pick_device(name: str) -> torch.device:
@@ -154,12 +166,13 @@ def split_task(task: Task, config: SearchConfig) -> tuple[Task, Task]:
 
 
 def check_teacher(given, config: SearchConfig, spec: TaskSpec) -> None:
-    """Fail early, before anything is computed, where a given teacher cannot serve."""
-    student = config.student
+    """Fail early, before anything is computed, where a teacher (given, or the run's own) cannot serve the student."""
+    student, teacher = config.student, given or config.teacher_model
     check_shape(
-        given.num_hidden_layers, given.num_attention_heads, student.num_hidden_layers, student.num_attention_heads
+        teacher.num_hidden_layers, teacher.num_attention_heads, student.num_hidden_layers, student.num_attention_heads
     )
-    if head_of(given) == "classification" and spec.kind == "classification":
+    attention_head_size(student.hidden_size, student.num_attention_heads)
+    if given is not None and head_of(given) == "classification" and spec.kind == "classification":
         teacher_columns(given, config, spec)
 
 
@@ -180,22 +193,38 @@ def own_tokenizer(config: SearchConfig, folder: Path, say: Say):
     return load_tokenizer(target)
 
 
+def own_teacher_config(config: SearchConfig, tokenizer):
+    """The config of the BERT that this run trains where no teacher is given."""
+    from transformers import BertConfig
+
+    sizes = config.teacher_model
+    return BertConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.num_hidden_layers,
+        num_attention_heads=sizes.num_attention_heads,
+        intermediate_size=sizes.intermediate_size,
+        max_position_embeddings=max(64, config.max_length),
+        hidden_dropout_prob=sizes.dropout_prob,
+        attention_probs_dropout_prob=sizes.dropout_prob,
+        initializer_range=initializer_range(sizes.hidden_size),
+    )
+
+
+def initializer_range(hidden_size: int) -> float:
+    """BERT's standard deviation of fresh weights, 0.02 at width 768, at the width that keeps a product's variance."""
+    return 0.02 * (768 / hidden_size) ** 0.5
+
+
 def pretrained_teacher(workspace: Workspace, say: Say) -> Path:
     """A small BERT trained by masked language modelling on the run's corpus."""
     config, tokenizer = workspace.config, workspace.tokenizer
     target = workspace.folder / "teacher" / "base"
     if target.exists():
         return target
-    sizes, arguments = config.teacher_model, config.teacher_model.pretraining
-    model = new_bert(
-        tokenizer,
-        seed=config.seed,
-        hidden_size=sizes.hidden_size,
-        num_hidden_layers=sizes.num_hidden_layers,
-        num_attention_heads=sizes.num_attention_heads,
-        intermediate_size=sizes.intermediate_size,
-        max_position_embeddings=max(64, config.max_length),
-    ).to(workspace.device)
+    arguments = config.teacher_model.pretraining
+    model = new_bert(workspace.teacher_config, config.seed).to(workspace.device)
     target.parent.mkdir(parents=True, exist_ok=True)
     phase = Phase(("teacher", "mlm"), config.seed, target.parent / "mlm.pt")
     say(f"teacher: masked language modelling, {model.num_parameters():,} parameters")

@@ -25,12 +25,12 @@ from effbert.engine import Phase, forget, train
 from effbert.evaluate import evaluate
 from effbert.files import atomic_dir, write_atomic
 from effbert.model import EffBertConfig, EffBertForQuestionAnswering, EffBertForSequenceClassification
-from effbert.step import general_loss
-from effbert.supernet import Supernet, derive_config
-from effbert.workspace import Workspace, model_inputs, show
 from effbert.search.progress import Reporter
 from effbert.search.space import Space
 from effbert.search.stages import distil
+from effbert.step import general_loss
+from effbert.supernet import Supernet, derive_config
+from effbert.workspace import Workspace, model_inputs, show
 
 LATENCY_RUNS = 20
 
@@ -70,7 +70,7 @@ def equal_plain_width(architecture: Architecture, config: EffBertConfig) -> int:
 
 def final_row(workspace: Workspace, supernet: Supernet, row: Row, repeat: int, reporter: Reporter) -> dict:
     """Distil one row fully with seed `config.seed + repeat` and score it on the held-out rows, or read its result."""
-    config, task = workspace.config, workspace.main_task
+    config = workspace.config
     folder = workspace.folder / "final"
     folder.mkdir(exist_ok=True)
     name = row.name.replace(" ", "-")
@@ -162,7 +162,7 @@ def held_out_scores(workspace: Workspace, model) -> dict[str, float]:
 
 
 def costs(model, architecture: Architecture, length: int) -> dict:
-    """Parameters and FLOPs of the deployed student (pooler and head, no projection), and its CPU latency at `length`."""
+    """Parameters and FLOPs of the deployed student, with pooler and head, and its CPU latency at `length`."""
     config = model.config
     parameters, flops = count_parameters(architecture, config), count_flops(architecture, config, length)
     pooled = model.effbert.pooler is not None
@@ -175,7 +175,7 @@ def costs(model, architecture: Architecture, length: int) -> dict:
 
 
 def latency(model, config, length: int) -> dict[str, float]:
-    """Median and quartile distance in milliseconds of `LATENCY_RUNS` forward passes of one sequence, fp32, on the CPU."""
+    """Median and quartile distance, in ms, of `LATENCY_RUNS` forward passes of one sequence in fp32 on the CPU."""
     device = next(model.parameters()).device
     model.eval().to("cpu")
     ids = torch.arange(length)[None] % config.vocab_size

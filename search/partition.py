@@ -107,7 +107,7 @@ def best_leaf(values: np.ndarray, leaf_of: np.ndarray, leaves: int) -> int:
 
 
 def split_at_median(values: np.ndarray) -> np.ndarray:
-    """bool [N], the good half: at or above the median, or above it where no value lies below; all True if all are equal."""
+    """bool [N], the good half: at or above the median, or only above where nothing lies below; all True for equals."""
     good = values >= np.median(values)
     above = values > np.median(values)
     return above if good.all() and above.any() else good

@@ -75,8 +75,8 @@ tags: [effbert]
 ---
 # A small BERT found by effbert
 
-Task {results["task"]}, {results["metric"]} {winner["score"]:.4f} on the held-out rows, {winner["parameters"]:,} parameters,
-seed {results["seed"]}.
+Task {results["task"]}, {results["metric"]} {winner["score"]:.4f} on the held-out rows,
+{winner["parameters"]:,} parameters, seed {results["seed"]}.
 
 ```python
 import effbert  # registers the model type
@@ -91,8 +91,8 @@ All rows were distilled from the same teacher with the same budget, after the sa
 
 {as_markdown(results["table"], results["metric"])}
 
-Costs are those of the deployed model at length {results["max_length"]}: 2 FLOPs a multiply-add of linears and attention,
-CPU latency as median ± quartile distance of one sequence in fp32 on {results["device"]}.
+Costs are those of the deployed model at length {results["max_length"]}: 2 FLOPs a multiply-add of linears and
+attention, CPU latency as median ± quartile distance of one sequence in fp32 on {results["device"]}.
 
 | part of the search | seconds |
 | --- | --- |

@@ -22,7 +22,7 @@ from effbert.search.stages import (
     warm_supernet,
 )
 from effbert.search.study import RunFolder, Study
-from effbert.workspace import Workspace, open_workspace
+from effbert.workspace import Workspace, open_teachers, open_workspace
 
 
 def run_search(config: SearchConfig, reporter: Reporter | None = None) -> dict:
@@ -35,42 +35,40 @@ def run_search(config: SearchConfig, reporter: Reporter | None = None) -> dict:
         path = Path(folder.path)
         remove_partial(path)
         workspace = open_workspace(config, path, reporter.say)
-        winner, spaces = three_stages(workspace, Study(path), reporter)
-        return finish(workspace, winner, spaces["coarse"], reporter)
+        coarse = coarse_space(workspace, reporter)
+        open_teachers(workspace, reporter.say)
+        winner = three_stages(workspace, coarse, Study(path), reporter)
+        return finish(workspace, winner, coarse, reporter)
 
 
-def three_stages(workspace: Workspace, study: Study, reporter: Reporter) -> tuple[Architecture, dict]:
-    """Coarse, operations, fine; each stage starts from the winner of the one before."""
-    config = workspace.config
+def coarse_space(workspace: Workspace, reporter: Reporter) -> ArchitectureSpace:
+    """The space of stage 1; ValueError where no architecture is within the parameter band."""
     dims = workspace.student_config()
-    low, high = config.band(dims)
-    layers = config.student.num_hidden_layers
+    low, high = workspace.config.band(dims)
     reporter.say(f"a candidate has {low:,} to {high:,} parameters, with the projection, without pooler and head")
+    return ArchitectureSpace("coarse", dims, workspace.config.student.num_hidden_layers, low, high)
 
-    def space(stage: str, base: Architecture | None = None) -> ArchitectureSpace:
-        return ArchitectureSpace(stage, dims, layers, low, high, base)
 
-    spaces = {"coarse": space("coarse")}
+def three_stages(workspace: Workspace, coarse: ArchitectureSpace, study: Study, reporter: Reporter) -> Architecture:
+    """Coarse, operations, fine; each stage starts from the winner of the one before. Returns the last winner."""
+    config = workspace.config
     supernet = warm_supernet(workspace, reporter)
 
-    def stage(number: int, settings, where: ArchitectureSpace, evaluate, first) -> Architecture:
-        name = f"stage{number}"
+    def space(stage: str, base: Architecture) -> ArchitectureSpace:
+        return ArchitectureSpace(stage, coarse.dims, coarse.num_layers, *config.band(coarse.dims), base)
+
+    def run(name: str, settings, where: ArchitectureSpace, evaluate, first) -> Architecture:
         best = search_stage(study.stage(name), name, where, settings, config.seed, evaluate, first, reporter)
         reporter.say(f"{name}: {best}")
         return best
 
-    coarse = stage(1, config.stage1, spaces["coarse"], _trained(workspace, supernet, 1), None)
-    spaces["operations"] = space("operations", coarse)
-    chosen = stage(2, config.stage2, spaces["operations"], _trained(workspace, supernet, 2), coarse)
-    spaces["fine"] = space("fine", chosen)
-    shared = shared_supernet(workspace, supernet, spaces["fine"], config.stage3, reporter)
-    winner = stage(3, config.stage3, spaces["fine"], shared_candidate(workspace, shared), chosen)
-    return winner, spaces
-
-
-def _trained(workspace: Workspace, supernet, number: int):
-    settings = {1: workspace.config.stage1, 2: workspace.config.stage2}[number]
-    return trained_candidate(workspace, supernet, f"stage{number}", settings)
+    evaluate = trained_candidate(workspace, supernet, "stage1", config.stage1)
+    found = run("stage1", config.stage1, coarse, evaluate, None)
+    evaluate = trained_candidate(workspace, supernet, "stage2", config.stage2)
+    found = run("stage2", config.stage2, space("operations", found), evaluate, found)
+    fine = space("fine", found)
+    evaluate = shared_candidate(workspace, shared_supernet(workspace, supernet, fine, config.stage3, reporter))
+    return run("stage3", config.stage3, fine, evaluate, found)
 
 
 def finish(workspace: Workspace, winner: Architecture, space: ArchitectureSpace, reporter: Reporter) -> dict:

@@ -12,19 +12,19 @@ from pathlib import Path
 import torch
 
 from effbert import random
-from effbert.checkpoint import own_memory
 from effbert.architecture import Architecture, count_parameters
+from effbert.checkpoint import own_memory
 from effbert.config import SearchStage, SharedStage
 from effbert.data.batches import subset
 from effbert.engine import Phase, forget, train
 from effbert.files import atomic_dir
-from effbert.step import MixedPlan, general_loss, task_loss
-from effbert.supernet import Supernet, supernet_config
-from effbert.workspace import Workspace, model_inputs, score
 from effbert.search.progress import Reporter
 from effbert.search.sampler import make_sampler
 from effbert.search.space import Space
 from effbert.search.study import StageStudy
+from effbert.step import MixedPlan, general_loss, task_loss
+from effbert.supernet import Supernet, supernet_config
+from effbert.workspace import Workspace, model_inputs, score
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,7 @@ def search_stage(
     first: the architecture the stage starts from, evaluated as candidate 0. The sampler's state is rebuilt from the
     study alone. ValueError where every candidate diverged.
     """
-    sampler = make_sampler(
-        settings.sampler, space, initial=settings.initial_samples, refit_every=settings.refit_every
-    )
+    sampler = make_sampler(settings.sampler, space, initial=settings.initial_samples, refit_every=settings.refit_every)
     evaluations = stage.evaluations()
     for evaluation in evaluations:
         sampler.tell(Architecture.parse(evaluation.architecture), evaluation.value)
@@ -125,7 +123,7 @@ def save_model(model, target: Path) -> None:
 
 
 def trained_candidate(workspace: Workspace, supernet: Supernet, name: str, settings: SearchStage):
-    """Evaluation of stages 1 and 2: extract, distil on a share of the corpus, then of the task; the best epoch's score."""
+    """Evaluation of stages 1 and 2: extract, distil on shares of corpus and task; valued by its best epoch."""
     config, task = workspace.config, workspace.main_task
     folder = workspace.folder / name
     folder.mkdir(exist_ok=True)

@@ -111,7 +111,7 @@ class StageStudy:
             self._study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, user_attrs=attrs))
 
     def complete(self, number: int, value: float, **attrs) -> None:
-        """Commit the value (finite, higher is better) of the open candidate; attrs are JSON values to keep beside it."""
+        """Commit the value of the open candidate, finite, higher is better; attrs are JSON values to keep beside it."""
         if not math.isfinite(value):
             raise ValueError(f"candidate {number}: its value is {value}; a candidate without a finite value has failed")
         self._finish(number, attrs, float(value))
@@ -233,7 +233,7 @@ def _errors_in_one_line(where: str | Path) -> Iterator[None]:
 
 def _locked(path: Path):
     """The open lock file. The kernel drops the lock when the process ends, however it ends."""
-    lock = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held open for as long as the run lasts
+    lock = open(path, "a+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

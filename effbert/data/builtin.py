@@ -139,33 +139,28 @@ def _topic_rows(found: list[Document], copies: Counter, size: int, split: str) -
 
 
 def _next_rows(found: list[Document], copies: Counter, size: int, split: str) -> list[tuple]:
-    """(first, second, follows). A false second one is the true second one of another pair: in half of the cases one of
-    the same document, so either sentence alone tells nothing."""
-    pairs = [
-        (document.name, number, first, second)
-        for document in found
-        for number, passage in enumerate(document.passages)
-        for first, second in pairwise(passage)
-        if copies[first.lower()] == 1 and copies[second.lower()] == 1
-    ]
-    true_pairs = {pair for document in found for passage in document.passages for pair in pairwise(passage)}
+    """(first, second, follows), where all sentences occur in one document only. A false second one is any sentence that
+    never follows the first: in half of the cases one of the same document, else of another."""
+    lines = [(d.name, s) for d in found for s in dict.fromkeys(d.sentences) if copies[s.lower()] == 1]
+    follow = {pair for document in found for passage in document.passages for pair in pairwise(passage)}
     spans = {}
-    for i, (name, *_) in enumerate(pairs):
+    for i, (name, _) in enumerate(lines):
         spans[name] = (spans.get(name, (i, i))[0], i + 1)
+    document_of = {sentence: name for name, sentence in lines}
+    pairs = sorted(pair for pair in follow if document_of.keys() >= set(pair))
     rng = generator(_SEED, "builtin", "next", split)
     rows = []
     for i, row in enumerate(rng.permutation(len(pairs))[: size // 2 * 2]):
-        name, number, first, second = pairs[row]
+        first, second = pairs[row]
         follows = i % 2
         if not follows:
-            start, end = spans[name]
-            near = [pairs[j] for j in range(start, end) if pairs[j][1] != number]
-            near = [other[3] for other in near if (first, other[3]) not in true_pairs]
+            start, end = spans[document_of[first]]
+            near = [s for _, s in lines[start:end] if s != first and (first, s) not in follow]
             if near and rng.random() < 0.5:
                 second = near[rng.integers(len(near))]
             else:
-                far = rng.integers(len(pairs) - (end - start))
-                second = pairs[far if far < start else far + end - start][3]
+                far = rng.integers(len(lines) - (end - start))
+                second = lines[far if far < start else far + end - start][1]
         rows.append((first, second, follows))
     return rows
 

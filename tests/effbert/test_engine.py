@@ -1,4 +1,4 @@
-"""The training loop: resuming is exact, divergence stops a phase and not the run, checkpoints refuse what they are not."""
+"""The training loop: resuming is exact, divergence stops a phase alone, checkpoints refuse what they are not."""
 
 import io
 import os
@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(tmp_path, monkeypatc
     path = saved(tmp_path)
 
     def full(state, target):
-        open(target, "wb").write(b"half")
+        target.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
@@ -188,7 +188,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "changes", [{"learning_rate": -1.0}, {"warmup_ratio": 2.0}, {"num_train_epochs": -1}, {"gradient_accumulation_steps": 0}]
+    "changes",
+    [{"learning_rate": -1.0}, {"warmup_ratio": 2.0}, {"num_train_epochs": -1}, {"gradient_accumulation_steps": 0}],
 )
 def test_arguments_that_make_no_sense_are_refused(changes):
     with pytest.raises(ValueError, match="must"):

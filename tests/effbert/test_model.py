@@ -146,7 +146,9 @@ def test_a_config_that_cannot_be_built_says_why(changes, message):
 
 
 def test_gradients_reach_exactly_the_slices_a_candidate_uses():
-    supernet = Supernet(supernet_config(config(fit_size=30), 2), [TaskSpec("t", "classification", ("a", "b"), ("accuracy",), False)])
+    supernet = Supernet(
+        supernet_config(config(fit_size=30), 2), [TaskSpec("t", "classification", ("a", "b"), ("accuracy",), False)]
+    )
     architecture = Architecture.parse(MIXED)
     ids, mask = batch()
     supernet.train().trace(ids, mask, None, architecture, "t").logits.square().sum().backward()
@@ -170,7 +172,9 @@ def test_a_saved_supernet_loads_by_itself(tmp_path):
     for task, shape in (("one", (3, 2)), ("two.0", (3, 9, 2)), ("three", (3, 1))):
         mine = loaded.trace(ids, mask, None, architecture, task).logits
         assert mine.shape == shape
-        torch.testing.assert_close(mine, supernet.trace(ids, mask, None, architecture, task).logits, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            mine, supernet.trace(ids, mask, None, architecture, task).logits, rtol=1e-6, atol=1e-7
+        )
         alone = loaded.extract(architecture, task, fit_size=None)
         torch.testing.assert_close(alone.trace(ids, mask).logits, mine, rtol=1e-6, atol=1e-6)
     assert alone.config.num_labels == 1 and loaded.extract(architecture, "one").config.id2label == {0: "no", 1: "yes"}

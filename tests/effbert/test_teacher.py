@@ -82,7 +82,7 @@ def test_a_model_of_another_kind_is_refused():
 def test_layers_and_heads_that_do_not_fit_say_what_would():
     assert layer_map(12, 6) == [1, 3, 5, 7, 9, 11]
     assert layer_map(6, 6) == list(range(6))
-    with pytest.raises(ValueError, match="12 layers.*5 student layers.*1, 2, 3, 4, 6, 12"):
+    with pytest.raises(ValueError, match=r"12 layers.*5 student layers.*1, 2, 3, 4, 6, 12"):
         layer_map(12, 5)
     with pytest.raises(ValueError, match="set num_attention_heads to 12"):
         check_shape(12, 12, 6, 8)
@@ -132,5 +132,7 @@ def test_a_roberta_student_runs_at_the_longest_text_of_its_teacher():
     from effbert.model import EffBertConfig, EffBertModel
 
     vocabulary = student_vocabulary(build("Roberta").config)
-    model = EffBertModel(EffBertConfig(hidden_size=24, num_attention_heads=3, intermediate_size=24, **vocabulary)).eval()
+    model = EffBertModel(
+        EffBertConfig(hidden_size=24, num_attention_heads=3, intermediate_size=24, **vocabulary)
+    ).eval()
     assert model(torch.full((1, 40), 7)).last_hidden_state.shape == (1, 40, 24)

@@ -60,9 +60,7 @@ def with_gradients(tensors, **options):
 @pytest.mark.parametrize("student,teacher", [(5, 8), (45, 64), (64, 64), (1, 128)])
 def test_gram_and_direct_score_losses_agree_in_value_and_gradient(student, teacher):
     tensors = queries_and_keys(0, student=student, teacher=teacher)
-    for direct, gram in zip(
-        with_gradients(tensors, form="direct"), with_gradients(tensors, form="gram"), strict=True
-    ):
+    for direct, gram in zip(with_gradients(tensors, form="direct"), with_gradients(tensors, form="gram"), strict=True):
         torch.testing.assert_close(gram, direct, rtol=1e-10, atol=1e-12)
 
 
@@ -87,9 +85,12 @@ def test_score_loss_over_real_tokens_ignores_what_padding_holds():
         noise = (1 - mask)[:, None, :, None] * 50.0
         after = kernels.score_mse(q + noise, k - noise, tq + noise, tk + 2 * noise, mask, form=form)
         torch.testing.assert_close(before, after)
-        shorter = kernels.score_mse(
-            *(t[:1] for t in (q, k, tq, tk)), mask[:1], form=form
-        ), kernels.score_mse(*(F.pad(t[:1], (0, 0, 0, 9)) for t in (q, k, tq, tk)), F.pad(mask[:1], (0, 9)), form=form)
+        shorter = (
+            kernels.score_mse(*(t[:1] for t in (q, k, tq, tk)), mask[:1], form=form),
+            kernels.score_mse(
+                *(F.pad(t[:1], (0, 0, 0, 9)) for t in (q, k, tq, tk)), F.pad(mask[:1], (0, 9)), form=form
+            ),
+        )
         torch.testing.assert_close(*shorter)
 
 

@@ -3,10 +3,11 @@
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from effbert.files import DiskFullError
 from effbert.search import study as study_module
 from effbert.search.study import Evaluation, RunFolder, Study
 
+COUNT = 3
 CONFIG = {"seed": 1, "teacher": {"learning_rate": 1e-4, "layers": [6, 96]}, "corpus": None}
 
 
@@ -107,7 +109,7 @@ def test_misuse_is_refused_and_changes_nothing(tmp_path):
 
 
 class KillBeforeCommit:
-    """A connection factory whose connections kill the process with SIGKILL instead of the n-th commit."""
+    """A connection factory whose connections kill the process with SIGKILL instead of the n-th commit that writes."""
 
     def __init__(self, commits_left):
         self.left = commits_left
@@ -117,7 +119,7 @@ class KillBeforeCommit:
 
         class Connection(sqlite3.Connection):
             def commit(self):
-                outer.left -= 1
+                outer.left -= self.in_transaction
                 if outer.left < 0:
                     os.kill(os.getpid(), signal.SIGKILL)
                 super().commit()
@@ -130,11 +132,11 @@ sqlite3_connect = sqlite3.connect
 
 def _killed_run(folder, commits):
     study_module.sqlite3.connect = KillBeforeCommit(commits)
-    run_stage(Study(folder).stage("stage1"), 4)
+    run_stage(Study(folder).stage("stage1"), COUNT)
 
 
 def kill_at(folder, commits):
-    """Runs the stage in a process that dies at its n-th commit; False if it finished before."""
+    """Runs the stage in a process that dies at its n-th writing commit; False if it finished before."""
     process = multiprocessing.get_context("fork").Process(target=_killed_run, args=(folder, commits))
     process.start()
     process.join(60)
@@ -144,31 +146,41 @@ def kill_at(folder, commits):
 
 def assert_same_study(folder, undisturbed):
     stage = Study(folder).stage("stage1")
-    run_stage(stage, 4)
+    run_stage(stage, COUNT)
     assert stage.evaluations() == undisturbed and stage.pending() is None
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    run_stage(Study(folder).stage("stage1"), 4)
+    run_stage(Study(folder).stage("stage1"), COUNT)
     return Study(folder).stage("stage1").evaluations()
 
 
-def test_kill_9_at_any_commit_of_a_new_study_leaves_one_that_resumes(tmp_path, undisturbed):
-    died, commits = True, 0
+@pytest.mark.parametrize("commits", [0, 1, 2])
+def test_kill_9_while_the_study_is_made_leaves_one_that_resumes(tmp_path, undisturbed, commits):
+    assert kill_at(tmp_path, commits)
+    assert_same_study(tmp_path, undisturbed)
+
+
+def test_kill_9_at_any_commit_leaves_a_study_that_resumes(tmp_path, undisturbed):
+    made = tmp_path / "made"
+    made.mkdir()
+    Study(made).stage("stage1")
+    died, commits, left = True, 0, set()
     while died:
-        folder = tmp_path / str(commits)
-        folder.mkdir()
+        folder = shutil.copytree(made, tmp_path / str(commits))
         died = kill_at(folder, commits)
+        stage = Study(folder).stage("stage1")
+        left.add((len(stage.evaluations()), stage.pending() is not None))
         assert_same_study(folder, undisturbed)
-        commits += 1 if commits < 4 else 4
-    assert commits > 12
+        commits += 1
+    assert left == {(done, pending) for done in range(COUNT) for pending in (False, True)} | {(COUNT, False)}
 
 
 def test_kill_9_again_and_again_in_the_same_folder_still_ends_the_same(tmp_path, undisturbed):
     deaths = 0
-    while kill_at(tmp_path, 18):
+    while kill_at(tmp_path, 6):
         deaths += 1
         assert deaths < 40
     assert deaths > 0
@@ -199,11 +211,12 @@ def test_a_full_disk_is_one_line_and_the_candidate_stays_pending(tmp_path, monke
     assert Study(tmp_path).stage("stage1").pending() == Evaluation(0, "text", None, "running", {})
 
 
-def test_importing_the_study_does_not_import_optuna():
-    code = (
-        "import sys, effbert.search.study; sys.exit('optuna' in sys.modules or 'sklearn.linear_model' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+@pytest.mark.parametrize("module", ["study", "sampler", "partition"])
+def test_optuna_and_sklearn_are_imported_only_where_they_are_used(module):
+    source = Path(study_module.__file__).with_name(f"{module}.py").read_text()
+    heavy = "(import|from) (optuna|sqlalchemy|sklearn)"
+    assert not re.search(f"^{heavy}", source, re.MULTILINE)
+    assert module == "sampler" or re.search(f"^ +{heavy}", source, re.MULTILINE)
 
 
 def test_a_folder_is_made_and_opened_again_with_the_same_configuration(tmp_path):
