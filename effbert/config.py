@@ -185,7 +185,7 @@ def demo() -> SearchConfig:
     small = TrainingArguments(learning_rate=1e-3, per_device_train_batch_size=32, warmup_ratio=0.05)
     task = TrainingArguments(learning_rate=1e-3, num_train_epochs=1, per_device_train_batch_size=32)
     stage = SearchStage(
-        num_candidates=8,
+        num_candidates=7,
         general_share=0.04,
         task_share=0.5,
         general_phase=small,
@@ -198,8 +198,10 @@ def demo() -> SearchConfig:
         task="builtin-topic",
         tasks=("builtin-next",),
         max_length=64,
-        validation_share=0.2,
-        num_threads=2,
+        corpus_tokens=200_000,
+        max_train_rows=2400,
+        validation_share=0.25,
+        num_threads=1,
         student=StudentArguments(
             hidden_size=64,
             num_attention_heads=4,
@@ -216,14 +218,14 @@ def demo() -> SearchConfig:
             vocab_size=6000,
             dropout_prob=0.0,
             pretraining=dataclasses.replace(small, num_train_epochs=1),
-            finetuning=TrainingArguments(learning_rate=5e-4, num_train_epochs=3, per_device_train_batch_size=32),
+            finetuning=TrainingArguments(learning_rate=5e-4, num_train_epochs=2, per_device_train_batch_size=32),
         ),
         supernet=small,
         stage1=stage,
-        stage2=dataclasses.replace(stage, num_candidates=6),
+        stage2=dataclasses.replace(stage, num_candidates=5),
         stage3=SharedStage(
             num_candidates=20,
-            general_share=0.1,
+            general_share=0.15,
             task_share=0.5,
             general_phase=small,
             task_phase=task,
@@ -231,7 +233,7 @@ def demo() -> SearchConfig:
             refit_every=4,
         ),
         final=FinalStage(
-            general_share=0.2,
+            general_share=0.15,
             general_phase=small,
             task_phase=dataclasses.replace(task, num_train_epochs=2),
         ),
@@ -245,7 +247,6 @@ def smoke() -> SearchConfig:
     return dataclasses.replace(
         base,
         max_length=32,
-        num_threads=1,
         corpus_tokens=20_000,
         max_train_rows=400,
         student=dataclasses.replace(base.student, hidden_size=32, intermediate_size=32, embedding_size=16),

@@ -34,8 +34,12 @@ def run_search(config: SearchConfig, reporter: Reporter | None = None) -> dict:
     with RunFolder(config.output_dir, as_dict(config)) as folder:
         path = Path(folder.path)
         remove_partial(path)
-        workspace = open_workspace(config, path, reporter.say)
-        coarse = coarse_space(workspace, reporter)
+        try:
+            workspace = open_workspace(config, path, reporter.say)
+            coarse = coarse_space(workspace, reporter)
+        except (ValueError, OSError):
+            folder.abandon()
+            raise
         open_teachers(workspace, reporter.say)
         winner = three_stages(workspace, coarse, Study(path), reporter)
         return finish(workspace, winner, coarse, reporter)

@@ -10,6 +10,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -178,6 +179,13 @@ class RunFolder:
     def __exit__(self, *_) -> None:
         self.close()
 
+    def abandon(self) -> None:
+        """Empty the folder again, if this call began the run: its input would not do, and nothing is lost by it."""
+        if self.is_new:
+            for entry in self.path.iterdir():
+                if entry.name != LOCK_FILE:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
     def close(self) -> None:
         """Release the lock."""
         self._lock.close()
@@ -199,7 +207,8 @@ class RunFolder:
 
     def _settle(self, config: dict) -> None:
         stored = self._stored()
-        if stored is None:
+        self.is_new = stored is None
+        if self.is_new:
             write_atomic(self.path / CONFIG_FILE, json.dumps({_CONFIG_KEY: config}, indent=2) + "\n")
         elif stored != config:
             raise ValueError(

@@ -1,0 +1,168 @@
+"""A whole search: it ends in a model that transformers loads, resumes after any death, and repeats itself exactly."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import effbert  # noqa: F401  (registers the model type)
+from effbert.data.tasks import load_task
+from effbert.search.study import Study
+
+COMMAND = [sys.executable, "-m", "effbert", "search", "--preset", "smoke", "--output_dir"]
+KILLS = 5
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.Popen(
+        [*COMMAND, str(folder), *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=root,
+        env=environment,
+    )
+
+
+def finish(folder: Path, *more: str) -> str:
+    process = start(folder, *more)
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def outcome(folder: Path) -> dict:
+    """All that must not depend on what happened on the way: every candidate, the winner, every final score."""
+    results = json.loads((folder / "results.json").read_text())
+    study = Study(folder)
+    stages = {
+        name: [(e.number, e.architecture, e.value, e.state) for e in study.stage(name).evaluations()]
+        for name in ("stage1", "stage2", "stage3")
+    }
+    final = [(row["row"], row["repeat"], row["architecture"], row["scores"]) for row in results["results"]]
+    return {"winner": results["winner"], "stages": stages, "final": final}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    return folder, finish(folder)
+
+
+def test_the_table_has_every_row_and_the_budgets_were_kept(undisturbed):
+    folder, output = undisturbed
+    results = json.loads((folder / "results.json").read_text())
+    assert [line["row"] for line in results["table"]] == ["teacher", "winner", "published", "plain BERT", "random 1"]
+    for line in results["table"]:
+        assert line["parameters"] > 0 and line["flops"] > 0 and line["latency_ms"] > 0
+        assert line["row"] in output
+    stages = outcome(folder)["stages"]
+    assert [len(stages[name]) for name in ("stage1", "stage2", "stage3")] == [2, 2, 4]
+    winner, plain = (next(line for line in results["table"] if line["row"] == row) for row in ("winner", "plain BERT"))
+    assert plain["parameters"] == pytest.approx(winner["parameters"], rel=0.01)
+
+
+def test_stages_hand_over_what_they_found(undisturbed):
+    from effbert.architecture import Architecture
+
+    stages = outcome(undisturbed[0])["stages"]
+    best = {name: max(found, key=lambda e: e[2])[1] for name, found in stages.items()}
+    assert stages["stage2"][0][1] == best["stage1"] and stages["stage3"][0][1] == best["stage2"]
+    coarse = Architecture.parse(best["stage1"])
+    for _, text, _, _ in stages["stage2"]:
+        assert Architecture.parse(text).structures == coarse.structures
+    chosen = [layer.without_structure().key for layer in Architecture.parse(best["stage2"]).layers]
+    for _, text, _, _ in stages["stage3"]:
+        assert [layer.without_structure().key for layer in Architecture.parse(text).layers] == chosen
+
+
+def test_the_saved_winner_scores_what_the_table_says(undisturbed):
+    folder, _ = undisturbed
+    results = json.loads((folder / "results.json").read_text())
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "best").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "best")
+    task = load_task("builtin-topic")
+    assert [model.config.id2label[i] for i in range(4)] == list(task.spec.labels)
+    hits = []
+    for start_row in range(0, len(task.validation), 100):
+        rows = task.validation[start_row : start_row + 100]
+        batch = tokenizer(rows["text_a"], truncation=True, max_length=32, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            predicted = model(**batch).logits.argmax(-1).numpy()
+        hits.append(predicted == np.array(rows["label"]))
+    winner = next(line for line in results["table"] if line["row"] == "winner")
+    assert np.concatenate(hits).mean() == pytest.approx(winner["score"], abs=1e-9)
+    assert model.num_parameters() == winner["parameters"]
+    assert model.config.fit_size is None
+    card = (folder / "best" / "README.md").read_text()
+    assert f"{winner['score']:.4f}" in card and results["layers"][0] in card
+
+
+def test_the_same_command_again_computes_nothing(undisturbed):
+    folder, _ = undisturbed
+    files = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    before = outcome(folder)
+    finish(folder)
+    assert outcome(folder) == before
+    assert files == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+
+
+def test_another_configuration_in_the_same_folder_names_the_difference(undisturbed):
+    folder, _ = undisturbed
+    process = start(folder, "--seed", "5")
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 2
+    assert "seed: 0 there, 5 here" in output and len(output.strip().splitlines()) == 1
+
+
+def test_killed_at_five_random_moments_it_ends_as_if_undisturbed(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    chance = random.Random(7)
+    for _ in range(KILLS):
+        process = start(folder)
+        for _ in range(chance.randint(5, 14)):
+            if not process.stdout.readline():
+                break
+        time.sleep(chance.random())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    finish(folder)
+    assert outcome(folder) == outcome(undisturbed[0])
+
+
+def test_ctrl_c_exits_with_130_and_resumes(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder)
+    for line in process.stdout:
+        if "supernet: general distillation" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "goes on from here" in rest
+    assert (folder / "supernet.pt").exists()
+    finish(folder)
+    assert outcome(folder) == outcome(undisturbed[0])
+
+
+def test_a_damaged_checkpoint_is_one_line_and_loses_nothing(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed[0], folder)
+    shutil.rmtree(folder / "supernet")
+    (folder / "supernet.pt").write_bytes(b"PK\x03\x04 half a checkpoint")
+    process = start(folder)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 2 and "supernet.pt" in output.splitlines()[-1] and "Traceback" not in output
+    assert (folder / "results.json").exists()

@@ -1,0 +1,182 @@
+"""The command line: bad input is one line and status 2 before anything is computed; help and arch work."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+from effbert.__main__ import main
+from effbert.architecture import PUBLISHED
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def fails(capsys, *arguments) -> str:
+    """Run a command that must fail; returns its one line."""
+    assert main(list(arguments)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("effbert: "), lines
+    return lines[0]
+
+
+def smoke(tmp_path, *more):
+    return ("search", "--preset", "smoke", "--output_dir", str(tmp_path / "run"), *more)
+
+
+def test_arch_prints_the_published_counts(capsys):
+    assert main(["arch", PUBLISHED, "--preset", "efficientbert"]) == 0
+    text = capsys.readouterr().out
+    assert "15,737,724" in text and "15,615,999" in text
+
+
+def test_help_and_version(capsys):
+    assert main(["--help"]) == 0 and main(["--version"]) == 0
+    assert "effbert search --preset demo" in capsys.readouterr().out
+    for command in ("search", "arch"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+    assert "--stage1.num_candidates" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text,words",
+    [
+        ("softmax(linear1_1(gelu(linear1_1(x,wb1)),wb2))", "softmax"),
+        ("linear1_1(gelu(linear1_1(x,wb1)),wb2", "column"),
+        ("linear1_1(gelu(linear1_1(x,wb1)),wb2))", "column"),
+        ("linear1_1(gelu(linear1_1(x,wb1)),wb2) relu", "column"),
+        ("add(x)", "add"),
+        ("linear1_1(gelu(linear1_1(x,wb3)),wb2)", "wb3"),
+        ("relu(" * 10_000 + "x" + ")" * 10_000, "deep"),
+        ("", "empty"),
+    ],
+)
+def test_an_architecture_that_is_none(capsys, text, words):
+    assert words in fails(capsys, "arch", text)
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (("nonsense",), "search, arch"),
+        (("search", "--preset", "big", "--output_dir", "x"), "unknown preset 'big': one of demo, smoke"),
+        (("search", "--preset", "demo"), "--output_dir"),
+        (("search", "--preset"), "--preset needs a value"),
+        (("search", "--preset", "demo", "--output_dir", "x", "--sede", "1"), "--seed"),
+        (("search", "--preset", "demo", "--output_dir", "x", "--seed", "one"), "seed"),
+        (("search", "--preset", "demo", "--seed", "1", "--output_dir", "x", "--seed=2"), "--seed is given 2 times"),
+        (("search", "--output-dir", "x", "--output_dir", "y"), "--output_dir is given 2 times"),
+        (("search", "--preset", "demo", "--output_dir", "x", "--loss.loss_mask", "all"), "loss_mask"),
+        (("search", "--preset", "demo", "--output_dir", "x", "--supernet.learning_rate", "-1"), "learning_rate"),
+    ],
+)
+def test_arguments_that_cannot_be_read(capsys, arguments, words):
+    assert words in fails(capsys, *arguments)
+
+
+def test_an_empty_parameter_band(capsys, tmp_path):
+    line = fails(capsys, *smoke(tmp_path, "--min_params", "1", "--max_params", "2"))
+    assert "smallest" in line or "nearest" in line
+
+
+def test_an_unknown_task_and_missing_or_empty_data(capsys, tmp_path):
+    assert "builtin-topic" in fails(capsys, *smoke(tmp_path, "--task", "mnlii"))
+    assert "no such folder" in fails(capsys, *smoke(tmp_path, "--task", "mrpc", "--data_dir", str(tmp_path / "none")))
+    (tmp_path / "MRPC").mkdir()
+    for name in ("train", "dev"):
+        (tmp_path / "MRPC" / f"{name}.tsv").write_text("")
+    assert "empty" in fails(capsys, *smoke(tmp_path, "--task", "mrpc", "--data_dir", str(tmp_path), "--tasks"))
+
+
+def own_task(tmp_path, train, validation="text,label\na,yes\nb,no\n"):
+    for name, content in (("train.csv", train), ("dev.csv", validation)):
+        data = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / name).write_bytes(data)
+    files = ("--train_file", str(tmp_path / "train.csv"), "--validation_file", str(tmp_path / "dev.csv"))
+    return smoke(tmp_path, "--task", "own", "--tasks", "--text_columns", "text", *("--label_column", "label"), *files)
+
+
+@pytest.mark.parametrize(
+    "train,validation,words",
+    [
+        ("text,label\na,yes\nb,no,more\n", None, "train.csv:3"),
+        ("text,label\na,yes\nb,no\n", "text,label\na,maybe\n", "maybe"),
+        (b"text,label\n\xff\xfe,yes\n", None, "UTF-8"),
+        ("", None, "empty"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named_by_line(capsys, tmp_path, train, validation, words):
+    arguments = own_task(tmp_path, train, validation) if validation else own_task(tmp_path, train)
+    assert words in fails(capsys, *arguments)
+
+
+def test_a_corpus_that_is_missing_empty_or_not_text(capsys, tmp_path):
+    assert "no such file" in fails(capsys, *smoke(tmp_path, "--corpus", str(tmp_path / "none.txt")))
+    (tmp_path / "empty.txt").write_text("")
+    assert "empty" in fails(capsys, *smoke(tmp_path, "--corpus", str(tmp_path / "empty.txt")))
+    (tmp_path / "bytes.txt").write_bytes(b"fine\n\xff\xfe\n")
+    assert "UTF-8" in fails(capsys, *smoke(tmp_path, "--corpus", str(tmp_path / "bytes.txt")))
+
+
+def test_a_teacher_that_cannot_serve(capsys, tmp_path):
+    folder = tmp_path / "teacher"
+    sizes = {"vocab_size": 60, "hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 32}
+    config = transformers.BertConfig(**sizes, num_hidden_layers=6)
+    config.save_pretrained(folder)
+    assert "no weights" in fails(capsys, *smoke(tmp_path, "--teacher", str(folder)))
+    model = transformers.BertForSequenceClassification(config)
+    model.config.id2label = {0: "good", 1: "bad"}
+    model.save_pretrained(folder)
+    line = fails(capsys, *smoke(tmp_path, "--teacher", str(folder)))
+    assert "good, bad" in line and "internet" in line
+    line = fails(capsys, *smoke(tmp_path, "--teacher", str(folder), "--student.num_attention_heads", "2"))
+    assert "4 attention heads" in line
+    line = fails(capsys, *smoke(tmp_path, "--teacher", str(folder), "--student.num_hidden_layers", "4"))
+    assert "6 layers cannot be divided among 4" in line
+
+
+def test_an_output_dir_that_holds_something_else_or_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    assert "thesis.txt" in fails(capsys, *smoke(tmp_path))
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("")
+    line = fails(capsys, "search", "--preset", "smoke", "--output_dir", str(tmp_path / "file" / "run"))
+    assert "output_dir" in line
+
+
+def test_a_failed_start_leaves_nothing_that_blocks_a_corrected_one(capsys, tmp_path):
+    band = ("--min_params", "1", "--max_params", "2")
+    for arguments in (("--task", "mnlii"), band, ("--corpus", "none.txt"), band):
+        assert "another configuration" not in fails(capsys, *smoke(tmp_path, *arguments))
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_python_m_works_from_the_root_beside_another_package_called_kernels(tmp_path):
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("__version__ = '0.9'\ndef get_kernel(): ...\n")
+    metadata = tmp_path / "kernels-0.9.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.9\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "effbert", "arch", PUBLISHED],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0 and "15,737,724" in result.stdout, result.stderr
+
+
+def test_presets_are_values_that_serialise():
+    from effbert.config import PRESETS, as_dict
+
+    for make in PRESETS.values():
+        assert json.loads(json.dumps(as_dict(make()))) == as_dict(make())
