@@ -64,7 +64,7 @@ def preset(name: str | None, presets: dict, default):
     return presets[name]()
 
 
-def parse(kind: type, arguments: list[str], program: str, **default):
+def parse(kind: type, arguments: list[str], program: str, **options):
     """Read a dataclass from the command line with tyro; its error box becomes one line."""
     import contextlib
     import io
@@ -74,13 +74,13 @@ def parse(kind: type, arguments: list[str], program: str, **default):
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, args=arguments, use_underscores=True, prog=program, **default)
+            return tyro.cli(kind, args=arguments, use_underscores=True, prog=program, **options)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        lines = [line.strip("│ ─╭╮╰╯").strip() for line in box.getvalue().splitlines()]
-        text = " ".join(line for line in lines if line and line != "Parsing error")
-        raise ValueError(f"{text or 'the arguments cannot be read'}; {program} --help lists the flags") from None
+        lines = [line.strip("│ ─").strip() for line in box.getvalue().splitlines() if line[:1] not in "╭╰├"]
+        text = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
+        raise ValueError(f"{text or 'the arguments cannot be read'} ({program} --help lists the flags)") from None
 
 
 def search(arguments: list[str]) -> int:
@@ -89,9 +89,14 @@ def search(arguments: list[str]) -> int:
 
     name, arguments = take_flag(arguments, "preset")
     start = preset(name, PRESETS, SearchConfig(output_dir=""))
-    config = parse(SearchConfig, arguments, "effbert search", default=start)
+    about = (
+        f"{SearchConfig.__doc__.splitlines()[0]} --preset NAME, one of {', '.join(PRESETS)}, sets the defaults below."
+    )
+    config = parse(SearchConfig, arguments, "effbert search", default=start, description=about)
     if not config.output_dir:
         raise ValueError("search needs --output_dir, the folder that the run is kept in")
+    if name is None and not config.teacher:
+        raise ValueError("search needs --teacher, a BERT-like encoder, or --preset demo, which trains a small one")
     quiet_libraries()
     from effbert.search.run import run_search
 

@@ -25,6 +25,11 @@ class StudentArguments:
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
 
+    def __post_init__(self):
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+
 
 @dataclass(frozen=True)
 class TeacherArguments:
@@ -46,74 +51,90 @@ class TeacherArguments:
 
 
 @dataclass(frozen=True)
-class SearchStage:
-    """Stages 1 and 2: how many candidates, and each candidate's budget.
+class Budget:
+    """What a distillation may see: shares of the corpus and of the task's training rows, and how it trains on them."""
 
-    general_share: share of the corpus for the general phase. task_share: share of the task's training rows.
-    sampler: "random" or "lanas"; initial_samples and refit_every are those of lanas.
-    """
-
-    num_candidates: int = 80
-    general_share: float = 0.02
-    task_share: float = 0.1
-    general_phase: TrainingArguments = field(default_factory=TrainingArguments)
-    task_phase: TrainingArguments = field(
-        default_factory=lambda: TrainingArguments(
-            learning_rate=4e-4, num_train_epochs=3, per_device_train_batch_size=64
-        )
-    )
-    sampler: Literal["random", "lanas"] = "lanas"
-    initial_samples: int = 80
-    refit_every: int = 10
-
-
-@dataclass(frozen=True)
-class SharedStage:
-    """Stage 3: the supernet learns with a sampled architecture a step; candidates are scored on it without training."""
-
-    num_candidates: int = 1000
     general_share: float = 1.0
     task_share: float = 1.0
     general_phase: TrainingArguments = field(default_factory=TrainingArguments)
     task_phase: TrainingArguments = field(
         default_factory=lambda: TrainingArguments(learning_rate=4e-4, num_train_epochs=3)
     )
+
+    def __post_init__(self):
+        for name in ("general_share", "task_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0 and at most 1")
+        if self.task_phase.num_train_epochs < 1:
+            raise ValueError("task_phase.num_train_epochs is 0: a student without task distillation has no score")
+
+
+@dataclass(frozen=True)
+class SearchStage(Budget):
+    """A stage of the search: how many candidates, who proposes them, and its budget.
+
+    In stages 1 and 2 the budget is each candidate's own; in stage 3 it is that of the one shared supernet, on which
+    candidates are scored without training. sampler: "random" or "lanas", of which initial_samples and refit_every are.
+    """
+
+    num_candidates: int = 80
     sampler: Literal["random", "lanas"] = "lanas"
     initial_samples: int = 80
     refit_every: int = 10
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_candidates < 1:
+            raise ValueError(f"num_candidates is {self.num_candidates}: a stage needs at least 1")
+
 
 @dataclass(frozen=True)
-class FinalStage:
-    """The full distillation of the winner, and of the rows it is compared with, all under this budget."""
+class FinalStage(Budget):
+    """The full distillation of the winner, and of the rows it is compared with, all under this budget.
 
-    general_share: float = 1.0
-    general_phase: TrainingArguments = field(default_factory=TrainingArguments)
-    task_phase: TrainingArguments = field(
-        default_factory=lambda: TrainingArguments(learning_rate=4e-4, num_train_epochs=10)
-    )
+    num_random: random architectures in the table.
+    """
+
     num_random: int = 2
+
+
+def _candidate() -> SearchStage:
+    return SearchStage(
+        general_share=0.02,
+        task_share=0.1,
+        task_phase=TrainingArguments(learning_rate=4e-4, num_train_epochs=3, per_device_train_batch_size=64),
+    )
 
 
 @dataclass(frozen=True)
 class SearchConfig:
     """A progressive search with warm-up distillation, from text to a small model.
 
-    output_dir: the run's folder; the same command again resumes there.
-    task: the task that ranks candidates (builtin-topic, builtin-next, a GLUE name, squad, squad2.0, or your own name
-        with train_file). tasks: further tasks that stage 3 learns beside it.
-    data_dir: folder with GLUE or SQuAD files in their official layout; without it they are loaded by name.
-    train_file, validation_file, text_columns, label_column: your own CSV, TSV or JSON task; task_kind "regression"
-        where its labels are scores.
-    corpus: plain text for general distillation: "builtin", a text file or folder, or a name for load_dataset.
-    corpus_tokens: at most so many tokens of it; 0 for all.
-    teacher: folder or name of a BERT-like encoder; empty to train one. teacher_labels: names for its logits, in order.
-    validation_share: share of the task's training rows on which candidates are ranked.
-    max_train_rows: use at most so many training rows of each task; 0 for all.
-    min_params, max_params: band of a candidate's parameters, with the projection, without pooler and head; 0 for the
-        published architecture's count at these sizes, times 15/15.74 and 16/15.74.
-    num_threads: CPU threads; 0 leaves it to PyTorch. The last bits of a score depend on it.
-    seeds: repeat the rows of the final table so often, for mean and spread.
+    Attributes:
+        output_dir: The run's folder; the same command again resumes there.
+        task: The task that ranks candidates: builtin-topic, builtin-next, a GLUE name, squad, squad2.0, or a name of
+            your own with train_file.
+        tasks: Further tasks that stage 3 learns beside it.
+        data_dir: Folder with GLUE or SQuAD files in their official layout; without it they are loaded by name.
+        train_file: Your own task as CSV, TSV, JSON or JSON lines.
+        validation_file: The rows of your own task to hold out.
+        text_columns: The one or two text columns of your own task.
+        label_column: The label column of your own task.
+        task_kind: "regression" where the labels of your own task are scores.
+        corpus: Plain text for general distillation: "builtin", a text file or folder, or a name for load_dataset.
+        corpus_tokens: Use at most so many tokens of it; 0 for all.
+        teacher: Folder or name of a BERT-like encoder; empty to train one.
+        teacher_labels: Names for the columns of the teacher's logits, in their order.
+        max_length: Longest text in tokens.
+        validation_share: Share of the task's training rows on which candidates are ranked.
+        max_train_rows: Use at most so many training rows of each task; 0 for all.
+        min_params: Fewest parameters of a candidate, with the projection, without pooler and head; 0 for the published
+            architecture's count at these sizes times 15/15.74.
+        max_params: Most parameters of a candidate; 0 for the published architecture's count times 16/15.74.
+        seed: Of everything random.
+        seeds: Repeat the rows of the final table so often, for mean and spread.
+        device: "auto" (the GPU where there is one), "cpu", "cuda".
+        num_threads: CPU threads; 0 leaves it to PyTorch. The last bits of a score depend on it.
     """
 
     output_dir: str
@@ -142,23 +163,32 @@ class SearchConfig:
     teacher_model: TeacherArguments = field(default_factory=TeacherArguments)
     loss: LossWeights = field(default_factory=LossWeights)
     supernet: TrainingArguments = field(default_factory=TrainingArguments)
-    stage1: SearchStage = field(default_factory=SearchStage)
-    stage2: SearchStage = field(default_factory=SearchStage)
-    stage3: SharedStage = field(default_factory=SharedStage)
+    stage1: SearchStage = field(default_factory=_candidate)
+    stage2: SearchStage = field(default_factory=_candidate)
+    stage3: SearchStage = field(default_factory=lambda: SearchStage(num_candidates=1000))
     final: FinalStage = field(default_factory=FinalStage)
+
+    def __post_init__(self):
+        least = {"seeds": 1, "num_threads": 0, "max_length": 8, "corpus_tokens": 0, "max_train_rows": 0}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {minimum}")
+        if not 0 < self.validation_share < 1:
+            raise ValueError(f"validation_share is {self.validation_share}: it must be above 0 and below 1")
 
     def band(self, dims: Dimensions) -> tuple[int, int]:
         """(min_params, max_params), where unset the published band scaled to these sizes."""
-        published = Architecture.parse(PUBLISHED)
-        layers = self.student.num_hidden_layers
-        if len(published.layers) == layers:
-            count = count_parameters(published, dims).total_with_projection
-        else:
-            count = count_parameters(Architecture.uniform("2_2", layers), dims).total_with_projection
+        count = count_parameters(published(self.student.num_hidden_layers), dims).total_with_projection
         return (
             self.min_params or round(count * BAND[0] / PUBLISHED_PARAMETERS),
             self.max_params or round(count * BAND[1] / PUBLISHED_PARAMETERS),
         )
+
+
+def published(num_layers: int) -> Architecture:
+    """The published architecture at another depth: each of its six layers repeated, or the first layers of that."""
+    six = Architecture.parse(PUBLISHED)
+    return Architecture(six.repeat(-(-num_layers // 6)).layers[:num_layers])
 
 
 BAND = (15_000_000, 16_000_000)
@@ -187,7 +217,7 @@ def demo() -> SearchConfig:
     stage = SearchStage(
         num_candidates=7,
         general_share=0.04,
-        task_share=0.5,
+        task_share=0.4,
         general_phase=small,
         task_phase=task,
         initial_samples=4,
@@ -196,11 +226,10 @@ def demo() -> SearchConfig:
     return SearchConfig(
         output_dir="",
         task="builtin-topic",
-        tasks=("builtin-next",),
         max_length=64,
-        corpus_tokens=200_000,
-        max_train_rows=2400,
-        validation_share=0.25,
+        corpus_tokens=150_000,
+        max_train_rows=5400,
+        validation_share=0.15,
         num_threads=1,
         student=StudentArguments(
             hidden_size=64,
@@ -215,15 +244,15 @@ def demo() -> SearchConfig:
             num_hidden_layers=6,
             num_attention_heads=4,
             intermediate_size=384,
-            vocab_size=6000,
+            vocab_size=3000,
             dropout_prob=0.0,
-            pretraining=dataclasses.replace(small, num_train_epochs=1),
-            finetuning=TrainingArguments(learning_rate=5e-4, num_train_epochs=2, per_device_train_batch_size=32),
+            pretraining=dataclasses.replace(small, learning_rate=2e-4),
+            finetuning=TrainingArguments(learning_rate=5e-4, num_train_epochs=3, per_device_train_batch_size=32),
         ),
         supernet=small,
         stage1=stage,
         stage2=dataclasses.replace(stage, num_candidates=5),
-        stage3=SharedStage(
+        stage3=SearchStage(
             num_candidates=20,
             general_share=0.15,
             task_share=0.5,
@@ -243,26 +272,27 @@ def demo() -> SearchConfig:
 def smoke() -> SearchConfig:
     """Everything the demo does, in under a minute: for CI, and for tests that kill it. Its scores mean nothing."""
     base = demo()
-    stage = dataclasses.replace(base.stage1, num_candidates=2, general_share=0.1, task_share=0.25, initial_samples=2)
+    fast = dataclasses.replace(base.stage1.task_phase, learning_rate=4e-3)
+    stage = dataclasses.replace(base.stage1, num_candidates=2, task_share=0.5, task_phase=fast, initial_samples=2)
+    teacher = base.teacher_model
     return dataclasses.replace(
         base,
+        tasks=("builtin-next",),
         max_length=32,
         corpus_tokens=20_000,
         max_train_rows=400,
-        student=dataclasses.replace(base.student, hidden_size=32, intermediate_size=32, embedding_size=16),
+        student=StudentArguments(hidden_size=32, num_attention_heads=4, intermediate_size=32, embedding_size=16),
         teacher_model=dataclasses.replace(
-            base.teacher_model,
+            teacher,
             hidden_size=32,
             intermediate_size=64,
             vocab_size=2000,
-            finetuning=dataclasses.replace(base.teacher_model.finetuning, num_train_epochs=1),
+            finetuning=dataclasses.replace(teacher.finetuning, learning_rate=2e-3),
         ),
         stage1=stage,
         stage2=stage,
-        stage3=dataclasses.replace(base.stage3, num_candidates=4, initial_samples=2, refit_every=1),
-        final=dataclasses.replace(
-            base.final, num_random=1, task_phase=dataclasses.replace(base.final.task_phase, num_train_epochs=1)
-        ),
+        stage3=dataclasses.replace(base.stage3, num_candidates=4, task_phase=fast, initial_samples=2, refit_every=1),
+        final=dataclasses.replace(base.final, num_random=1, task_phase=fast),
     )
 
 

@@ -33,6 +33,10 @@ class LossWeights:
     loss_mask: Literal["real", "released"] = "real"
     score_form: Literal["auto", "direct", "gram"] = "auto"
 
+    def __post_init__(self):
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}: it must be above 0")
+
 
 @dataclass(frozen=True)
 class Losses:

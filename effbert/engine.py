@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from effbert import checkpoint, random
-from effbert.data.batches import Batch, BatchPlan
+from effbert.data.batches import Batch
 from effbert.optim import Optimizer, TrainingArguments
 
 CHECK_EVERY = 10  # steps between reads of the loss: a read waits for the device
@@ -62,7 +62,7 @@ class TrainingResult:
 
 def train(
     model: nn.Module,
-    plan_of: Callable[[int], BatchPlan],
+    plan_of: Callable[[int], Sequence[Batch]],
     loss_of: Callable[[Batch, int], torch.Tensor],
     arguments: TrainingArguments,
     phase: Phase,
@@ -73,66 +73,28 @@ def train(
 ) -> TrainingResult:
     """Train `model` in place over `arguments.num_train_epochs` epochs.
 
-    plan_of: epoch -> its batches. loss_of: (batch on `device`, number of the batch in the phase) -> 0-d loss.
-    after_epoch: called with the model in eval mode; its dict is kept. on_step: called with (step, total steps).
-    A non-finite loss ends the phase with finished=False; nothing is raised. With a checkpoint on disk the phase goes on
-    from it; the caller deletes the file (`forget`) once the phase's outcome is safe elsewhere.
+    plan_of: epoch -> its batches, equally many each epoch. loss_of: (batch on `device`, number of the batch in the
+    phase) -> 0-d loss. after_epoch: called with the model in eval mode; its dict is kept. on_step: called with
+    (step, total steps). A loss or gradient that is not finite ends the phase with finished=False; nothing is raised.
+    With a checkpoint on disk the phase goes on from it; the caller deletes the file (`forget`) once the phase's outcome
+    is safe elsewhere.
     """
-    plans = [plan_of(epoch) for epoch in range(arguments.num_train_epochs)]
-    accumulate = arguments.gradient_accumulation_steps
-    steps_of = [-(-len(plan) // accumulate) for plan in plans]
-    total = sum(steps_of)
-    optimizer = Optimizer(model, arguments, total)
-    state = _Loop(model, optimizer, phase)
-    state.resume()
+    loop = _Loop(model, plan_of, loss_of, arguments, phase, torch.device(device))
+    loop.resume()
     with _Interrupts() as interrupts:
-        return _epochs(model, plans, steps_of, loss_of, state, device, after_epoch, on_step, interrupts)
-
-
-def _epochs(model, plans, steps_of, loss_of, state, device, after_epoch, on_step, interrupts) -> TrainingResult:
-    for epoch, plan in enumerate(plans):
-        if epoch < state.epoch:
-            continue
-        model.train()
-        for position in range(state.position, steps_of[epoch]):
-            _step(plan, epoch, position, sum(map(len, plans[:epoch])), loss_of, state, device)
-            if on_step is not None:
-                on_step(state.step, sum(steps_of))
-            if state.step % CHECK_EVERY == 0 or state.position == steps_of[epoch]:
-                if not torch.isfinite(state.loss_sum).item():
-                    return state.result(finished=False)
-                state.save_if_due()
-            if interrupts.pending:
-                state.save()
-                raise KeyboardInterrupt
-        model.eval()
-        state.end_epoch(after_epoch(epoch) if after_epoch is not None else {}, len(plan))
-    model.eval()
-    state.save_if_due(finished=True)
-    return state.result(finished=True)
-
-
-def _step(plan, epoch, position, batches_before, loss_of, state, device) -> None:
-    """One update: the batches of one accumulation group, forward and backward, then the optimiser."""
-    arguments, phase = state.optimizer.arguments, state.phase
-    first = position * arguments.gradient_accumulation_steps
-    group = range(first, min(first + arguments.gradient_accumulation_steps, len(plan)))
-    for index in group:
-        torch.manual_seed(random.key(phase.seed, *phase.name, "step", epoch, index))
-        batch = plan[index]
-        state.tokens += batch.tokens
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=arguments.bf16):
-            loss = loss_of(batch.to(device), batches_before + index)
-        (loss / len(group)).backward()
-        state.loss_sum = state.loss_sum.to(loss.device) + loss.detach().double()
-    state.optimizer.step(state.step)
-    state.step += 1
-    state.position = position + 1
+        for epoch in range(loop.epoch, arguments.num_train_epochs):
+            if not loop.run_epoch(plan_of(epoch), interrupts, on_step):
+                return loop.result(finished=False)
+            loop.end_epoch(after_epoch)
+            loop.stop_if(interrupts)
+        loop.model.eval()
+        loop.save_if_due(finished=True)
+    return loop.result(finished=True)
 
 
 class _Interrupts:
-    """Holds back Ctrl-C until the step under way is done, so that the state saved is a whole one; a second Ctrl-C stops
-    at once. Outside the main thread, where Python delivers no signals, it does nothing."""
+    """Holds back Ctrl-C until the step or evaluation under way is done, so that the state saved is a whole one; a
+    second Ctrl-C stops at once. Outside the main thread, where Python delivers no signals, it does nothing."""
 
     def __init__(self):
         self.pending = False
@@ -148,16 +110,24 @@ class _Interrupts:
             raise KeyboardInterrupt
         self.pending = True
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, *_):
         if self.main:
             signal.signal(signal.SIGINT, self.previous)
+        if self.pending and kind is None:
+            raise KeyboardInterrupt
 
 
 class _Loop:
-    """Position, sums and records of a running phase, and their checkpoint."""
+    """A running phase: its position, sums and records, one epoch at a time, and their checkpoint."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, phase: Phase):
-        self.model, self.optimizer, self.phase = model, optimizer, phase
+    COUNTERS = ("epoch", "position", "step", "tokens", "loss_sum", "last_loss", "records", "seconds_before")
+
+    def __init__(self, model, plan_of, loss_of, arguments: TrainingArguments, phase: Phase, device: torch.device):
+        self.model, self.loss_of, self.arguments, self.phase, self.device = model, loss_of, arguments, phase, device
+        self.batches = len(plan_of(0)) if arguments.num_train_epochs else 0
+        self.steps = -(-self.batches // arguments.gradient_accumulation_steps)
+        self.total = self.steps * arguments.num_train_epochs
+        self.optimizer = Optimizer(model, arguments, self.total)
         self.epoch = self.position = self.step = self.tokens = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64)
         self.last_loss = float("nan")
@@ -165,18 +135,62 @@ class _Loop:
         self.seconds_before = 0.0
         self.started = self.saved = time.monotonic()
 
-    @property
-    def seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.started
+    def run_epoch(self, plan: Sequence[Batch], interrupts: _Interrupts, on_step) -> bool:
+        """The rest of this epoch; False where the loss or a gradient is no longer finite."""
+        if len(plan) != self.batches:
+            raise ValueError(
+                f"{self.phase.fingerprint}: epoch {self.epoch} has {len(plan)} batches, not {self.batches}"
+            )
+        self.model.train()
+        while self.position < self.steps:
+            self.run_step(plan)
+            if on_step is not None:
+                on_step(self.step, self.total)
+            if self.step % CHECK_EVERY == 0 or self.position == self.steps:
+                if not torch.isfinite(self.loss_sum).item():
+                    return False
+                self.save_if_due()
+            self.stop_if(interrupts)
+        return True
 
-    def end_epoch(self, record: dict, batches: int) -> None:
-        self.last_loss = float(self.loss_sum) / max(1, batches)
-        self.records.append(record)
+    def run_step(self, plan: Sequence[Batch]) -> None:
+        """One update: forward and backward of the batches of one accumulation group, then the optimiser."""
+        accumulate = self.arguments.gradient_accumulation_steps
+        group = range(self.position * accumulate, min((self.position + 1) * accumulate, self.batches))
+        for index in group:
+            torch.manual_seed(random.key(self.phase.seed, *self.phase.name, "step", self.epoch, index))
+            batch = plan[index]
+            self.tokens += batch.tokens
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.arguments.bf16):
+                loss = self.loss_of(batch.to(self.device), self.epoch * self.batches + index)
+            (loss / len(group)).backward()
+            self.loss_sum = self.loss_sum.to(loss.device) + loss.detach().double()
+        norm = self.optimizer.step(self.step)
+        self.loss_sum = self.loss_sum + 0 * norm.double()  # a gradient that is not finite shows in the sum
+        self.step += 1
+        self.position += 1
+
+    def end_epoch(self, after_epoch) -> None:
+        """Evaluate and note the epoch's loss."""
+        self.model.eval()
+        self.records.append(after_epoch(self.epoch) if after_epoch is not None else {})
+        self.last_loss = float(self.loss_sum) / max(1, self.batches)
         self.loss_sum = torch.zeros((), dtype=torch.float64)
         self.epoch, self.position = self.epoch + 1, 0
 
+    def stop_if(self, interrupts: _Interrupts) -> None:
+        """Save and stop where Ctrl-C was pressed."""
+        if interrupts.pending:
+            self.save()
+            raise KeyboardInterrupt
+
     def result(self, finished: bool) -> TrainingResult:
-        return TrainingResult(finished, self.step, self.tokens, self.seconds, self.last_loss, self.records)
+        """What the phase came to."""
+        return TrainingResult(finished, self.step, self.tokens, self.seconds(), self.last_loss, self.records)
+
+    def seconds(self) -> float:
+        """Time in the loop, earlier runs up to their checkpoint included."""
+        return self.seconds_before + time.monotonic() - self.started
 
     def save_if_due(self, finished: bool = False) -> None:
         """Save where the last save, or for a finished phase its start, is longer ago than the phase's save_seconds."""
@@ -185,26 +199,27 @@ class _Loop:
             self.save()
 
     def save(self) -> None:
+        """Write the checkpoint, where the phase keeps one."""
         if self.phase.checkpoint is None:
             return
         self.saved = time.monotonic()
-        counters = ("epoch", "position", "step", "tokens", "loss_sum", "last_loss", "records")
-        state = {name: getattr(self, name) for name in counters}
-        state |= {
-            "seconds_before": self.seconds,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.adamw.state_dict(),
-        }
+        state = {name: getattr(self, name) for name in self.COUNTERS} | {"seconds_before": self.seconds()}
+        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.adamw.state_dict()}
         checkpoint.save(self.phase.checkpoint, self.phase.fingerprint, state)
 
     def resume(self) -> None:
-        if self.phase.checkpoint is None or not self.phase.checkpoint.exists():
+        """Go on from the checkpoint, where there is one."""
+        path = self.phase.checkpoint
+        if path is None or not path.exists():
             return
-        state = checkpoint.load(self.phase.checkpoint, self.phase.fingerprint)
-        self.model.load_state_dict(state.pop("model"))
-        self.optimizer.adamw.load_state_dict(state.pop("optimizer"))
-        for name, value in state.items():
-            setattr(self, name, value)
+        state = checkpoint.load(path, self.phase.fingerprint)
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.adamw.load_state_dict(state["optimizer"])
+            for name in self.COUNTERS:
+                setattr(self, name, state[name])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise ValueError(f"checkpoint {path} does not fit this phase: delete it to restart this phase") from error
 
 
 def forget(phases: Sequence[Phase]) -> None:

@@ -7,6 +7,7 @@ full and of which a candidate runs slices: every forward takes the architecture 
 Shapes: B sequences, L positions, C hidden_size, H heads.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -329,6 +330,18 @@ class EffBertForQuestionAnswering(EffBertHeadModel):
         return QuestionAnsweringModelOutput(
             loss=loss, start_logits=start, end_logits=end, hidden_states=states if output_hidden_states else None
         )
+
+
+def new_student(config: EffBertConfig, kind: str, labels: Sequence[str] = ()) -> EffBertHeadModel:
+    """A student with the head of a task: `kind` "classification" with its `labels`, "regression" or "spans"."""
+    names = list(labels) or [f"LABEL_{index}" for index in range(num_outputs(kind))]
+    config.id2label, config.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
+    return (EffBertForQuestionAnswering if kind == "spans" else EffBertForSequenceClassification)(config)
+
+
+def num_outputs(kind: str, labels: Sequence[str] = ()) -> int:
+    """Width of a task's head: its labels, 1 for regression, 2 (start, end) for spans."""
+    return {"regression": 1, "spans": 2}.get(kind) or len(labels)
 
 
 def register() -> None:

@@ -19,7 +19,7 @@ def general_loss(workspace: Workspace, trace_of: TraceOf, fit_dense: nn.Linear):
     """Loss of general distillation for `effbert.engine.train`; trace_of takes a batch and its number in the phase."""
 
     def loss_of(batch: Batch, number: int) -> torch.Tensor:
-        teacher = workspace.general_teacher.trace(*model_inputs(batch))
+        teacher = workspace.general_teacher.trace(*model_inputs(batch), head=False)
         student = trace_of(batch, number)
         return distillation_losses(student, teacher, fit_dense, batch.attention_mask, workspace.config.loss).total
 

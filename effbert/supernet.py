@@ -13,10 +13,10 @@ from effbert.architecture import Architecture
 from effbert.data.tasks import TaskSpec
 from effbert.model import (
     EffBertConfig,
-    EffBertForQuestionAnswering,
-    EffBertForSequenceClassification,
     EffBertModel,
     EffBertPreTrainedModel,
+    new_student,
+    num_outputs,
 )
 from effbert.trace import Trace
 
@@ -108,12 +108,7 @@ class Supernet(EffBertPreTrainedModel):
             model = EffBertModel(config)
             source = {name.removeprefix("effbert."): tensor for name, tensor in source.items()}
         else:
-            labels = self.labels[task] or [f"LABEL_{index}" for index in range(num_outputs(self.kinds[task], []))]
-            config.id2label = dict(enumerate(labels))
-            config.label2id = {label: index for index, label in enumerate(labels)}
-            model = (EffBertForQuestionAnswering if self.kinds[task] == "spans" else EffBertForSequenceClassification)(
-                config
-            )
+            model = new_student(config, self.kinds[task], self.labels[task])
             head = self.heads[head_key(task)].state_dict()
             source |= {f"classifier.{name}": tensor for name, tensor in head.items()}
         wanted = model.state_dict()
@@ -122,10 +117,5 @@ class Supernet(EffBertPreTrainedModel):
 
 
 def head_key(task: str) -> str:
-    """A task name as a module name (module names may not hold dots)."""
-    return task.replace(".", "_")
-
-
-def num_outputs(kind: str, labels: Sequence[str]) -> int:
-    """Width of a task's head: its labels, 1 for regression, 2 (start, end) for spans."""
-    return {"regression": 1, "spans": 2}.get(kind) or len(labels)
+    """A task name as a module name, which may hold no dot and not be a name that ModuleDict has already."""
+    return f"task_{task.replace('.', '_')}"

@@ -2,9 +2,11 @@
 
 Queries and keys are caught by forward hooks on the encoder's own query and key Linears, hidden states and logits come
 from its normal outputs, so attention can run in any implementation and is never materialised. A teacher must fit the
-student: as many attention heads, and a number of layers that the student's divides.
+student: as many attention heads, and a number of layers that the student's divides. What can be told from its config
+is refused before any weights are read.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from effbert.checkpoint import own_memory
+from effbert.errors import first_line
 from effbert.trace import Trace
 
 
@@ -21,7 +24,7 @@ def layer_map(teacher_layers: int, student_layers: int) -> list[int]:
         fits = [n for n in range(1, teacher_layers + 1) if teacher_layers % n == 0]
         raise ValueError(
             f"a teacher of {teacher_layers} layers cannot be divided among {student_layers} student layers: "
-            f"student layers that fit are {', '.join(map(str, fits))}"
+            f"--student.num_hidden_layers should be one of {', '.join(map(str, fits))}"
         )
     interval = teacher_layers // student_layers
     return [(index + 1) * interval - 1 for index in range(student_layers)]
@@ -33,7 +36,8 @@ def check_shape(teacher_layers: int, teacher_heads: int, student_layers: int, st
     if teacher_heads != student_heads:
         raise ValueError(
             f"the teacher has {teacher_heads} attention heads and the student {student_heads}: scores are compared "
-            f"head by head, so set num_attention_heads to {teacher_heads}, with a hidden_size that it divides"
+            f"head by head, so give --student.num_attention_heads {teacher_heads}, and a --student.hidden_size "
+            "that it divides"
         )
 
 
@@ -42,16 +46,17 @@ class Teacher(nn.Module):
 
     model: a transformers encoder with `layer[i].attention.self.query` and `.key` (BERT, RoBERTa, ELECTRA and their
         relatives), bare or with a classification or question-answering head.
-    columns: the order of the logits' columns, e.g. from `effbert.data.tasks.map_labels`; None keeps the model's own.
+    columns: which of the model's logits comes first, second, ..., as `effbert.data.tasks.map_labels` gives it; None
+        keeps the model's own order.
     """
 
     def __init__(self, model: nn.Module, columns: Sequence[int] | None = None):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.config = model.config
-        self.columns = None if columns is None else list(columns)
-        encoder = getattr(model, model.base_model_prefix, model)
-        self.layers = [layer.attention.self for layer in _encoder_layers(encoder)]
+        moved = columns is not None and list(columns) != list(range(len(columns)))
+        self.register_buffer("columns", torch.tensor(columns) if moved else None, persistent=False)
+        self.layers = [layer.attention.self for layer in encoder_layers(self.encoder)]
         self._caught: dict[tuple[str, int], torch.Tensor] = {}
         for index, attention in enumerate(self.layers):
             attention.query.register_forward_hook(self._catch("query", index))
@@ -68,13 +73,20 @@ class Teacher(nn.Module):
         caught = (self._caught.pop((what, index)) for index in range(len(self.layers)))
         return tuple(x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in caught)
 
+    @property
+    def encoder(self) -> nn.Module:
+        """The model without its head."""
+        return getattr(self.model, self.model.base_model_prefix, self.model)
+
     @torch.no_grad()
-    def trace(self, input_ids, attention_mask=None, token_type_ids=None) -> Trace:
-        """As `effbert.trace.Trace`; token_type_ids are dropped for a teacher with one segment."""
+    def trace(self, input_ids, attention_mask=None, token_type_ids=None, head: bool = True) -> Trace:
+        """As `effbert.trace.Trace`; token_type_ids are dropped for a teacher with one segment. Without `head` the
+        encoder alone runs, and there are no logits."""
         if getattr(self.config, "type_vocab_size", 1) < 2:
             token_type_ids = None
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        output = self.model(**{k: v for k, v in inputs.items() if v is not None}, output_hidden_states=True)
+        model = self.model if head else self.encoder
+        output = model(**{k: v for k, v in inputs.items() if v is not None}, output_hidden_states=True)
         return Trace(tuple(output.hidden_states), self._take("query"), self._take("key"), self._logits(output))
 
     def _logits(self, output):
@@ -82,60 +94,162 @@ class Teacher(nn.Module):
             return torch.stack((output.start_logits, output.end_logits), dim=-1)
         if "logits" not in output:
             return None
-        return output.logits if self.columns is None else output.logits[..., self.columns]
+        return output.logits if self.columns is None else output.logits.index_select(-1, self.columns)
 
 
-def _encoder_layers(encoder: nn.Module) -> nn.ModuleList:
+def encoder_layers(encoder: nn.Module) -> nn.ModuleList:
+    """The layers of a BERT-like encoder; ValueError where it is of another kind."""
     layers = getattr(getattr(encoder, "encoder", None), "layer", None)
     usable = layers is not None and len(layers) > 0
     if not usable or not hasattr(getattr(getattr(layers[0], "attention", None), "self", None), "query"):
-        raise ValueError(
-            f"a {type(encoder).__name__} cannot be the teacher: its layers need attention.self.query and .key, "
-            "as in BERT, RoBERTa and ELECTRA"
-        )
+        raise ValueError(f"a {type(encoder).__name__} cannot be the teacher: {NEEDED}")
     return layers
+
+
+NEEDED = "its layers need attention.self.query and .key, as in BERT, RoBERTa and ELECTRA"
+
+
+def check_family(config) -> None:
+    """ValueError where the encoder of a transformers config is not BERT-like; no weights are made or read."""
+    from transformers import AutoModel
+
+    try:
+        with torch.device("meta"):
+            encoder = AutoModel.from_config(config, attn_implementation="sdpa")
+    except Exception as error:
+        raise ValueError(
+            f"a {config.model_type} model cannot be the teacher: {NEEDED} ({first_line(error)})"
+        ) from error
+    encoder_layers(encoder)
+
+
+def check_texts(config, tokenizer, max_length: int) -> None:
+    """ValueError where a teacher cannot read texts of `max_length` ids from this tokenizer."""
+    positions = config.max_position_embeddings - student_vocabulary(config)["position_offset"]
+    if max_length > positions:
+        raise ValueError(
+            f"the teacher reads texts of at most {positions} tokens: --max_length {max_length} is too long"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} entries and the teacher's vocabulary {config.vocab_size}: "
+            "they do not belong together"
+        )
+    if tokenizer.pad_token_id != config.pad_token_id:
+        raise ValueError(
+            f"the tokenizer pads with id {tokenizer.pad_token_id} and the teacher with {config.pad_token_id}: "
+            "set pad_token_id in its config.json to the tokenizer's"
+        )
+
+
+def local_path(folder: str | Path) -> Path | str:
+    """`folder` with ~ expanded; what is no path here and does not look like one stays a hub name."""
+    path = Path(folder).expanduser()
+    return path if path.exists() or str(folder).startswith((".", "/", "~")) else str(folder)
 
 
 def read_config(folder: str | Path):
     """The transformers config of a teacher folder or hub name; FileNotFoundError where a folder lacks its files."""
     from transformers import AutoConfig
 
-    path = Path(folder)
-    if path.exists() or str(folder).startswith((".", "/", "~")):
-        if not path.is_dir():
-            raise FileNotFoundError(f"teacher {folder}: no such folder")
-        if not (path / "config.json").exists():
-            raise FileNotFoundError(f"teacher {folder}: no config.json in this folder")
-        if not any((path / name).exists() for name in WEIGHT_FILES):
-            raise FileNotFoundError(f"teacher {folder}: no weights in this folder, one of {', '.join(WEIGHT_FILES)}")
+    path = local_path(folder)
+    if isinstance(path, Path):
+        _check_files(path, folder)
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"teacher {folder}: {str(error).splitlines()[0]}") from error
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:
+        raise ValueError(f"teacher {folder}: {first_line(error)}") from error
 
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
-def load_model(folder: str | Path, head: str | None = None, **overrides) -> nn.Module:
-    """A transformers model with its weights from safetensors; `head` None, "classification", "regression" or "spans".
+def _check_files(path: Path, folder: str | Path) -> None:
+    if not path.is_dir():
+        raise FileNotFoundError(f"teacher {folder}: no such folder")
+    if not (path / "config.json").exists():
+        raise FileNotFoundError(f"teacher {folder}: no config.json in this folder")
+    if any((path / name).exists() for name in WEIGHT_FILES):
+        return
+    if any(path.glob("pytorch_model*.bin")):
+        raise FileNotFoundError(
+            f"teacher {folder}: only pickled weights in this folder, which may hold code and are not read: "
+            "save it with safetensors"
+        )
+    raise FileNotFoundError(f"teacher {folder}: no weights in this folder, one of {', '.join(WEIGHT_FILES)}")
 
-    `overrides` go to the config, e.g. id2label for a head that is new. Pickled weights are refused.
-    """
+
+def content_hash(folder: str | Path) -> str:
+    """What a teacher's files hold: a hash of config and weights, for a hub name its commit."""
+    path = local_path(folder)
+    if not isinstance(path, Path):
+        return str(read_config(folder)._commit_hash)
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted([path / "config.json", *path.glob("model*.safetensors")]):
+        with open(file, "rb") as handle:
+            digest.update(file.name.encode() + hashlib.file_digest(handle, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def load_model(folder: str | Path, head: str | None = None) -> nn.Module:
+    """A transformers model in fp32 with its weights from safetensors; `head` None, "classification", "regression" or
+    "spans". ValueError where a weight is missing (a bare encoder may lack its pooler) or of another size."""
     import transformers
 
     read_config(folder)
-    auto = {
-        None: transformers.AutoModel,
-        "classification": transformers.AutoModelForSequenceClassification,
-        "regression": transformers.AutoModelForSequenceClassification,
-        "spans": transformers.AutoModelForQuestionAnswering,
-    }[head]
+    auto = transformers.AutoModel if head is None else _auto_class(head)
     try:
-        model = auto.from_pretrained(folder, use_safetensors=True, attn_implementation="sdpa", **overrides)
+        model, found = auto.from_pretrained(
+            local_path(folder),
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     except Exception as error:
-        raise ValueError(f"teacher {folder}: its weights cannot be read: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"teacher {folder}: its weights cannot be read: {first_line(error)}") from error
+    _check_weights(folder, found, may_lack="pooler." if head is None else None)
     return own_memory(model)
+
+
+def _auto_class(head: str):
+    import transformers
+
+    if head == "spans":
+        return transformers.AutoModelForQuestionAnswering
+    return transformers.AutoModelForSequenceClassification
+
+
+def _check_weights(folder, found: dict, may_lack: str | None) -> None:
+    missing = sorted(name for name in found["missing_keys"] if may_lack is None or may_lack not in name)
+    if missing:
+        raise ValueError(f"teacher {folder}: its weights lack {_some(missing)}, which its config.json asks for")
+    resized = sorted(name for name, *_ in found["mismatched_keys"])
+    if resized:
+        raise ValueError(f"teacher {folder}: {_some(resized)} has another size than its config.json says")
+    surplus = sorted(name for name in found["unexpected_keys"] if "encoder.layer." in name)
+    if surplus:
+        raise ValueError(f"teacher {folder}: its weights hold {_some(surplus)}, which its config.json does not know")
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def with_new_head(folder: str | Path, head: str, labels: Sequence[str]) -> nn.Module:
+    """The encoder of `folder` under a fresh head, drawn from PyTorch's generator, whatever head it had before.
+
+    head: as in `load_model`. labels: a name for each of its outputs.
+    """
+    encoder = load_model(folder)
+    config = encoder.config
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {name: index for index, name in enumerate(labels)}
+    config.problem_type = None
+    model = _auto_class(head).from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    getattr(model, model.base_model_prefix).load_state_dict(encoder.state_dict(), strict=False)
+    return model
 
 
 def head_of(config) -> str | None:
@@ -148,13 +262,15 @@ def head_of(config) -> str | None:
     return None
 
 
+ROBERTA_LIKE = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text")
+
+
 def student_vocabulary(config) -> Mapping[str, int]:
     """What a student takes over from its teacher: vocabulary, padding, positions, segments.
 
     RoBERTa counts positions from pad_token_id + 1, so its table is that much longer than its texts.
     """
-    roberta_like = config.model_type in ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm")
-    offset = config.pad_token_id + 1 if roberta_like else 0
+    offset = config.pad_token_id + 1 if config.model_type in ROBERTA_LIKE else 0
     return {
         "vocab_size": config.vocab_size,
         "pad_token_id": config.pad_token_id,

@@ -1,28 +1,44 @@
 """What all stages of a run share, made once and kept in its folder: tokenizer, corpus, tasks, teachers.
 
-Each piece is made the first time and read back afterwards, so a resumed run goes on from where it stopped.
+Each piece is made the first time and read back afterwards, so a resumed run goes on from where it stopped. What a run
+was given is fingerprinted at its first start: a resume over other data or another teacher is refused.
 """
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from effbert import random
 from effbert.architecture import attention_head_size
 from effbert.config import SearchConfig
 from effbert.data.batches import BatchPlan, subset
+from effbert.data.cache import dataset_fingerprint, tokenizer_fingerprint
 from effbert.data.corpus import load_corpus, sentences_of
 from effbert.data.encode import EncodedTask, encode_task
-from effbert.data.tasks import BUILTIN, Task, TaskSpec, load_task, map_labels
+from effbert.data.tasks import BUILTIN, Task, TaskSpec, load_task, map_labels, plain_name
 from effbert.data.tokenizer import load_tokenizer, train_wordpiece
 from effbert.engine import Phase, forget, train
 from effbert.evaluate import evaluate
-from effbert.files import atomic_dir
-from effbert.mlm import masked_lm_loss, new_bert
+from effbert.files import atomic_dir, write_atomic
+from effbert.mlm import MaskedPlan, masked_lm_loss, new_bert
 from effbert.model import EffBertConfig
-from effbert.teacher import Teacher, check_shape, head_of, load_model, read_config, student_vocabulary
+from effbert.teacher import (
+    Teacher,
+    check_family,
+    check_shape,
+    check_texts,
+    content_hash,
+    head_of,
+    load_model,
+    read_config,
+    student_vocabulary,
+    with_new_head,
+)
 
 Say = Callable[[str], None]
 
@@ -33,8 +49,8 @@ class Workspace:
 
     tasks: by name, the main task first: rows to train on, and as validation the rows that rank candidates, cut from the
         official training rows. held_out: the official validation split, for the final table only.
-    teacher_config: the encoder's transformers config, known before its weights. general_teacher: the encoder for
-        general distillation. teachers: one fine-tuned teacher a task.
+    teacher_config: the encoder's transformers config, known before its weights. teachers: one a task.
+    general_teacher: the one for general distillation, where a given teacher has the main task's head the same one.
     """
 
     config: SearchConfig
@@ -69,16 +85,14 @@ class Workspace:
                 "embedding_size": student.embedding_size,
                 "hidden_dropout_prob": student.hidden_dropout_prob,
                 "attention_probs_dropout_prob": student.attention_probs_dropout_prob,
-                "initializer_range": initializer_range(student.hidden_size),
                 **student_vocabulary(self.teacher_config),
                 **changes,
             }
         )
 
-    def general_plan(self, share: float, batch_size: int, epoch: int) -> BatchPlan:
+    def general_plan(self, share: float, batch_size: int, epoch: int, seed: int | None = None) -> BatchPlan:
         """Batches over the first `share` of the corpus, in an order that depends on the seed and the epoch alone."""
-        data = subset(self.corpus, share)
-        return self.plan(data, batch_size, "general", epoch)
+        return self.plan(subset(self.corpus, share), batch_size, "general", epoch, seed)
 
     def plan(self, data, batch_size: int, name: str, epoch: int, seed: int | None = None) -> BatchPlan:
         """Shuffled batches of any encoded data; `seed` None is the run's."""
@@ -94,12 +108,14 @@ def open_workspace(config: SearchConfig, folder: Path, say: Say) -> Workspace:
     device = pick_device(config.device)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    raw = {name: split_task(task, config) for name, task in load_tasks(config).items()}
     given = read_config(config.teacher) if config.teacher else None
-    check_teacher(given, config, next(iter(raw.values()))[0].spec)
-    tokenizer = load_tokenizer(config.teacher) if given is not None else own_tokenizer(config, folder, say)
+    loaded = load_tasks(config)
+    check_teacher(given, config, next(iter(loaded.values())).spec)
+    tokenizer = own_tokenizer(config, folder, say) if given is None else given_tokenizer(config, given)
+    raw = {name: split_task(task, config) for name, task in loaded.items()}
     corpus = load_corpus(config.corpus, tokenizer, config.max_length, limit_tokens=config.corpus_tokens or None)
     say(f"corpus: {len(corpus):,} sequences of at most {config.max_length} tokens from {config.corpus}")
+    check_inputs(folder, fingerprints(config, tokenizer, corpus, loaded))
     tasks = {name: encode_task(task, tokenizer, config.max_length) for name, (task, _) in raw.items()}
     held_out = {name: encode_task(task, tokenizer, config.max_length) for name, (_, task) in raw.items()}
     for name, task in tasks.items():
@@ -112,19 +128,40 @@ def open_workspace(config: SearchConfig, folder: Path, say: Say) -> Workspace:
 
 
 def open_teachers(workspace: Workspace, say: Say) -> None:
-    """Make or read back the teachers: the encoder for general distillation, and one fine-tuned teacher a task."""
-    base = workspace.config.teacher or str(pretrained_teacher(workspace, say))
-    workspace.general_teacher = Teacher(load_model(base)).to(workspace.device)
-    workspace.teachers = {name: task_teacher(workspace, base, task, say) for name, task in workspace.tasks.items()}
+    """Make or read back the teachers: one a task, and the one for general distillation.
+
+    A given teacher's own head serves the main task alone, where it is of its kind: what else it may have been trained
+    on is unknown. Every other task gets a head of its own, fine-tuned with the encoder.
+    """
+    config, main = workspace.config, workspace.main_task.spec
+    base = config.teacher or str(pretrained_teacher(workspace, say))
+    if config.teacher and answers(workspace.teacher_config, main):
+        columns = teacher_columns(workspace.teacher_config, config, main) if main.kind == "classification" else None
+        say(f"teacher for {main.name}: {base} as it is")
+        workspace.general_teacher = Teacher(load_model(base, main.kind), columns).to(workspace.device)
+        workspace.teachers[main.name] = workspace.general_teacher
+    else:
+        workspace.general_teacher = Teacher(load_model(base)).to(workspace.device)
+    for name, task in workspace.tasks.items():
+        if name not in workspace.teachers:
+            workspace.teachers[name] = tuned_teacher(workspace, base, task, say)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the GPU where there is one."""
+    """The device called `name`; "auto" is the GPU where there is one. ValueError where this machine has no such one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {name}: this PyTorch finds no GPU here; use --device cpu or auto")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: it should be auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {name}: PyTorch finds {torch.cuda.device_count()} GPUs here; use --device cpu or auto"
+        )
+    return device
 
 
 def load_tasks(config: SearchConfig) -> dict[str, Task]:
@@ -138,48 +175,119 @@ def load_tasks(config: SearchConfig) -> dict[str, Task]:
             "label_column": config.label_column,
             "kind": config.task_kind or None,
         }
-    main = load_task(config.task, None if own else _data_dir(config, config.task), **own)
-    tasks = {main.spec.name: main}
-    for name in config.tasks:
-        task = load_task(name, _data_dir(config, name))
-        tasks[task.spec.name] = task
-    return tasks
+    tasks = [load_task(config.task, None if own else _data_dir(config, config.task), **own)]
+    tasks += [load_task(name, _data_dir(config, name)) for name in config.tasks]
+    _check_names([task.spec.name for task in tasks])
+    return {task.spec.name: task for task in tasks}
 
 
 def _data_dir(config: SearchConfig, task: str) -> str | None:
-    return None if task in BUILTIN else config.data_dir or None
+    return None if plain_name(task) in map(plain_name, BUILTIN) else config.data_dir or None
+
+
+def _check_names(names: list[str]) -> None:
+    """Task names become folder names."""
+    for index, name in enumerate(names):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+            raise ValueError(
+                f"--task {name!r}: a task's name should be letters, digits, '.', '_' or '-', "
+                "and begin with neither '.' nor '-'"
+            )
+        if name.casefold() in map(str.casefold, names[:index]):
+            raise ValueError(f"task {name} is given twice, by --task and --tasks: name it once")
 
 
 def split_task(task: Task, config: SearchConfig) -> tuple[Task, Task]:
-    """(training rows cut into train and ranking rows, the official validation rows held out), by a fixed draw."""
-    order = random.generator(0, "ranking split", task.spec.name).permutation(len(task.train))
-    if config.max_train_rows:
-        order = order[: config.max_train_rows]
-    ranking = max(1, round(len(order) * config.validation_share))
-    if ranking >= len(order):
+    """(training rows cut into train and ranking rows, the official validation rows held out), by a fixed draw.
+
+    Rows about one text (the context of spans, else text_a) stay on one side. Groups are drawn until the ranking rows
+    reach their share, which the last one may exceed. The rows of the built-in tasks do not say which document they come
+    from, so there too only rows with the same first text are kept together.
+    """
+    rng = random.generator(0, "ranking split", task.spec.name)
+    order = rng.permutation(len(task.train))[: config.max_train_rows or None]
+    texts = task.train["context" if task.spec.kind == "spans" else "text_a"][:]
+    numbers: dict[str, int] = {}
+    group = np.array([numbers.setdefault(texts[row], len(numbers)) for row in order])
+    if len(numbers) < 2:
         raise ValueError(
-            f"task {task.spec.name}: {len(order)} training rows leave none to train on "
-            f"with validation_share {config.validation_share}"
+            f"task {task.spec.name}: {len(order)} training rows about {len(numbers)} text cannot be cut into rows to "
+            "train on and rows to rank on"
         )
-    train, rank = task.train.select(order[ranking:]), task.train.select(order[:ranking])
+    drawn = rng.permutation(len(numbers))
+    sizes = np.bincount(group)[drawn].cumsum()
+    count = 1 + int(np.searchsorted(sizes, max(1, round(len(order) * config.validation_share))))
+    ranking = np.isin(group, drawn[: min(count, len(numbers) - 1)])
+    train, rank = task.train.select(order[~ranking]), task.train.select(order[ranking])
     return Task(task.spec, train, rank), Task(task.spec, task.validation, task.validation)
+
+
+def fingerprints(config: SearchConfig, tokenizer, corpus, tasks: dict[str, Task]) -> dict[str, str]:
+    """Hashes of what a run reads, by what to call it in a message."""
+    found = {"the teacher": content_hash(config.teacher)} if config.teacher else {}
+    found["the tokenizer"] = tokenizer_fingerprint(tokenizer)
+    found["the corpus"] = Path(corpus.cache_files[0]["filename"]).parent.name  # named by the hash of its content
+    for name, task in tasks.items():
+        splits = [dataset_fingerprint(split) for split in (task.train, task.validation)]
+        found[f"the rows of task {name}"] = " ".join([*splits, *task.spec.labels])
+    return found
+
+
+def check_inputs(folder: Path, found: dict[str, str]) -> None:
+    """Keep the fingerprints of a run at its first start; ValueError where a later start finds others."""
+    path = folder / "inputs.json"
+    if not path.exists():
+        write_atomic(path, json.dumps(found, indent=2) + "\n")
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name in found if before.get(name) != found[name]]
+    if changed:
+        raise ValueError(f"{changed[0]} changed since this run began: use another --output_dir")
 
 
 def check_teacher(given, config: SearchConfig, spec: TaskSpec) -> None:
     """Fail early, before anything is computed, where a teacher (given, or the run's own) cannot serve the student."""
+    if given is not None:
+        check_family(given)
     student, teacher = config.student, given or config.teacher_model
     check_shape(
         teacher.num_hidden_layers, teacher.num_attention_heads, student.num_hidden_layers, student.num_attention_heads
     )
     attention_head_size(student.hidden_size, student.num_attention_heads)
-    if given is not None and head_of(given) == "classification" and spec.kind == "classification":
+    if config.teacher_labels:
+        _check_label_count(given, config)
+    if given is not None and spec.kind == "classification" and answers(given, spec):
         teacher_columns(given, config, spec)
+
+
+def _check_label_count(given, config: SearchConfig) -> None:
+    count = len(config.teacher_labels)
+    if given is None or head_of(given) != "classification":
+        raise ValueError("--teacher_labels names the classes of a --teacher with a classification head: there is none")
+    if count != given.num_labels:
+        raise ValueError(f"--teacher_labels has {count} names, and teacher {config.teacher} {given.num_labels} logits")
+
+
+def answers(given, spec: TaskSpec) -> bool:
+    """Whether the head of a given teacher is of the kind that a task needs."""
+    kind = head_of(given)
+    if kind == "classification" and given.num_labels == 1:
+        kind = "regression"
+    return kind == spec.kind
 
 
 def teacher_columns(given, config: SearchConfig, spec: TaskSpec) -> list[int]:
     """Columns of a given teacher's logits in the task's label order, mapped by name."""
     names = dict(enumerate(config.teacher_labels)) if config.teacher_labels else given.id2label
     return map_labels(spec.labels, names, f"teacher {config.teacher}")
+
+
+def given_tokenizer(config: SearchConfig, given):
+    """The given teacher's tokenizer, checked against it; it marks no segments where the teacher has one only."""
+    tokenizer = load_tokenizer(config.teacher)
+    check_texts(given, tokenizer, config.max_length)
+    if given.type_vocab_size < 2:
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    return tokenizer
 
 
 def own_tokenizer(config: SearchConfig, folder: Path, say: Say):
@@ -208,32 +316,31 @@ def own_teacher_config(config: SearchConfig, tokenizer):
         max_position_embeddings=max(64, config.max_length),
         hidden_dropout_prob=sizes.dropout_prob,
         attention_probs_dropout_prob=sizes.dropout_prob,
-        initializer_range=initializer_range(sizes.hidden_size),
     )
-
-
-def initializer_range(hidden_size: int) -> float:
-    """BERT's standard deviation of fresh weights, 0.02 at width 768, at the width that keeps a product's variance."""
-    return 0.02 * (768 / hidden_size) ** 0.5
 
 
 def pretrained_teacher(workspace: Workspace, say: Say) -> Path:
     """A small BERT trained by masked language modelling on the run's corpus."""
-    config, tokenizer = workspace.config, workspace.tokenizer
     target = workspace.folder / "teacher" / "base"
-    if target.exists():
-        return target
-    arguments = config.teacher_model.pretraining
-    model = new_bert(workspace.teacher_config, config.seed).to(workspace.device)
     target.parent.mkdir(parents=True, exist_ok=True)
-    phase = Phase(("teacher", "mlm"), config.seed, target.parent / "mlm.pt")
+    phase = Phase(("teacher", "mlm"), workspace.config.seed, target.parent / "mlm.pt")
+    if not target.exists():
+        pretrain(workspace, target, phase, say)
+    forget([phase])
+    return target
+
+
+def pretrain(workspace: Workspace, target: Path, phase: Phase, say: Say) -> None:
+    """Train a fresh BERT by masked language modelling into the folder `target`."""
+    config, tokenizer = workspace.config, workspace.tokenizer
+    arguments = config.teacher_model.pretraining
+    size = arguments.per_device_train_batch_size
+    model = new_bert(workspace.teacher_config, config.seed).to(workspace.device)
     say(f"teacher: masked language modelling, {model.num_parameters():,} parameters")
     result = train(
         model,
-        lambda epoch: workspace.general_plan(1.0, arguments.per_device_train_batch_size, epoch),
-        lambda batch, number: masked_lm_loss(
-            model, batch, tokenizer, random.generator(config.seed, "teacher", "mask", number)
-        ),
+        lambda epoch: MaskedPlan(workspace.general_plan(1.0, size, epoch), tokenizer, config.seed, epoch),
+        lambda batch, number: masked_lm_loss(model, batch),
         arguments,
         phase,
         device=workspace.device,
@@ -241,57 +348,33 @@ def pretrained_teacher(workspace: Workspace, say: Say) -> Path:
     _must_finish(result, "the teacher's masked language modelling")
     say(f"teacher: loss {result.loss:.3f} after {result.tokens:,} tokens in {result.seconds:.0f} s")
     _keep(model, tokenizer, target)
-    forget([phase])
-    return target
 
 
-def task_teacher(workspace: Workspace, base: str, task: EncodedTask, say: Say) -> Teacher:
-    """The teacher of one task: the given one where it has the task's head, else the encoder fine-tuned on the task."""
-    config, spec = workspace.config, task.spec
-    given = read_config(base)
-    head = head_of(given) if config.teacher else None
-    same_kind = head == ("spans" if spec.kind == "spans" else "classification")
-    if same_kind and (spec.kind == "spans" or given.num_labels == spec.num_labels):
-        columns = teacher_columns(given, config, spec) if spec.kind == "classification" else None
-        say(f"teacher for {spec.name}: {base} as it is")
-        return Teacher(load_model(base, spec.kind), columns).to(workspace.device)
-    target = workspace.folder / "teacher" / spec.name
+def tuned_teacher(workspace: Workspace, base: str, task: EncodedTask, say: Say) -> Teacher:
+    """The teacher of one task: the encoder `base` fine-tuned with a head for it."""
+    name, folder = task.spec.name, workspace.folder / "teacher"
+    target = folder / "tasks" / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    phase = Phase(("teacher", "task", name), workspace.config.seed, folder / f"task-{name}.pt")
     if not target.exists():
-        fine_tune(workspace, base, task, target, say)
-    columns = None
-    if spec.kind == "classification":
-        columns = map_labels(spec.labels, read_config(target).id2label, f"teacher {target}")
-    return Teacher(load_model(target, spec.kind), columns).to(workspace.device)
+        fine_tune(workspace, base, task, target, phase, say)
+    forget([phase])
+    return Teacher(load_model(target, task.spec.kind)).to(workspace.device)
 
 
-def fine_tune(workspace: Workspace, base: str, task: EncodedTask, target: Path, say: Say) -> None:
-    """Fine-tune the encoder `base` on a task's labels into the folder `target`."""
+def fine_tune(workspace: Workspace, base: str, task: EncodedTask, target: Path, phase: Phase, say: Say) -> None:
+    """Fine-tune the encoder `base` under a new head on a task's labels, in their order, into the folder `target`."""
     config, spec = workspace.config, task.spec
     arguments = config.teacher_model.finetuning
-    labels = {}
-    if spec.kind != "spans":
-        names = spec.labels or ("score",)
-        labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    labels = {"regression": ("score",), "spans": ("start", "end")}.get(spec.kind, spec.labels)
     torch.manual_seed(random.key(config.seed, "teacher", spec.name, "head"))
-    model = load_model(base, spec.kind, **labels).to(workspace.device)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    phase = Phase(("teacher", spec.name), config.seed, target.parent / f"{spec.name}.pt")
-
-    def inputs(batch):
-        types = {} if getattr(model.config, "type_vocab_size", 1) < 2 else {"token_type_ids": batch.token_type_ids}
-        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **types}
-
-    def loss_of(batch, number):
-        if spec.kind == "spans":
-            return model(**inputs(batch), start_positions=batch.start_positions, end_positions=batch.end_positions).loss
-        return model(**inputs(batch), labels=batch.labels).loss
-
+    model = with_new_head(base, spec.kind, labels).to(workspace.device)
     size = arguments.per_device_train_batch_size
     say(f"teacher for {spec.name}: fine-tuning {base}")
     result = train(
         model,
         lambda epoch: workspace.plan(task.train, size, f"teacher {spec.name}", epoch),
-        loss_of,
+        lambda batch, number: labelled_loss(model, batch, spec.kind),
         arguments,
         phase,
         device=workspace.device,
@@ -301,7 +384,13 @@ def fine_tune(workspace: Workspace, base: str, task: EncodedTask, target: Path, 
     scores = score(workspace, lambda batch: teacher.trace(*model_inputs(batch)).logits, task)
     say(f"teacher for {spec.name}: {show(scores)} on the ranking rows after {result.seconds:.0f} s")
     _keep(model, workspace.tokenizer, target)
-    forget([phase])
+
+
+def labelled_loss(model, batch, kind: str) -> torch.Tensor:
+    """A transformers model's own loss against a batch's labels."""
+    names = ("start_positions", "end_positions") if kind == "spans" else ("labels",)
+    inputs = ("input_ids", "attention_mask", "token_type_ids")
+    return model(**{name: getattr(batch, name) for name in (*inputs, *names)}).loss
 
 
 def model_inputs(batch):

@@ -1,4 +1,4 @@
-"""Which backend runs an op: one choice for the process, made by argument, context manager or EFFBERT_BACKEND.
+"""Which backend runs an op: one choice for the process, made by context manager or EFFBERT_BACKEND.
 
 Callers use the functions here (re-exported by `effbert.kernels`) and never a backend's own, so that backends can be
 exchanged under them. This version has one backend, "eager" (plain PyTorch); "auto" takes the fastest that is present.
@@ -7,6 +7,7 @@ exchanged under them. This version has one backend, "eager" (plain PyTorch); "au
 import contextlib
 import importlib
 import os
+from contextvars import ContextVar
 from types import ModuleType
 
 BACKENDS = {"eager": "effbert.kernels.eager"}
@@ -20,7 +21,7 @@ OPS = (
     "projected_mse",
     "soft_cross_entropy",
 )
-_chosen: list[str] = []
+_chosen: ContextVar[str | None] = ContextVar("effbert backend", default=None)
 
 
 def resolve(name: str) -> str:
@@ -34,17 +35,17 @@ def resolve(name: str) -> str:
 
 def current() -> str:
     """The backend in use: the innermost `use_backend`, else EFFBERT_BACKEND, else auto."""
-    return resolve(_chosen[-1] if _chosen else os.environ.get("EFFBERT_BACKEND", "auto"))
+    return resolve(_chosen.get() or os.environ.get("EFFBERT_BACKEND", "auto"))
 
 
 @contextlib.contextmanager
 def use_backend(name: str):
     """Run the ops called inside the block with backend `name`."""
-    _chosen.append(resolve(name))
+    token = _chosen.set(resolve(name))
     try:
         yield
     finally:
-        _chosen.pop()
+        _chosen.reset(token)
 
 
 def _backend() -> ModuleType:

@@ -8,6 +8,7 @@ W teacher width. `attention_mask` is [B, L], 1 = keep.
 """
 
 from collections.abc import Sequence
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -144,6 +145,19 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def _without_autocast(loss):
+    """A loss is computed in the precision of its widened inputs, also where the caller runs under autocast."""
+
+    @wraps(loss)
+    def run(first, *args, **kwargs):
+        device = first.device if isinstance(first, torch.Tensor) else first[0].device
+        with torch.autocast(device.type, enabled=False):
+            return loss(first, *args, **kwargs)
+
+    return run
+
+
+@_without_autocast
 def score_mse(
     student_query: torch.Tensor,
     student_key: torch.Tensor,
@@ -216,6 +230,7 @@ def gram_is_cheaper(length: int, student_head_size: int, teacher_head_size: int)
     return gram < direct
 
 
+@_without_autocast
 def projected_mse(
     student_states: Sequence[torch.Tensor],
     teacher_states: Sequence[torch.Tensor],
@@ -231,7 +246,7 @@ def projected_mse(
         raise ValueError(f"{len(student_states)} student states against {len(teacher_states)} teacher states")
     total = None
     for x, target in zip(student_states, teacher_states, strict=True):
-        squared = (_wide(F.linear(x, weight, bias)) - _wide(target)).square()
+        squared = (F.linear(_wide(x), _wide(weight), _wide(bias)) - _wide(target)).square()
         if attention_mask is None:
             loss = squared.mean()
         else:
@@ -241,6 +256,7 @@ def projected_mse(
     return total
 
 
+@_without_autocast
 def soft_cross_entropy(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,

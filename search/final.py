@@ -13,22 +13,16 @@ from dataclasses import dataclass
 import torch
 
 from effbert import random
-from effbert.architecture import (
-    PUBLISHED,
-    Architecture,
-    bert_flops,
-    count_flops,
-    count_parameters,
-    mlp_parameters,
-)
-from effbert.engine import Phase, forget, train
+from effbert.architecture import Architecture, bert_flops, count_flops, count_parameters, mlp_parameters
+from effbert.config import published
+from effbert.engine import Phase, forget
 from effbert.evaluate import evaluate
 from effbert.files import atomic_dir, write_atomic
-from effbert.model import EffBertConfig, EffBertForQuestionAnswering, EffBertForSequenceClassification
+from effbert.model import EffBertConfig, EffBertHeadModel, new_student
 from effbert.search.progress import Reporter
 from effbert.search.space import Space
-from effbert.search.stages import distil
-from effbert.step import general_loss
+from effbert.search.stages import finished
+from effbert.student import distil, warm_up
 from effbert.supernet import Supernet, derive_config
 from effbert.workspace import Workspace, model_inputs, show
 
@@ -37,148 +31,124 @@ LATENCY_RUNS = 20
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the final table: an architecture, and the MLP width that stands for ratio 1."""
+    """A line of the final table. plain_width: 0 for an architecture of the space; else the inner width of the one gelu
+    MLP a layer that makes a plain BERT (with the students' embedding, so that the MLPs alone differ)."""
 
     name: str
     architecture: Architecture
-    intermediate_size: int
+    plain_width: int = 0
 
 
 def rows(workspace: Workspace, winner: Architecture, space: Space) -> list[Row]:
-    """Winner, published architecture at this size (where it has as many layers), plain BERT, random architectures."""
+    """Winner, published architecture at this size, plain BERT with as many parameters, random architectures."""
     config = workspace.config
-    width, layers = config.student.intermediate_size, config.student.num_hidden_layers
-    lines = [Row("winner", winner, width)]
-    published = Architecture.parse(PUBLISHED)
-    if len(published.layers) == layers:
-        lines.append(Row("published", published, width))
+    layers = config.student.num_hidden_layers
     plain_width = equal_plain_width(winner, workspace.student_config())
-    lines.append(Row("plain BERT", Architecture.uniform("1_1", layers), plain_width))
+    lines = [
+        Row("winner", winner),
+        Row("published", published(layers)),
+        Row("plain BERT", Architecture.uniform("1_1", layers), plain_width),
+    ]
     for index in range(config.final.num_random):
         architecture = space.sample(random.generator(config.seed, "final", "random", index))
-        lines.append(Row(f"random {index + 1}", architecture, width))
+        lines.append(Row(f"random {index + 1}", architecture))
     return lines
 
 
 def equal_plain_width(architecture: Architecture, config: EffBertConfig) -> int:
-    """The inner width at which one gelu MLP a layer has as many parameters as `architecture` has in its MLPs."""
+    """The inner width at which one MLP a layer has as many parameters as `architecture` has in its MLPs."""
     target = sum(mlp_parameters(structure, config) for structure in architecture.structures)
     hidden, layers = config.hidden_size, len(architecture.layers)
-    per_unit = layers * (2 * hidden + 1)
-    return max(1, round((target - layers * 3 * hidden) / per_unit))
+    return max(1, round((target / layers - 3 * hidden) / (2 * hidden + 1)))
 
 
 def final_row(workspace: Workspace, supernet: Supernet, row: Row, repeat: int, reporter: Reporter) -> dict:
     """Distil one row fully with seed `config.seed + repeat` and score it on the held-out rows, or read its result."""
     config = workspace.config
-    folder = workspace.folder / "final"
+    folder, name = workspace.folder / "final", f"{row.name.replace(' ', '-')}-{repeat}"
     folder.mkdir(exist_ok=True)
-    name = row.name.replace(" ", "-")
-    result_file = folder / f"{name}-{repeat}.json"
-    if result_file.exists():
-        return json.loads(result_file.read_text())
-    started = time.monotonic()
-    seed = config.seed + repeat
-    phase = Phase(("final", row.name, repeat), seed, folder / f"{name}-{repeat}.pt", str(row.architecture))
-    phases = [phase.sub(part) for part in ("warm-up", "general", "task")]
-    model = initial_model(workspace, supernet, row, seed, phases[0])
-    settings = config.final
-    reason, _ = distil(
-        workspace,
-        model,
-        phases[1:],
-        settings.general_share,
-        settings.general_phase,
-        1.0,
-        settings.task_phase,
-        seed,
-        score_epochs=False,
-    )
-    if reason is not None:
-        raise ValueError(f"final distillation of {row.name}: {reason}: lower the learning rates of --final")
-    scores = held_out_scores(workspace, model)
-    result = {
-        "row": row.name,
-        "repeat": repeat,
-        "architecture": str(row.architecture),
-        "intermediate_size": row.intermediate_size,
-        "scores": scores,
-        **costs(model, row.architecture, config.max_length),
-        "seconds": time.monotonic() - started,
-    }
-    if row.name == "winner" and repeat == 0:
-        save_best(workspace, model)
-    write_atomic(result_file, json.dumps(result, indent=1))
-    forget(phases)
-    reporter.say(f"final {row.name} (seed {seed}): {show(scores)} held out, {result['parameters']:,} parameters")
-    return result
+    phase = Phase(("final", row.name, repeat), config.seed + repeat, folder / f"{name}.pt", str(row.architecture))
+    warm, file = phase.sub("warm-up"), folder / f"{name}.json"
+    if not file.exists():
+        on_step = reporter.steps(f"final {row.name}")
+        model, warm_seconds = initial_model(workspace, supernet, row, warm, on_step)
+        student = distil(workspace, model, config.final, phase, on_step=on_step)
+        if student.diverged:
+            raise ValueError(f"final {row.name}: {student.diverged}: lower the learning rates of --final")
+        result = {
+            "row": row.name,
+            "repeat": repeat,
+            "architecture": str(row.architecture),
+            "plain_width": row.plain_width,
+            "scores": held_out_scores(workspace, model),
+            **costs(model, row.architecture, config.max_length),
+            "seconds": student.seconds + warm_seconds,
+        }
+        if row.name == "winner" and repeat == 0:
+            save_best(workspace, model)
+        write_atomic(file, json.dumps(result, indent=1))
+        seed = config.seed + repeat
+        scores = show(result["scores"])
+        reporter.say(f"final {row.name} (seed {seed}): {scores} held out, {result['parameters']:,} parameters")
+    forget([warm, phase.sub("general"), phase.sub("task")])
+    return json.loads(file.read_text())
 
 
-def initial_model(workspace: Workspace, supernet: Supernet, row: Row, seed: int, warm_up: Phase):
-    """A student that has seen the warm-up tokens, with a head that depends on the seed alone."""
-    config, task = workspace.config, workspace.main_task
-    if row.intermediate_size == config.student.intermediate_size:
-        model = supernet.extract(row.architecture, task.spec.name)
+def initial_model(workspace: Workspace, supernet: Supernet, row: Row, warm: Phase, on_step):
+    """A student that has seen the warm-up tokens, with a head that depends on the seed alone; seconds of its own
+    warm-up."""
+    config, spec = workspace.config, workspace.main_task.spec
+    if row.plain_width:
+        plain = derive_config(supernet.config, row.architecture, intermediate_size=row.plain_width)
+        torch.manual_seed(random.key(warm.seed, "final", row.name, "init"))
+        model = new_student(plain, spec.kind, spec.labels).to(workspace.device)
+        result = warm_up(workspace, model, 1.0, config.supernet, warm, on_step)
+        finished(result, f"the warm-up of {row.name}", "--supernet.learning_rate")
+        seconds = result.seconds
     else:
-        like = derive_config(supernet.config, row.architecture, intermediate_size=row.intermediate_size)
-        labels = task.spec.labels or [f"LABEL_{index}" for index in range(task.spec.num_labels)]
-        like.id2label, like.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
-        torch.manual_seed(random.key(seed, "final", row.name, "init"))
-        spans = task.spec.kind == "spans"
-        model = (EffBertForQuestionAnswering if spans else EffBertForSequenceClassification)(like)
-        model = model.to(workspace.device)
-        result = train(
-            model,
-            lambda epoch: workspace.general_plan(1.0, config.supernet.per_device_train_batch_size, epoch),
-            general_loss(
-                workspace,
-                lambda batch, number: model.trace(*model_inputs(batch), head=False),
-                model.effbert.fit_dense,
-            ),
-            config.supernet,
-            warm_up,
-            device=workspace.device,
-        )
-        if not result.finished:
-            raise ValueError(f"the warm-up of {row.name} diverged: lower --supernet.learning_rate")
-    torch.manual_seed(random.key(seed, "final", "head"))
-    with torch.no_grad():
-        for linear in (model.effbert.pooler, model.classifier):
-            if linear is not None:
-                linear.weight.normal_(std=model.config.initializer_range)
-                linear.bias.zero_()
-    return model.to(workspace.device)
+        model, seconds = supernet.extract(row.architecture, spec.name), 0.0
+    fresh_head(model, random.key(warm.seed, "final", "head"))
+    return model.to(workspace.device), seconds
+
+
+@torch.no_grad()
+def fresh_head(model: EffBertHeadModel, key: int) -> None:
+    """New weights for pooler and classifier, drawn from `key`."""
+    torch.manual_seed(key)
+    for linear in (model.effbert.pooler, model.classifier):
+        if linear is not None:
+            drawn = torch.randn(linear.weight.shape) * model.config.initializer_range
+            linear.weight.copy_(drawn)
+            linear.bias.zero_()
 
 
 def held_out_scores(workspace: Workspace, model) -> dict[str, float]:
     """Metrics of the main task on its official validation rows, for a student or a teacher with a `trace`."""
-    task = workspace.held_out[workspace.main_task.spec.name]
     return evaluate(
         lambda batch: model.trace(*model_inputs(batch)).logits,
-        task,
+        workspace.held_out[workspace.main_task.spec.name],
         pad_token_id=workspace.pad_token_id,
         device=workspace.device,
     )
 
 
-def costs(model, architecture: Architecture, length: int) -> dict:
+def costs(model: EffBertHeadModel, architecture: Architecture, length: int) -> dict:
     """Parameters and FLOPs of the deployed student, with pooler and head, and its CPU latency at `length`."""
     config = model.config
     parameters, flops = count_parameters(architecture, config), count_flops(architecture, config, length)
-    pooled = model.effbert.pooler is not None
-    head_tokens = 1 if pooled else length
+    pooled, head_tokens = (1, 1) if model.pooled else (0, length)
     return {
         "parameters": parameters.total + pooled * parameters.pooler + parameters.head(config.num_labels),
         "flops": flops.total + pooled * flops.pooler + flops.head(config.num_labels, head_tokens),
-        **latency(model, config, length),
+        **latency(model, config.vocab_size, length),
     }
 
 
-def latency(model, config, length: int) -> dict[str, float]:
+def latency(model, vocab_size: int, length: int) -> dict[str, float]:
     """Median and quartile distance, in ms, of `LATENCY_RUNS` forward passes of one sequence in fp32 on the CPU."""
     device = next(model.parameters()).device
     model.eval().to("cpu")
-    ids = torch.arange(length)[None] % config.vocab_size
+    ids = torch.arange(length)[None] % vocab_size
     times = []
     with torch.inference_mode():
         for run in range(LATENCY_RUNS + 3):
@@ -187,33 +157,36 @@ def latency(model, config, length: int) -> dict[str, float]:
             if run >= 3:
                 times.append(1e3 * (time.perf_counter() - begun))
     model.to(device)
-    quartiles = statistics.quantiles(times, n=4)
-    return {"latency_ms": statistics.median(times), "latency_spread_ms": quartiles[2] - quartiles[0]}
+    low, median, high = statistics.quantiles(times, n=4)
+    return {"latency_ms": median, "latency_spread_ms": high - low}
 
 
 def teacher_row(workspace: Workspace) -> dict:
-    """The teacher's line of the table: scores on the held-out rows and what it costs."""
+    """The teacher's line of the table: scores on the held-out rows and what it costs (FLOPs of the encoder)."""
     teacher = workspace.teachers[workspace.main_task.spec.name]
     config, length = teacher.config, workspace.config.max_length
+    scores = held_out_scores(workspace, teacher)
     flops = bert_flops(length, config.hidden_size, config.intermediate_size, config.num_hidden_layers)
     return {
         "row": "teacher",
         "repeat": 0,
         "architecture": "",
-        "scores": held_out_scores(workspace, teacher),
+        "scores": scores,
         "parameters": sum(parameter.numel() for parameter in teacher.model.parameters()),
-        "flops": flops.total + flops.pooler,
-        **latency(teacher.model, config, length),
+        "flops": flops.total,
+        **latency(teacher.model, config.vocab_size, length),
     }
 
 
-def save_best(workspace: Workspace, model) -> None:
+def save_best(workspace: Workspace, model: EffBertHeadModel) -> None:
     """The deployed winner in <run>/best: config, safetensors, tokenizer; without the training-only projection."""
-    projection, model.effbert.fit_dense = model.effbert.fit_dense, None
-    fit_size, model.config.fit_size = model.config.fit_size, None
-    try:
-        with atomic_dir(workspace.folder / "best") as temporary:
-            model.save_pretrained(temporary)
-            workspace.tokenizer.save_pretrained(temporary)
-    finally:
-        model.effbert.fit_dense, model.config.fit_size = projection, fit_size
+    spec = workspace.main_task.spec
+    deployed = new_student(
+        derive_config(model.config, Architecture.parse(model.config.architecture), fit_size=None),
+        spec.kind,
+        spec.labels,
+    )
+    deployed.load_state_dict({k: v for k, v in model.state_dict().items() if "fit_dense" not in k})
+    with atomic_dir(workspace.folder / "best") as temporary:
+        deployed.save_pretrained(temporary)
+        workspace.tokenizer.save_pretrained(temporary)

@@ -1,54 +1,69 @@
 """What a person sees while a search runs: one line for each finished thing, and on a terminal a live line below them
-with stage, candidate, best so far and time left. Where the output is no terminal there are only the lines."""
+with what is being trained or searched, the best so far and the time left. Elsewhere there are only the lines."""
 
 import time
+from collections.abc import Callable
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Reporter:
-    """Prints lines, and keeps the live line of the stage under way."""
+    """Prints lines, and keeps the live lines of the stage and of the training phase under way; use it in a `with`."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.started = time.monotonic()
-        self._live: Progress | None = None
-        self._task = None
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        self._live = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+
+    def __enter__(self) -> "Reporter":
+        self._live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._live.stop()
 
     def say(self, text: str) -> None:
         """One line, with the seconds since the start."""
-        self.console.print(f"[dim]{time.monotonic() - self.started:6.0f} s[/dim]  {text}", markup=True)
+        self.console.print(f"[dim]{time.monotonic() - self.started:6.0f} s[/dim]  {escape(text)}")
 
-    def start(self, stage: str, total: int, done: int = 0) -> None:
-        """A stage of `total` units begins, `done` of which are there from an earlier run."""
-        self.stage, self.total, self.done, self.first = stage, total, done, done
-        self.stage_started = time.monotonic()
-        if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-            self._live = Progress(*columns, console=self.console, transient=True)
-            self._live.start()
-            self._task = self._live.add_task(stage, total=total, completed=done)
+    def steps(self, what: str) -> Callable[[int, int], None]:
+        """A live line for a training phase: call what it returns with (step, total steps)."""
+        line = self._live.add_task(escape(what), total=None)
+
+        def on_step(step: int, total: int) -> None:
+            self._live.update(line, completed=step, total=total, visible=step < total)
+
+        return on_step
+
+    def stage(self, name: str, total: int, done: int) -> "StageLine":
+        """A stage of `total` candidates begins, `done` of which are there from an earlier run."""
+        return StageLine(self, name, total, done)
+
+
+class StageLine:
+    """Candidates of one stage: a line for each that is done, with the best so far and the time left."""
+
+    def __init__(self, reporter: Reporter, name: str, total: int, done: int):
+        self.reporter, self.name, self.total, self.done, self.first = reporter, name, total, done, done
+        self.started = time.monotonic()
+        self._line = reporter._live.add_task(name, total=total, completed=done)
 
     def advance(self, text: str, best: str) -> None:
-        """One unit is done; `text` says how it came out, `best` what is best so far."""
+        """One more candidate is done; `text` says how it came out."""
         self.done += 1
-        left = self.time_left()
-        self.say(f"{self.stage} {self.done}/{self.total}  {text}  best {best}  left {left}")
-        if self._live is not None:
-            description = f"{self.stage} {self.done}/{self.total}  best {best}  left {left}"
-            self._live.update(self._task, completed=self.done, description=description)
+        state = f"{self.name} {self.done}/{self.total}"
+        self.reporter.say(f"{state}  {text}  best {best}  left {self.time_left()}")
+        self.reporter._live.update(self._line, completed=self.done, description=f"{state}  best {best}")
 
     def time_left(self) -> str:
-        """Estimate for this stage from the mean of the units done in this process."""
-        measured = self.done - self.first
-        if measured < 1:
-            return "?"
-        seconds = (time.monotonic() - self.stage_started) / measured * (self.total - self.done)
-        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+        """Minutes and seconds for the rest of the stage, from the mean of the candidates done in this process."""
+        each = (time.monotonic() - self.started) / max(1, self.done - self.first)
+        seconds = int(each * (self.total - self.done))
+        return f"{seconds // 60}:{seconds % 60:02d}"
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """The stage is over."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        self.reporter._live.remove_task(self._line)

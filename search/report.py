@@ -1,12 +1,8 @@
-"""The final table: what each row scores and costs, as text on the terminal, as JSON, and as the winner's model card."""
+"""The final table: what each row scores and costs, on the terminal and in the winner's model card."""
 
-import json
 import statistics
-from pathlib import Path
 
 from rich.table import Table
-
-from effbert.files import write_atomic
 
 
 def summarise(results: list[dict], metric: str) -> list[dict]:
@@ -59,28 +55,28 @@ def as_markdown(table: list[dict], metric: str) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write_results(folder: Path, results: dict) -> None:
-    """<run>/results.json, all or nothing."""
-    write_atomic(folder / "results.json", json.dumps(results, indent=1))
-
-
 def model_card(results: dict) -> str:
     """README.md of the winner's folder: what it is, how it scores, what it cost to find."""
     winner = next(line for line in results["table"] if line["row"] == "winner")
+    saved = next(line for line in results["results"] if line["row"] == "winner" and line["repeat"] == 0)
     layers = "\n".join(f"{number}. `{text}`" for number, text in enumerate(results["layers"], start=1))
     costs = "\n".join(f"| {part} | {seconds:.0f} |" for part, seconds in results["seconds"].items())
+    auto = "AutoModelForQuestionAnswering" if results["kind"] == "spans" else "AutoModelForSequenceClassification"
     return f"""---
 library_name: transformers
 tags: [effbert]
 ---
 # A small BERT found by effbert
 
-Task {results["task"]}, {results["metric"]} {winner["score"]:.4f} on the held-out rows,
+Task {results["task"]}, {results["metric"]} {saved["scores"][results["metric"]]:.4f} on the held-out rows,
 {winner["parameters"]:,} parameters, seed {results["seed"]}.
 
 ```python
 import effbert  # registers the model type
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained("best")
+tokenizer = AutoTokenizer.from_pretrained("best")
 ```
 
 Architecture, a layer a line:
@@ -94,7 +90,7 @@ All rows were distilled from the same teacher with the same budget, after the sa
 Costs are those of the deployed model at length {results["max_length"]}: 2 FLOPs a multiply-add of linears and
 attention, CPU latency as median ± quartile distance of one sequence in fp32 on {results["device"]}.
 
-| part of the search | seconds |
+| part of the search | seconds in training loops |
 | --- | --- |
 {costs}
 """

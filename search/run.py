@@ -1,5 +1,6 @@
 """A whole search, from text to table, in one folder: the same call again goes on where the last one stopped."""
 
+import json
 import platform
 import time
 from pathlib import Path
@@ -30,19 +31,18 @@ def run_search(config: SearchConfig, reporter: Reporter | None = None) -> dict:
 
     ValueError or FileNotFoundError, in one line, where the input or the folder will not do.
     """
-    reporter = reporter or Reporter()
-    with RunFolder(config.output_dir, as_dict(config)) as folder:
-        path = Path(folder.path)
-        remove_partial(path)
+    with RunFolder(config.output_dir, as_dict(config)) as folder, reporter or Reporter() as reporter:
+        remove_partial(folder.path)
         try:
-            workspace = open_workspace(config, path, reporter.say)
+            workspace = open_workspace(config, folder.path, reporter.say)
             coarse = coarse_space(workspace, reporter)
-        except (ValueError, OSError):
+        except Exception:
             folder.abandon()
             raise
         open_teachers(workspace, reporter.say)
-        winner = three_stages(workspace, coarse, Study(path), reporter)
-        return finish(workspace, winner, coarse, reporter)
+        study = Study(folder.path)
+        winner = three_stages(workspace, coarse, study, reporter)
+        return finish(workspace, winner, coarse, study, reporter)
 
 
 def coarse_space(workspace: Workspace, reporter: Reporter) -> ArchitectureSpace:
@@ -66,16 +66,18 @@ def three_stages(workspace: Workspace, coarse: ArchitectureSpace, study: Study, 
         reporter.say(f"{name}: {best}")
         return best
 
-    evaluate = trained_candidate(workspace, supernet, "stage1", config.stage1)
+    evaluate = trained_candidate(workspace, supernet, "stage1", config.stage1, reporter)
     found = run("stage1", config.stage1, coarse, evaluate, None)
-    evaluate = trained_candidate(workspace, supernet, "stage2", config.stage2)
+    evaluate = trained_candidate(workspace, supernet, "stage2", config.stage2, reporter)
     found = run("stage2", config.stage2, space("operations", found), evaluate, found)
     fine = space("fine", found)
     evaluate = shared_candidate(workspace, shared_supernet(workspace, supernet, fine, config.stage3, reporter))
     return run("stage3", config.stage3, fine, evaluate, found)
 
 
-def finish(workspace: Workspace, winner: Architecture, space: ArchitectureSpace, reporter: Reporter) -> dict:
+def finish(
+    workspace: Workspace, winner: Architecture, space: ArchitectureSpace, study: Study, reporter: Reporter
+) -> dict:
     """Distil the rows of the final table, write best/ and results.json, print the table."""
     config, spec = workspace.config, workspace.main_task.spec
     supernet = warm_supernet(workspace, reporter)
@@ -86,6 +88,7 @@ def finish(workspace: Workspace, winner: Architecture, space: ArchitectureSpace,
     table = report.summarise(results, metric)
     summary = {
         "task": spec.name,
+        "kind": spec.kind,
         "metric": metric,
         "seed": config.seed,
         "max_length": config.max_length,
@@ -93,13 +96,25 @@ def finish(workspace: Workspace, winner: Architecture, space: ArchitectureSpace,
         "layers": [str(layer) for layer in winner.layers],
         "table": table,
         "results": results,
-        "seconds": {"final rows": sum(result.get("seconds", 0.0) for result in results)},
+        "seconds": training_seconds(workspace.folder, study, results),
         "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"effbert": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    report.write_results(workspace.folder, summary)
+    write_atomic(workspace.folder / "results.json", json.dumps(summary, indent=1))
     write_atomic(workspace.folder / "best" / "README.md", report.model_card(summary))
     reporter.console.print(report.as_rich_table(table, metric, config.max_length))
     reporter.say(f"the winner is in {workspace.folder / 'best'}")
     return summary
+
+
+def training_seconds(folder: Path, study: Study, results: list[dict]) -> dict[str, float]:
+    """Seconds spent in training loops, by part, from what each part kept beside its outcome."""
+    parts = {
+        str(file.parent.relative_to(folder)): json.loads(file.read_text())["seconds"]
+        for file in sorted(folder.glob("**/training.json"))
+    }
+    for name in ("stage1", "stage2"):
+        parts[f"{name} candidates"] = sum(e.attrs.get("seconds", 0.0) for e in study.stage(name).evaluations())
+    parts["final rows"] = sum(result.get("seconds", 0.0) for result in results)
+    return parts

@@ -1,6 +1,6 @@
 """The study on disk: what a search has evaluated, and the folder it lives in.
 
-One Optuna study per stage, in SQLite (`<output_dir>/study.db`) unless a storage URL says otherwise. A candidate is one
+One Optuna study per stage, in SQLite (`<output_dir>/study.db`). A candidate is one
 trial: its architecture text is committed, in the transaction that creates the trial, before its evaluation begins, and
 its value before the next candidate begins. So a process killed anywhere leaves at most one candidate without a value,
 and the next run evaluates that one again under the same number.
@@ -45,12 +45,10 @@ class Evaluation:
 
 
 class Study:
-    """The stages of one run. `storage_url`: another database, as SQLAlchemy writes it, instead of study.db;
-    such a database can hold several runs, so there a stage's study is named by `output_dir` and stage.
-    """
+    """The stages of one run."""
 
-    def __init__(self, output_dir: str | Path, storage_url: str | None = None):
-        self.output_dir, self._url = Path(output_dir), storage_url
+    def __init__(self, output_dir: str | Path):
+        self.output_dir = Path(output_dir)
         self._storage = None
 
     def stage(self, name: str) -> "StageStudy":
@@ -58,11 +56,11 @@ class Study:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        where = "the database of --storage_url" if self._url else self.output_dir / STUDY_FILE
+        where = self.output_dir / STUDY_FILE
         with _errors_in_one_line(where):
             self._storage = self._storage or self._open()
             study = optuna.create_study(
-                study_name=f"{self.output_dir.resolve()}:{name}" if self._url else name,
+                study_name=name,
                 storage=self._storage,
                 sampler=optuna.samplers.RandomSampler(),
                 direction="maximize",
@@ -73,8 +71,6 @@ class Study:
     def _open(self):
         from optuna.storages import RDBStorage
 
-        if self._url:
-            return RDBStorage(self._url)
         path = (self.output_dir / STUDY_FILE).resolve()
         # Connected by path, since a URL would give a meaning to ? and {} in a folder's name.
         connect = partial(sqlite3.connect, path, check_same_thread=False)
@@ -117,9 +113,9 @@ class StageStudy:
             raise ValueError(f"candidate {number}: its value is {value}; a candidate without a finite value has failed")
         self._finish(number, attrs, float(value))
 
-    def fail(self, number: int, reason: str) -> None:
+    def fail(self, number: int, reason: str, **attrs) -> None:
         """Commit that the open candidate gave no value, and why."""
-        self._finish(number, {_REASON: reason}, None)
+        self._finish(number, {**attrs, _REASON: reason}, None)
 
     def _finish(self, number: int, attrs: dict, value: float | None) -> None:
         from optuna.trial import TrialState

@@ -100,6 +100,40 @@ def test_ctrl_c_finishes_the_step_saves_and_resumes(tmp_path):
         assert torch.equal(mine, theirs)
 
 
+def test_ctrl_c_in_an_evaluation_is_not_lost(tmp_path):
+    phase = Phase(("p",), 3, tmp_path / "p.pt")
+    model = Tiny()
+
+    def evaluate(epoch):
+        os.kill(os.getpid(), signal.SIGINT)
+        return {"epoch": epoch}
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model, plan_of, lambda batch, number: model(batch), ARGUMENTS, phase, after_epoch=evaluate)
+    assert checkpoint.load(phase.checkpoint, phase.fingerprint)["records"] == [{"epoch": 0}]
+
+
+def test_a_gradient_that_is_not_finite_on_the_last_step_ends_the_phase():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+    model, batches = Root(), len(plan_of(0))
+
+    def loss_of(batch, number):
+        return model.weight.abs().sqrt().sum() if number == batches - 1 else (model.weight * 0).sum()
+
+    assert not train(model, plan_of, loss_of, TrainingArguments(num_train_epochs=1), Phase(("p",), 0)).finished
+
+
+def test_a_checkpoint_that_misses_a_part_is_one_line(tmp_path):
+    phase = Phase(("p",), 3, tmp_path / "p.pt")
+    checkpoint.save(phase.checkpoint, phase.fingerprint, {"step": 1})
+    with pytest.raises(ValueError, match="does not fit this phase"):
+        run(phase)
+
+
 def test_accumulated_gradients_are_the_mean_over_the_group():
     one = TrainingArguments(learning_rate=0.05, num_train_epochs=1, gradient_accumulation_steps=1)
     _, single = run(Phase(("p",), 0), one)

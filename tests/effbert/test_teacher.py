@@ -1,10 +1,23 @@
 """Teachers of several families are read without changing or materialising anything; misfits are refused clearly."""
 
+import json
+
 import pytest
 import torch
 import transformers
 
-from effbert.teacher import Teacher, check_shape, head_of, layer_map, load_model, read_config, student_vocabulary
+from effbert.teacher import (
+    Teacher,
+    check_family,
+    check_shape,
+    content_hash,
+    head_of,
+    layer_map,
+    load_model,
+    read_config,
+    student_vocabulary,
+    with_new_head,
+)
 
 SIZES = {
     "vocab_size": 60,
@@ -71,6 +84,17 @@ def test_columns_are_put_in_the_order_of_the_tasks_labels():
     plain = Teacher(build("Bert", num_labels=3)).trace(*batch(0)).logits
     mapped = Teacher(build("Bert", num_labels=3), [2, 0, 1]).trace(*batch(0)).logits
     torch.testing.assert_close(mapped, plain[:, [2, 0, 1]])
+    assert Teacher(build("Bert", num_labels=3), [0, 1, 2]).columns is None
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForQuestionAnswering", "Model"])
+def test_a_trace_without_the_head_differs_by_the_logits_alone(head):
+    teacher = Teacher(build("Bert", head))
+    whole, bare = teacher.trace(*batch(0)), teacher.trace(*batch(0), head=False)
+    assert bare.logits is None
+    for name in ("hidden_states", "queries", "keys"):
+        for mine, theirs in zip(getattr(bare, name), getattr(whole, name), strict=True):
+            assert torch.equal(mine, theirs)
 
 
 def test_a_model_of_another_kind_is_refused():
@@ -79,12 +103,24 @@ def test_a_model_of_another_kind_is_refused():
         Teacher(transformers.GPT2Model(config))
 
 
+@pytest.mark.parametrize("family", ["DistilBert", "Albert", "GPT2", "Deberta", "DebertaV2", "T5", "Longformer"])
+def test_another_family_is_refused_from_its_config_alone(family):
+    with pytest.raises(ValueError, match=r"cannot be the teacher.*BERT, RoBERTa and ELECTRA") as refusal:
+        check_family(getattr(transformers, f"{family}Config")())
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_family_check_lets_bert_like_encoders_pass(family):
+    check_family(build(family).config)
+
+
 def test_layers_and_heads_that_do_not_fit_say_what_would():
     assert layer_map(12, 6) == [1, 3, 5, 7, 9, 11]
     assert layer_map(6, 6) == list(range(6))
-    with pytest.raises(ValueError, match=r"12 layers.*5 student layers.*1, 2, 3, 4, 6, 12"):
+    with pytest.raises(ValueError, match=r"12 layers.*--student.num_hidden_layers should be one of 1, 2, 3, 4, 6, 12"):
         layer_map(12, 5)
-    with pytest.raises(ValueError, match="set num_attention_heads to 12"):
+    with pytest.raises(ValueError, match=r"--student.num_attention_heads 12"):
         check_shape(12, 12, 6, 8)
 
 
@@ -110,9 +146,89 @@ def test_a_pickled_checkpoint_is_never_executed(tmp_path):
 
     build("Bert").config.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(FileNotFoundError, match="safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"pickled weights.*save it with safetensors"):
         load_model(tmp_path)
     assert not (tmp_path / "exploded").exists()
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("saved", "changes", "head", "message"),
+    [
+        ("Model", {}, "classification", "lack classifier.bias and 1 more"),
+        ("ForSequenceClassification", {}, "spans", "lack qa_outputs.bias"),
+        ("ForMaskedLM", {}, "classification", "lack .*pooler"),
+        ("Model", {"num_hidden_layers": 5}, None, r"lack encoder\.layer\.4"),
+        ("ForSequenceClassification", {"num_hidden_layers": 2}, None, r"hold .*encoder\.layer\.2.* does not know"),
+        ("Model", {"intermediate_size": 40}, None, "another size than its config.json says"),
+        ("ForSequenceClassification", {"id2label": {0: "a", 1: "b", 2: "c"}}, "classification", "classifier.*another"),
+    ],
+)
+def test_weights_that_do_not_belong_are_refused(tmp_path, saved, changes, head, message):
+    build("Bert", saved).save_pretrained(tmp_path)
+    change_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message) as refusal:
+        load_model(tmp_path, head)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_encoder_may_lack_its_pooler_and_may_have_any_head(tmp_path, family):
+    for head in ("ForMaskedLM", "ForQuestionAnswering", "ForSequenceClassification"):
+        build(family, head).save_pretrained(tmp_path / head)
+        pad = 1 if family == "Roberta" else 0
+        expected = Teacher(build(family, head)).trace(*batch(pad), head=False).hidden_states[-1]
+        assert torch.equal(Teacher(load_model(tmp_path / head)).trace(*batch(pad)).hidden_states[-1], expected)
+
+
+def test_weights_are_loaded_in_fp32_whatever_they_were_saved_in(tmp_path):
+    build("Bert").half().save_pretrained(tmp_path)
+    loaded = [load_model(tmp_path, "classification"), with_new_head(tmp_path, "classification", ("a", "b"))]
+    assert {parameter.dtype for model in loaded for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("head", "labels"), [("classification", ("no", "yes")), ("regression", ("score",)), ("spans", ("start", "end"))]
+)
+def test_a_new_head_replaces_any_other_and_keeps_the_encoder(tmp_path, family, head, labels):
+    old = build(family, num_labels=2, problem_type="multi_label_classification")
+    old.save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    model = with_new_head(tmp_path, head, labels)
+    assert model.config.num_labels == len(labels) and model.config.problem_type is None
+    assert model.config.label2id == {name: index for index, name in enumerate(labels)}
+    before, prefix = old.state_dict(), model.base_model_prefix
+    for name, weight in model.state_dict().items():
+        if name.startswith(prefix):
+            assert torch.equal(weight, before[name])
+        elif name in before and "weight" in name:
+            assert not torch.equal(weight, before[name])
+    torch.manual_seed(5)
+    again = with_new_head(tmp_path, head, labels).state_dict()
+    assert all(torch.equal(weight, again[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_folder_in_the_home_directory_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    build("Bert", "Model").save_pretrained(tmp_path / "bert")
+    assert load_model("~/bert").config.hidden_size == 24
+    assert content_hash("~/bert") == content_hash(tmp_path / "bert")
+
+
+def test_the_content_hash_follows_the_weights(tmp_path):
+    model = build("Bert", "Model")
+    model.save_pretrained(tmp_path)
+    before = content_hash(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert content_hash(tmp_path) == before
+    model.encoder.layer[0].output.dense.bias.data[0] += 1
+    model.save_pretrained(tmp_path)
+    assert content_hash(tmp_path) != before
 
 
 def test_head_and_vocabulary_are_read_from_the_config(tmp_path):

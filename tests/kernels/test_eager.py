@@ -181,6 +181,23 @@ def test_losses_of_half_precision_inputs_are_computed_in_fp32():
     assert kernels.soft_cross_entropy(half[0][0, 0], half[1][0, 0]).dtype == torch.float32
 
 
+def test_losses_under_autocast_are_those_of_the_widened_inputs():
+    q, k, tq, _, mask = queries_and_keys(9)
+    half = [t.to(torch.bfloat16) for t in (q, k, q + 0.01 * tq[..., :5], k)]
+    hidden = [torch.randn(3, 24, 5).to(torch.bfloat16)], [torch.randn(3, 24, 7).to(torch.bfloat16)]
+    weight, bias = torch.randn(7, 5), torch.randn(7)
+
+    def losses():
+        scores = [kernels.score_mse(*half, mask, form=form) for form in ("direct", "gram")]
+        logits = kernels.soft_cross_entropy(half[0][0, 0], half[1][0, 0])
+        return [*scores, logits, kernels.projected_mse(*hidden, weight, bias, mask)]
+
+    expected = losses()
+    with torch.autocast("cpu", torch.bfloat16):
+        for mine, theirs in zip(losses(), expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=0)
+
+
 def test_slices_of_the_parents_weights_are_all_that_an_mlp_reads():
     x = torch.randn(2, 8, dtype=torch.float64)
     w1, b1 = torch.randn(8, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)

@@ -1,5 +1,6 @@
 """A whole search: it ends in a model that transformers loads, resumes after any death, and repeats itself exactly."""
 
+import hashlib
 import json
 import os
 import random
@@ -44,7 +45,7 @@ def finish(folder: Path, *more: str) -> str:
 
 
 def outcome(folder: Path) -> dict:
-    """All that must not depend on what happened on the way: every candidate, the winner, every final score."""
+    """All that must not depend on what happened on the way: candidates, winner, final scores, every weight kept."""
     results = json.loads((folder / "results.json").read_text())
     study = Study(folder)
     stages = {
@@ -52,7 +53,12 @@ def outcome(folder: Path) -> dict:
         for name in ("stage1", "stage2", "stage3")
     }
     final = [(row["row"], row["repeat"], row["architecture"], row["scores"]) for row in results["results"]]
-    return {"winner": results["winner"], "stages": stages, "final": final}
+    weights = {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*.safetensors")
+    }
+    assert len(weights) == 6  # teacher and its two tasks, both supernets, the winner
+    return {"winner": results["winner"], "stages": stages, "final": final, "weights": weights}
 
 
 @pytest.fixture(scope="module")

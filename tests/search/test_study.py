@@ -75,13 +75,6 @@ def test_stages_do_not_see_each_other(tmp_path):
     assert study.stage("stage2").evaluations() == []
 
 
-def test_two_runs_share_a_database_given_by_url(tmp_path):
-    url = f"sqlite:///{tmp_path}/shared.db"
-    run_stage(Study(tmp_path / "a", url).stage("stage1"), 2)
-    assert Study(tmp_path / "b", url).stage("stage1").evaluations() == []
-    assert len(Study(tmp_path / "a", url).stage("stage1").evaluations()) == 2
-
-
 def test_a_folder_may_have_any_name(tmp_path):
     folder = tmp_path / "a?b {c} %41 #d"
     folder.mkdir()
