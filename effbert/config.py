@@ -213,9 +213,9 @@ def _plain(value):
 def demo() -> SearchConfig:
     """Six minutes on two cores: a 6×96 teacher trained on the built-in text, 6×64 students."""
     small = TrainingArguments(learning_rate=1e-3, per_device_train_batch_size=32, warmup_ratio=0.05)
-    task = TrainingArguments(learning_rate=1e-3, num_train_epochs=1, per_device_train_batch_size=32)
+    task = TrainingArguments(learning_rate=4e-3, num_train_epochs=1, per_device_train_batch_size=16)
     stage = SearchStage(
-        num_candidates=7,
+        num_candidates=6,
         general_share=0.04,
         task_share=0.4,
         general_phase=small,
@@ -227,8 +227,8 @@ def demo() -> SearchConfig:
         output_dir="",
         task="builtin-topic",
         max_length=64,
-        corpus_tokens=150_000,
-        max_train_rows=5400,
+        corpus_tokens=100_000,
+        max_train_rows=3600,
         validation_share=0.15,
         num_threads=1,
         student=StudentArguments(
@@ -251,18 +251,18 @@ def demo() -> SearchConfig:
         ),
         supernet=small,
         stage1=stage,
-        stage2=dataclasses.replace(stage, num_candidates=5),
+        stage2=dataclasses.replace(stage, num_candidates=4),
         stage3=SearchStage(
             num_candidates=20,
             general_share=0.15,
-            task_share=0.5,
+            task_share=0.6,
             general_phase=small,
             task_phase=task,
             initial_samples=8,
             refit_every=4,
         ),
         final=FinalStage(
-            general_share=0.15,
+            general_share=0.05,
             general_phase=small,
             task_phase=dataclasses.replace(task, num_train_epochs=2),
         ),
