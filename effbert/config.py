@@ -228,7 +228,7 @@ def demo() -> SearchConfig:
         task="builtin-topic",
         max_length=64,
         corpus_tokens=100_000,
-        max_train_rows=3600,
+        max_train_rows=3200,
         validation_share=0.15,
         num_threads=1,
         student=StudentArguments(
