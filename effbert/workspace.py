@@ -22,7 +22,7 @@ from effbert.data.corpus import load_corpus, sentences_of
 from effbert.data.encode import EncodedTask, encode_task
 from effbert.data.tasks import BUILTIN, Task, TaskSpec, load_task, map_labels, plain_name
 from effbert.data.tokenizer import load_tokenizer, train_wordpiece
-from effbert.engine import Phase, forget, train
+from effbert.engine import Phase, TrainingResult, forget, train
 from effbert.evaluate import evaluate
 from effbert.files import atomic_dir, write_atomic
 from effbert.mlm import MaskedPlan, masked_lm_loss, new_bert
@@ -345,9 +345,9 @@ def pretrain(workspace: Workspace, target: Path, phase: Phase, say: Say) -> None
         phase,
         device=workspace.device,
     )
-    _must_finish(result, "the teacher's masked language modelling")
+    must_finish(result, "the teacher's masked language modelling", "--teacher_model.pretraining.learning_rate")
     say(f"teacher: loss {result.loss:.3f} after {result.tokens:,} tokens in {result.seconds:.0f} s")
-    _keep(model, tokenizer, target)
+    keep(model, target, result, tokenizer=tokenizer)
 
 
 def tuned_teacher(workspace: Workspace, base: str, task: EncodedTask, say: Say) -> Teacher:
@@ -379,11 +379,11 @@ def fine_tune(workspace: Workspace, base: str, task: EncodedTask, target: Path, 
         phase,
         device=workspace.device,
     )
-    _must_finish(result, f"fine-tuning the teacher on {spec.name}")
+    must_finish(result, f"fine-tuning the teacher on {spec.name}", "--teacher_model.finetuning.learning_rate")
     teacher = Teacher(model)
     scores = score(workspace, lambda batch: teacher.trace(*model_inputs(batch)).logits, task)
     say(f"teacher for {spec.name}: {show(scores)} on the ranking rows after {result.seconds:.0f} s")
-    _keep(model, workspace.tokenizer, target)
+    keep(model, target, result, tokenizer=workspace.tokenizer)
 
 
 def labelled_loss(model, batch, kind: str) -> torch.Tensor:
@@ -408,12 +408,17 @@ def show(scores: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
 
 
-def _must_finish(result, what: str) -> None:
+def must_finish(result: TrainingResult, what: str, flag: str) -> None:
+    """ValueError where a phase that everything rests on diverged; `flag` is the one that may help."""
     if not result.finished:
-        raise ValueError(f"{what} diverged (non-finite loss after {result.steps} steps): lower its learning_rate")
+        raise ValueError(f"{what} diverged (not finite after {result.steps} steps): lower {flag}")
 
 
-def _keep(model, tokenizer, target: Path) -> None:
+def keep(model, target: Path, *results: TrainingResult, tokenizer=None) -> None:
+    """A transformers model folder with what its training took (training.json), all or nothing."""
+    cost = {"seconds": sum(result.seconds for result in results), "tokens": sum(result.tokens for result in results)}
     with atomic_dir(target) as temporary:
         model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        (temporary / "training.json").write_text(json.dumps(cost))

@@ -21,10 +21,9 @@ from effbert.files import atomic_dir, write_atomic
 from effbert.model import EffBertConfig, EffBertHeadModel, new_student
 from effbert.search.progress import Reporter
 from effbert.search.space import Space
-from effbert.search.stages import finished
 from effbert.student import distil, warm_up
 from effbert.supernet import Supernet, derive_config
-from effbert.workspace import Workspace, model_inputs, show
+from effbert.workspace import Workspace, model_inputs, must_finish, show
 
 LATENCY_RUNS = 20
 
@@ -103,7 +102,7 @@ def initial_model(workspace: Workspace, supernet: Supernet, row: Row, warm: Phas
         torch.manual_seed(random.key(warm.seed, "final", row.name, "init"))
         model = new_student(plain, spec.kind, spec.labels).to(workspace.device)
         result = warm_up(workspace, model, 1.0, config.supernet, warm, on_step)
-        finished(result, f"the warm-up of {row.name}", "--supernet.learning_rate")
+        must_finish(result, f"the warm-up of {row.name}", "--supernet.learning_rate")
         seconds = result.seconds
     else:
         model, seconds = supernet.extract(row.architecture, spec.name), 0.0

@@ -5,7 +5,6 @@ sampled architecture a step and scores candidates on it without training. A cand
 and its value is there before the next begins.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,7 @@ from effbert.architecture import Architecture, count_parameters
 from effbert.checkpoint import own_memory
 from effbert.config import SearchStage
 from effbert.data.batches import subset
-from effbert.engine import Phase, TrainingResult, forget, train
-from effbert.files import atomic_dir
+from effbert.engine import Phase, forget, train
 from effbert.search.progress import Reporter
 from effbert.search.sampler import SpaceExhausted, make_sampler
 from effbert.search.space import Space
@@ -26,7 +24,7 @@ from effbert.search.study import StageStudy
 from effbert.step import MixedPlan, general_loss, task_loss
 from effbert.student import distil
 from effbert.supernet import Supernet, supernet_config
-from effbert.workspace import Workspace, model_inputs, score
+from effbert.workspace import Workspace, keep, model_inputs, must_finish, score
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ def warm_supernet(workspace: Workspace, reporter: Reporter) -> Supernet:
             device=workspace.device,
             on_step=reporter.steps("supernet"),
         )
-        finished(result, "the supernet's general distillation", "--supernet.learning_rate")
+        must_finish(result, "the supernet's general distillation", "--supernet.learning_rate")
         rate = result.tokens / max(result.seconds, 1e-9)
         reporter.say(
             f"supernet: loss {result.loss:.4f} after {result.tokens:,} tokens in {result.seconds:.0f} s "
@@ -215,7 +213,7 @@ def shared_supernet(
             device=workspace.device,
             on_step=on_step,
         )
-        finished(result, "stage 3's general distillation", "--stage3.general_phase.learning_rate")
+        must_finish(result, "stage 3's general distillation", "--stage3.general_phase.learning_rate")
         losses = {name: task_loss(workspace, name, trace_of("tasks", name), fit_dense) for name in workspace.tasks}
         tasks_result = train(
             warm,
@@ -226,7 +224,7 @@ def shared_supernet(
             device=workspace.device,
             on_step=on_step,
         )
-        finished(tasks_result, "stage 3's task distillation", "--stage3.task_phase.learning_rate")
+        must_finish(tasks_result, "stage 3's task distillation", "--stage3.task_phase.learning_rate")
         reporter.say(f"stage3: shared supernet distilled, last epoch's loss {tasks_result.loss:.4f}")
         keep(warm, target, result, tasks_result)
     forget(phases)
@@ -241,20 +239,6 @@ def mixed_tasks(workspace: Workspace, settings: SearchStage, epoch: int) -> Mixe
         for name, task in workspace.tasks.items()
     }
     return MixedPlan(plans, workspace.config.seed, epoch)
-
-
-def finished(result: TrainingResult, what: str, flag: str) -> None:
-    """ValueError where a phase that everything rests on diverged."""
-    if not result.finished:
-        raise ValueError(f"{what} diverged (loss not finite after {result.steps} steps): lower {flag}")
-
-
-def keep(model, target: Path, *results: TrainingResult) -> None:
-    """A transformers model folder with what its training took, all or nothing."""
-    with atomic_dir(target) as temporary:
-        model.save_pretrained(temporary)
-        cost = {"seconds": sum(r.seconds for r in results), "tokens": sum(r.tokens for r in results)}
-        (temporary / "training.json").write_text(json.dumps(cost))
 
 
 def load_supernet(workspace: Workspace, folder: Path) -> Supernet:

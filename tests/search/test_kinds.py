@@ -1,0 +1,117 @@
+"""Whole searches on the other kinds of task and teacher, at the smallest sizes."""
+
+import dataclasses
+import io
+import json
+import random
+
+import pytest
+import torch
+import transformers
+from rich.console import Console
+
+from effbert.config import PRESETS
+from effbert.data.tokenizer import train_wordpiece
+from effbert.search.progress import Reporter
+from effbert.search.run import run_search
+
+WORDS = "the small model reads long words about trees and rivers in every quiet town near some old stone bridge".split()
+
+
+def sentence(chance, length=12):
+    return " ".join(chance.choice(WORDS) for _ in range(length))
+
+
+def tiny(tmp_path, **changes):
+    base = PRESETS["smoke"]()
+    stage = dataclasses.replace(base.stage1, num_candidates=2, task_share=1.0)
+    return dataclasses.replace(
+        base,
+        **{
+            "output_dir": str(tmp_path / "run"),
+            "tasks": (),
+            "corpus_tokens": 1500,
+            "max_train_rows": 48,
+            "max_length": 48,
+            "stage1": stage,
+            "stage2": stage,
+            "stage3": dataclasses.replace(stage, refit_every=1),
+            **changes,
+        },
+    )
+
+
+def search(config):
+    output = io.StringIO()
+    return run_search(config, Reporter(Console(file=output, width=200))), output.getvalue()
+
+
+def write_squad(folder, rows=30):
+    chance = random.Random(3)
+    for split in ("train", "dev"):
+        paragraphs = []
+        for number in range(rows):
+            context = sentence(chance, 20)
+            word = context.split()[chance.randrange(20)]
+            answer = {"text": word, "answer_start": context.index(word)}
+            impossible = number % 3 == 0
+            question = {
+                "id": f"{split}{number}",
+                "question": sentence(chance, 5),
+                "is_impossible": impossible,
+                "answers": [] if impossible else [answer],
+            }
+            paragraphs.append({"context": context, "qas": [question]})
+        content = {"version": "v2.0", "data": [{"title": "t", "paragraphs": paragraphs}]}
+        (folder / f"{split}-v2.0.json").write_text(json.dumps(content))
+
+
+def test_a_search_on_spans_beside_a_classification_task(tmp_path):
+    write_squad(tmp_path)
+    config = tiny(tmp_path, task="squad2.0", tasks=("builtin-next",), data_dir=str(tmp_path))
+    results, output = search(config)
+    assert results["metric"] == "f1" and 0 <= results["table"][1]["score"] <= 1
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "run" / "best")
+    assert model.effbert.pooler is None and model.num_parameters() == results["table"][1]["parameters"]
+    assert "task builtin-next" in output
+
+
+def test_a_search_on_a_regression_task_of_ones_own(tmp_path):
+    chance = random.Random(5)
+    for name in ("train", "dev"):
+        rows = [(sentence(chance), sentence(chance), chance.random() * 5) for _ in range(48)]
+        lines = ["first,second,similarity", *(f"{a},{b},{score:.2f}" for a, b, score in rows)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    config = tiny(
+        tmp_path,
+        task="mine",
+        train_file=str(tmp_path / "train.csv"),
+        validation_file=str(tmp_path / "dev.csv"),
+        text_columns=("first", "second"),
+        label_column="similarity",
+        task_kind="regression",
+    )
+    results, _ = search(config)
+    assert results["metric"] == "pearson" and set(results["results"][0]["scores"]) == {"pearson", "spearman"}
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "best")
+    assert loaded.config.num_labels == 1
+
+
+@pytest.mark.parametrize("family", ["Roberta", "Electra"])
+def test_a_search_under_a_given_teacher_of_another_family(tmp_path, family):
+    chance = random.Random(1)
+    tokenizer = train_wordpiece([sentence(chance) for _ in range(50)], 200, max_length=60)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 32}
+    special = {"Roberta": {"type_vocab_size": 1, "max_position_embeddings": 61}, "Electra": {"embedding_size": 16}}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes, **special[family]
+    )
+    getattr(transformers, f"{family}Model")(config).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text("\n".join(sentence(chance, 30) + "." for _ in range(60)))
+    results, _ = search(tiny(tmp_path, teacher=str(tmp_path / "teacher"), corpus=str(tmp_path / "text.txt")))
+    assert [line["row"] for line in results["table"]][:4] == ["teacher", "winner", "published", "plain BERT"]
+    student = transformers.AutoConfig.from_pretrained(tmp_path / "run" / "best")
+    assert student.vocab_size == len(tokenizer)
+    assert student.position_offset == (1 if family == "Roberta" else 0)
