@@ -36,6 +36,7 @@ def tiny(tmp_path, **changes):
             "stage1": stage,
             "stage2": stage,
             "stage3": dataclasses.replace(stage, refit_every=1),
+            "final": dataclasses.replace(base.final, num_random=0),
             **changes,
         },
     )
