@@ -41,6 +41,11 @@ from effbert.teacher import (
 )
 
 Say = Callable[[str], None]
+Steps = Callable[[str], Callable[[int, int], None] | None]  # what is trained -> `on_step` of effbert.engine.train
+
+
+def no_steps(what: str) -> None:
+    """Shows nothing of a training phase while it runs."""
 
 
 @dataclass
@@ -127,14 +132,14 @@ def open_workspace(config: SearchConfig, folder: Path, say: Say) -> Workspace:
     return Workspace(config, folder, device, tokenizer, corpus, tasks, held_out, teacher_config)
 
 
-def open_teachers(workspace: Workspace, say: Say) -> None:
+def open_teachers(workspace: Workspace, say: Say, steps: Steps = no_steps) -> None:
     """Make or read back the teachers: one a task, and the one for general distillation.
 
     A given teacher's own head serves the main task alone, where it is of its kind: what else it may have been trained
     on is unknown. Every other task gets a head of its own, fine-tuned with the encoder.
     """
     config, main = workspace.config, workspace.main_task.spec
-    base = config.teacher or str(pretrained_teacher(workspace, say))
+    base = config.teacher or str(pretrained_teacher(workspace, say, steps))
     if config.teacher and answers(workspace.teacher_config, main):
         columns = teacher_columns(workspace.teacher_config, config, main) if main.kind == "classification" else None
         say(f"teacher for {main.name}: {base} as it is")
@@ -144,7 +149,7 @@ def open_teachers(workspace: Workspace, say: Say) -> None:
         workspace.general_teacher = Teacher(load_model(base)).to(workspace.device)
     for name, task in workspace.tasks.items():
         if name not in workspace.teachers:
-            workspace.teachers[name] = tuned_teacher(workspace, base, task, say)
+            workspace.teachers[name] = tuned_teacher(workspace, base, task, say, steps)
 
 
 def pick_device(name: str) -> torch.device:
@@ -319,18 +324,18 @@ def own_teacher_config(config: SearchConfig, tokenizer):
     )
 
 
-def pretrained_teacher(workspace: Workspace, say: Say) -> Path:
+def pretrained_teacher(workspace: Workspace, say: Say, steps: Steps) -> Path:
     """A small BERT trained by masked language modelling on the run's corpus."""
     target = workspace.folder / "teacher" / "base"
     target.parent.mkdir(parents=True, exist_ok=True)
     phase = Phase(("teacher", "mlm"), workspace.config.seed, target.parent / "mlm.pt")
     if not target.exists():
-        pretrain(workspace, target, phase, say)
+        pretrain(workspace, target, phase, say, steps)
     forget([phase])
     return target
 
 
-def pretrain(workspace: Workspace, target: Path, phase: Phase, say: Say) -> None:
+def pretrain(workspace: Workspace, target: Path, phase: Phase, say: Say, steps: Steps) -> None:
     """Train a fresh BERT by masked language modelling into the folder `target`."""
     config, tokenizer = workspace.config, workspace.tokenizer
     arguments = config.teacher_model.pretraining
@@ -344,25 +349,28 @@ def pretrain(workspace: Workspace, target: Path, phase: Phase, say: Say) -> None
         arguments,
         phase,
         device=workspace.device,
+        on_step=steps("teacher"),
     )
     must_finish(result, "the teacher's masked language modelling", "--teacher_model.pretraining.learning_rate")
     say(f"teacher: loss {result.loss:.3f} after {result.tokens:,} tokens in {result.seconds:.0f} s")
     keep(model, target, result, tokenizer=tokenizer)
 
 
-def tuned_teacher(workspace: Workspace, base: str, task: EncodedTask, say: Say) -> Teacher:
+def tuned_teacher(workspace: Workspace, base: str, task: EncodedTask, say: Say, steps: Steps) -> Teacher:
     """The teacher of one task: the encoder `base` fine-tuned with a head for it."""
     name, folder = task.spec.name, workspace.folder / "teacher"
     target = folder / "tasks" / name
     target.parent.mkdir(parents=True, exist_ok=True)
     phase = Phase(("teacher", "task", name), workspace.config.seed, folder / f"task-{name}.pt")
     if not target.exists():
-        fine_tune(workspace, base, task, target, phase, say)
+        fine_tune(workspace, base, task, target, phase, say, steps)
     forget([phase])
     return Teacher(load_model(target, task.spec.kind)).to(workspace.device)
 
 
-def fine_tune(workspace: Workspace, base: str, task: EncodedTask, target: Path, phase: Phase, say: Say) -> None:
+def fine_tune(
+    workspace: Workspace, base: str, task: EncodedTask, target: Path, phase: Phase, say: Say, steps: Steps
+) -> None:
     """Fine-tune the encoder `base` under a new head on a task's labels, in their order, into the folder `target`."""
     config, spec = workspace.config, task.spec
     arguments = config.teacher_model.finetuning
@@ -378,6 +386,7 @@ def fine_tune(workspace: Workspace, base: str, task: EncodedTask, target: Path, 
         arguments,
         phase,
         device=workspace.device,
+        on_step=steps(f"teacher for {spec.name}"),
     )
     must_finish(result, f"fine-tuning the teacher on {spec.name}", "--teacher_model.finetuning.learning_rate")
     teacher = Teacher(model)

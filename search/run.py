@@ -39,7 +39,7 @@ def run_search(config: SearchConfig, reporter: Reporter | None = None) -> dict:
         except Exception:
             folder.abandon()
             raise
-        open_teachers(workspace, reporter.say)
+        open_teachers(workspace, reporter.say, reporter.steps)
         study = Study(folder.path)
         winner = three_stages(workspace, coarse, study, reporter)
         return finish(workspace, winner, coarse, study, reporter)

@@ -151,7 +151,7 @@ def test_a_spans_task_gets_a_head_of_two_outputs_over_any_other(config, tmp_path
     workspace, _ = opened(config, tmp_path / "run", teachers=False)
     spans = Task(TaskSpec("squad", "spans", (), ("f1", "exact_match"), True), rows, rows)
     task = rooms.encode_task(spans, workspace.tokenizer, 32)
-    teacher = rooms.tuned_teacher(workspace, config.teacher, task, lambda text: None)
+    teacher = rooms.tuned_teacher(workspace, config.teacher, task, lambda text: None, rooms.no_steps)
     batch = workspace.plan(task.train, 4, "x", 0)[0]
     assert teacher.trace(*rooms.model_inputs(batch)).logits.shape == (*batch.input_ids.shape, 2)
 
