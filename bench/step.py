@@ -67,7 +67,7 @@ def measure_all(shapes: Shapes) -> dict:
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "dtype": "bf16 autocast, fp32 weights",
         "shapes": asdict(shapes),
-        "ceilings": ceilings(device, 8192 if device.type == "cuda" else 1024),
+        "ceilings": ceilings(device, 8192 if device.type == "cuda" else 384),
         "cases": cases,
         "ratios": ratios(cases),
     }
