@@ -10,6 +10,7 @@ import torch
 from effbert.architecture import Architecture
 
 FIXTURES = Path(__file__).parent / "fixtures"
+torch.set_num_threads(1)  # the tensors here are tiny: a second thread costs more than it gives
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
