@@ -164,15 +164,6 @@ def subset(dataset: "Dataset", size: int | float, *, first: bool = True) -> "Dat
     return dataset.select(range(rows) if first else range(len(dataset) - rows, len(dataset)))
 
 
-def split(dataset: "Dataset", validation_fraction: float, seed: int) -> tuple["Dataset", "Dataset"]:
-    """Training and validation rows, drawn at random by `seed`, each in the order of `dataset` and neither empty."""
-    count = round(validation_fraction * len(dataset))
-    if not 0 < count < len(dataset):
-        raise ValueError(f"validation_fraction {validation_fraction} of {len(dataset)} rows leaves one side empty")
-    order = generator(seed, "split").permutation(len(dataset))
-    return dataset.select(np.sort(order[count:])), dataset.select(np.sort(order[:count]))
-
-
 class _Ragged:
     """A list column: row i is `values[chunk][starts[i] : starts[i] + lengths[i]]`."""
 

@@ -5,7 +5,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effbert.data.batches import BatchPlan, Rows, length_buckets, split, subset
+from effbert.data.batches import BatchPlan, Rows, length_buckets, subset
 from effbert.data.cache import cached
 
 PAD = 7
@@ -123,17 +123,11 @@ def test_buckets_cover_every_length():
         BatchPlan(_dataset([1]), 0, pad_token_id=PAD)
 
 
-def test_subsets_and_splits():
+def test_subsets_take_the_first_or_last_rows():
     dataset = _dataset([1] * 10)
     assert subset(dataset, 3)["labels"] == [0, 1, 2]
     assert subset(dataset, 0.2, first=False)["labels"] == [8, 9]
     assert len(subset(dataset, 0.01)) == 1
-    train, validation = split(dataset, 0.3, seed=1)
-    assert len(validation) == 3
-    assert sorted([*train["labels"], *validation["labels"]]) == list(range(10))
-    assert validation["labels"] == split(dataset, 0.3, seed=1)[1]["labels"] != split(dataset, 0.3, seed=2)[1]["labels"]
     for bad in (0, 11, 0.0, 1.5):
         with pytest.raises(ValueError, match="of 10 rows"):
             subset(dataset, bad)
-    with pytest.raises(ValueError, match="one side empty"):
-        split(dataset, 0.01, seed=0)
