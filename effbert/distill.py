@@ -20,10 +20,10 @@ class LossWeights:
     """How the parts add up.
 
     attention, hidden, prediction: weights of the three parts, 1 as published. Over real tokens the attention part is
-        larger than the published one by about padded length / real length; in a trial on the built-in topic task (the
+        larger than the published one by about padded length / real length. In a trial on the built-in topic task (the
         published architecture at 6×64, one seed, held-out accuracy) prediction weights of 1, 10 and 30 gave 0.595,
-        0.587 and 0.582, and attention weights of 0.3, 1 and 3 at a fifth of that budget 0.391, 0.413 and 0.417: no
-        difference that would speak against 1.
+        0.587 and 0.582; at prediction weight 10 and a fifth of that budget, attention weights of 0.3, 1 and 3 gave
+        0.391, 0.413 and 0.417: nothing that speaks against 1. A teacher with large scores wants less attention.
     temperature: t of the soft cross entropy.
     loss_mask: "real" or "released".
     score_form: "auto", "direct" or "gram" (effbert.kernels.score_mse).

@@ -31,7 +31,7 @@ class Reporter:
 
     def steps(self, what: str) -> Callable[[int, int], None]:
         """A live line for a training phase: call what it returns with (step, total steps)."""
-        line = self._live.add_task(escape(what), total=None)
+        line = self._live.add_task(escape(what), total=None, visible=False)
 
         def on_step(step: int, total: int) -> None:
             self._live.update(line, completed=step, total=total, visible=step < total)

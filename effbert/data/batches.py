@@ -114,7 +114,7 @@ class BatchPlan(Sequence[Batch]):
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} should be at least 1")
         longest = int(self.rows.lengths.max())
-        self.buckets = np.asarray(length_buckets(-(-longest // 8) * 8) if buckets is None else sorted(buckets))
+        self.buckets = np.asarray(length_buckets(longest) if buckets is None else sorted(buckets))
         if longest > self.buckets[-1]:
             raise ValueError(f"a row of {longest} ids does not fit the longest bucket, {self.buckets[-1]}")
         self._pad_token_id = pad_token_id

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from effbert.data.cache import cached, tokenizer_fingerprint
 from effbert.data.sentences import split_sentences
+from effbert.errors import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -125,8 +126,9 @@ def _open_dataset(name: str, config: str | None, split: str, text_column: str) -
     try:
         dataset = load_dataset(name, config, split=split)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise FileNotFoundError(f"no corpus {name!r}: not a path here, and `datasets` says: {reason}") from error
+        raise FileNotFoundError(
+            f"no corpus {name!r}: not a path here, and `datasets` says: {first_line(error)}"
+        ) from error
     if text_column not in dataset.column_names:
         raise ValueError(f"corpus {name!r} has no column {text_column!r}, only {', '.join(dataset.column_names)}")
     paragraphs = (

@@ -131,3 +131,9 @@ def test_subsets_take_the_first_or_last_rows():
     for bad in (0, 11, 0.0, 1.5):
         with pytest.raises(ValueError, match="of 10 rows"):
             subset(dataset, bad)
+
+
+@pytest.mark.parametrize("longest", [3, 17, 50, 61])
+def test_padding_never_exceeds_the_longest_row(longest):
+    plan = BatchPlan(_dataset([1, longest, 2]), 2, pad_token_id=0)
+    assert max(batch.input_ids.shape[1] for batch in plan) == longest
