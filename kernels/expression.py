@@ -7,7 +7,7 @@ purely syntactic; `Expression.check` decides whether the tree means something. N
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 BINARY = ("add", "mul", "max")
@@ -130,9 +130,16 @@ class Slots:
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """The MLP of one layer as a tree; equality and hash follow the tree as written, `key` its canonical form."""
+    """The MLP of one layer as a tree; equality and hash follow the tree as written, `key` its canonical form.
+
+    `text` is the tree printed, made once: ops are called with it at every step.
+    """
 
     root: Node
+    text: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", str(self.root))
 
     @classmethod
     def parse(cls, text: str, structured: bool = True) -> "Expression":
@@ -144,7 +151,7 @@ class Expression:
         return cls(_Parser(text, structured).parse())
 
     def __str__(self) -> str:
-        return str(self.root)
+        return self.text
 
     @property
     def height(self) -> int:

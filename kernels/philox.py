@@ -18,11 +18,23 @@ _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 
 
 class Dropout(NamedTuple):
-    """Dropout of probability `p` at one place: `key` names the step (63 bits), `site` the place in the model."""
+    """Dropout of probability `p` at one place: `key` names the step (63 bits), `site` the place in the model.
+
+    A key may be a 0-d int64 tensor on the data's device instead: a captured CUDA graph then reads a new one each time.
+    """
 
     p: float
-    key: int
+    key: int | torch.Tensor
     site: int
+
+
+def split(dropout: Dropout | None) -> tuple[float, int, torch.Tensor | None, int]:
+    """(p, key, key tensor, site) as arguments of an op's schema: one of the keys is unused. None has p = 0."""
+    if dropout is None:
+        return 0.0, 0, None, 0
+    if isinstance(dropout.key, torch.Tensor):
+        return dropout.p, 0, dropout.key, dropout.site
+    return dropout.p, dropout.key, None, dropout.site
 
 
 def _multiply(constant, value):
@@ -30,7 +42,7 @@ def _multiply(constant, value):
     return (product >> 32) & _MASK, product & _MASK
 
 
-def philox(c0, c1, c2, c3, key: int, rounds: int = ROUNDS):
+def philox(c0, c1, c2, c3, key: int | torch.Tensor, rounds: int = ROUNDS):
     """Philox4x32 of four counter words (ints or int64 tensors that broadcast, each below 2**32); four words back."""
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     for _ in range(rounds):
