@@ -1,0 +1,248 @@
+"""Tile sizes of every kernel, in one table: kernel, architecture, bytes an element, problem size -> block sizes.
+
+The table below is what runs by default. `effbert kernels tune` measures on the GPU at hand and writes a file of rules
+of the same form; `EFFBERT_TILES=FILE` puts that file before the table. Nothing is ever measured during training.
+"""
+
+import fnmatch
+import functools
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from effbert.kernels.launch import architecture
+
+ENVIRONMENT = "EFFBERT_TILES"
+
+
+class Question(NamedTuple):
+    """What decides a tile: kernel, architecture ("sm_90", ...), bytes an element, problem size."""
+
+    kernel: str
+    architecture: str
+    itemsize: int
+    size: int
+
+
+_asked: dict[Question, None] = {}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`tile` (block sizes by their tl.constexpr names, num_warps, num_stages) for one kernel where the rest matches.
+
+    architecture: pattern such as "sm_9*" or "gfx9*"; "interpreter" is the CPU, whose tiles are small so that tests
+    meet several of them. itemsize: bytes an element, None for any. up_to: largest problem size it holds for, None for
+    any; what counts as the size of a problem is said beside each kernel's rules.
+    """
+
+    kernel: str
+    tile: dict[str, int]
+    architecture: str = "*"
+    itemsize: int | None = None
+    up_to: int | None = None
+
+    def matches(self, kernel: str, architecture: str, itemsize: int, size: int) -> bool:
+        """Whether this rule answers the question."""
+        return (
+            self.kernel == kernel
+            and fnmatch.fnmatchcase(architecture, self.architecture)
+            and self.itemsize in (None, itemsize)
+            and (self.up_to is None or size <= self.up_to)
+        )
+
+
+def _gemm(m: int, n: int, k: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": num_warps, "num_stages": num_stages}
+
+
+def _pair(m: int, n: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": num_warps, "num_stages": num_stages}
+
+
+def _whole(m: int, e: int, k: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    return {"BLOCK_M": m, "BLOCK_E": e, "BLOCK_K": k, "num_warps": num_warps, "num_stages": num_stages}
+
+
+# The first rule that matches holds.
+RULES: tuple[Rule, ...] = (
+    # score_mse_direct: size = columns of a student's and a teacher's tile together; BLOCK_M held, BLOCK_N going by.
+    # IEEE fp32 has no matrix instructions and keeps its operands in registers: many warps, small tiles.
+    Rule("score_mse_direct", dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=1), "interpreter"),
+    Rule("score_mse_direct", dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1), "gfx*", itemsize=4),
+    Rule("score_mse_direct", dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=1), "gfx*"),
+    Rule("score_mse_direct", dict(BLOCK_M=32, BLOCK_N=16, num_warps=16, num_stages=1), itemsize=4),
+    Rule("score_mse_direct", dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=1), "sm_90*", up_to=128),
+    Rule("score_mse_direct", dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=1), "sm_[91]0*"),
+    Rule("score_mse_direct", dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=1), up_to=128),
+    Rule("score_mse_direct", dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=1)),
+    # score_mse_gram: size as above; BLOCK positions at a time, COLUMNS of the Gram matrices a program.
+    Rule("score_mse_gram", dict(BLOCK=32, COLUMNS=64, num_warps=4, num_stages=1), "interpreter"),
+    Rule("score_mse_gram", dict(BLOCK=32, COLUMNS=32, num_warps=4, num_stages=1), "gfx*"),
+    Rule("score_mse_gram", dict(BLOCK=16, COLUMNS=32, num_warps=8, num_stages=1), itemsize=4),
+    Rule("score_mse_gram", dict(BLOCK=64, COLUMNS=64, num_warps=8, num_stages=2), "sm_[91]0*", up_to=128),
+    Rule("score_mse_gram", dict(BLOCK=64, COLUMNS=32, num_warps=8, num_stages=1)),
+    # score_mse_bwd: size = elements of one gradient.
+    Rule("score_mse_bwd", dict(BLOCK=128, num_warps=4), "interpreter"),
+    Rule("score_mse_bwd", dict(BLOCK=2048, num_warps=4)),
+    # dropout: size = columns; elementwise.
+    Rule("dropout", dict(ROWS=8, COLS=32, num_warps=4), "interpreter"),
+    Rule("dropout", dict(ROWS=32, COLS=64, num_warps=4)),
+    # norm_fwd, norm_bwd: size = columns of the tile. PROGRAMS of a multiprocessor, each on ROWS rows at a time. One row
+    # on one warp needs no sum across warps; its registers set how many warps fit.
+    Rule("norm_fwd", dict(ROWS=8, PROGRAMS=1, num_warps=4), "interpreter"),
+    Rule("norm_fwd", dict(ROWS=1, PROGRAMS=16, num_warps=1), up_to=576),
+    Rule("norm_fwd", dict(ROWS=1, PROGRAMS=8, num_warps=2), up_to=1152),
+    Rule("norm_fwd", dict(ROWS=1, PROGRAMS=4, num_warps=4), up_to=2304),
+    Rule("norm_fwd", dict(ROWS=1, PROGRAMS=2, num_warps=8), up_to=4608),
+    Rule("norm_fwd", dict(ROWS=1, PROGRAMS=1, num_warps=16)),
+    Rule("norm_bwd", dict(ROWS=8, PROGRAMS=1, num_warps=4), "interpreter"),
+    Rule("norm_bwd", dict(ROWS=1, PROGRAMS=12, num_warps=1), up_to=384),
+    Rule("norm_bwd", dict(ROWS=1, PROGRAMS=8, num_warps=2), up_to=768),
+    Rule("norm_bwd", dict(ROWS=1, PROGRAMS=4, num_warps=4), up_to=1152),
+    Rule("norm_bwd", dict(ROWS=1, PROGRAMS=2, num_warps=8), up_to=2304),
+    Rule("norm_bwd", dict(ROWS=1, PROGRAMS=1, num_warps=16)),
+    # reduce: size is not used; a tile has BLOCK elements, parts times columns.
+    Rule("reduce", dict(BLOCK=512, num_warps=4), "interpreter"),
+    Rule("reduce", dict(BLOCK=2048, num_warps=4)),
+    # linear_*: size = output columns. M is thousands of rows, so programs are plenty; 64 columns waste little of 540.
+    Rule("linear_fwd", _gemm(32, 32, 32, 4, 1), "interpreter"),
+    Rule("linear_fwd", _gemm(64, 64, 32, 4, 2), itemsize=4),
+    Rule("linear_fwd", _gemm(128, 64, 64, 8, 2), "gfx*"),
+    Rule("linear_fwd", _gemm(128, 64, 64, 8, 3)),
+    # linear_dgrad: size = statements of the slot's source, each of which may hold a tile in registers.
+    Rule("linear_dgrad", _gemm(32, 32, 32, 4, 1), "interpreter"),
+    Rule("linear_dgrad", _gemm(64, 64, 32, 8, 2), itemsize=4),
+    Rule("linear_dgrad", _gemm(128, 64, 64, 8, 2), "gfx*", up_to=8),
+    Rule("linear_dgrad", _gemm(64, 64, 64, 8, 2), "gfx*"),
+    Rule("linear_dgrad", _gemm(128, 64, 64, 8, 3), up_to=8),
+    Rule("linear_dgrad", _gemm(64, 64, 64, 8, 3)),
+    Rule("linear_wgrad", _gemm(32, 32, 32, 4, 1), "interpreter"),
+    Rule("linear_wgrad", _gemm(32, 64, 64, 4, 2), itemsize=4),
+    Rule("linear_wgrad", _gemm(64, 64, 128, 8, 2), "gfx*"),
+    Rule("linear_wgrad", _gemm(64, 64, 128, 8, 3)),
+    # mlp_block: size = columns of a row; no tile means separate kernels (effbert.kernels.whole_block says why).
+    Rule("mlp_block", {}, "interpreter"),
+    Rule("mlp_block", {}, "gfx*"),
+    Rule("mlp_block", _whole(64, 32, 64, 8, 3), itemsize=2, up_to=256),
+    Rule("mlp_block", {}),
+    # slot_bwd: size = columns; elementwise.
+    Rule("slot_bwd", {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}, "interpreter"),
+    Rule("slot_bwd", {"BLOCK_M": 16, "BLOCK_N": 256, "num_warps": 8, "num_stages": 1}),
+    # attention_fwd, _bwd: size = sequence length; _wide where a head of student or teacher is wider than 64. A backward
+    # tile whose BLOCK_N holds the whole sequence is the one-role form. Registers decide. attention_delta: head size.
+    Rule("attention_fwd", _pair(16, 32, 4, 1), "interpreter"),
+    Rule("attention_fwd", _pair(16, 16, 8, 1), itemsize=4),
+    Rule("attention_fwd", _pair(64, 32, 4, 1), up_to=64),
+    Rule("attention_fwd", _pair(128, 32, 8, 1), "sm_9*"),
+    Rule("attention_fwd", _pair(128, 32, 8, 1), "sm_1*"),
+    Rule("attention_fwd", _pair(64, 32, 4, 1)),
+    Rule("attention_fwd_wide", _pair(16, 32, 4, 1), "interpreter"),
+    Rule("attention_fwd_wide", _pair(16, 16, 8, 1), itemsize=4),
+    Rule("attention_fwd_wide", _pair(64, 32, 8, 1)),
+    Rule("attention_bwd", _pair(16, 32, 4, 1), "interpreter"),
+    Rule("attention_bwd", _pair(16, 16, 8, 1), itemsize=4),
+    Rule("attention_bwd", _pair(32, 32, 4, 1), "sm_8*"),
+    Rule("attention_bwd", _pair(32, 64, 8, 1), "sm_9*", up_to=64),
+    Rule("attention_bwd", _pair(32, 128, 8, 1), "sm_9*", up_to=128),
+    Rule("attention_bwd", _pair(32, 64, 8, 1), "sm_1*", up_to=64),
+    Rule("attention_bwd", _pair(32, 128, 8, 1), "sm_1*", up_to=128),
+    Rule("attention_bwd", _pair(32, 64, 4, 1), "gfx*", up_to=64),
+    Rule("attention_bwd", _pair(16, 128, 8, 1), "gfx*", up_to=128),
+    Rule("attention_bwd", _pair(32, 64, 4, 1)),
+    Rule("attention_bwd_wide", _pair(16, 16, 4, 1), "interpreter"),
+    Rule("attention_bwd_wide", _pair(16, 16, 8, 1), itemsize=4),
+    Rule("attention_bwd_wide", _pair(16, 32, 8, 1), "gfx*"),
+    Rule("attention_bwd_wide", _pair(32, 32, 8, 1)),
+    Rule("attention_delta", {"BLOCK_M": 16, "num_warps": 4}),
+    # projected_mse_*: size = output columns. Thousands of tiles a launch; large ones for fewer reads of L2, by count.
+    Rule("projected_mse_fwd", _gemm(16, 32, 32, 4, 1), "interpreter"),
+    Rule("projected_mse_fwd", _gemm(64, 64, 32, 8, 2), itemsize=4),
+    Rule("projected_mse_fwd", _gemm(128, 64, 64, 8, 2), "gfx*"),
+    Rule("projected_mse_fwd", _gemm(128, 256, 64, 8, 3), "sm_9*"),
+    Rule("projected_mse_fwd", _gemm(128, 256, 64, 8, 3), "sm_1*"),
+    Rule("projected_mse_fwd", _gemm(128, 128, 64, 8, 3)),
+    Rule("projected_mse_dgrad", _gemm(32, 16, 32, 4, 1), "interpreter"),
+    Rule("projected_mse_dgrad", _gemm(128, 64, 16, 8, 3), itemsize=4),
+    Rule("projected_mse_dgrad", _gemm(128, 128, 64, 8, 2), "gfx*"),
+    Rule("projected_mse_dgrad", _gemm(256, 128, 64, 8, 3), "sm_9*"),
+    Rule("projected_mse_dgrad", _gemm(256, 128, 64, 8, 3), "sm_1*"),
+    Rule("projected_mse_dgrad", _gemm(128, 128, 64, 8, 3)),
+    Rule("projected_mse_wgrad", _gemm(16, 32, 32, 4, 1), "interpreter"),
+    Rule("projected_mse_wgrad", _gemm(32, 64, 64, 8, 2), itemsize=4),
+    Rule("projected_mse_wgrad", _gemm(64, 256, 128, 8, 3), "sm_9*"),
+    Rule("projected_mse_wgrad", _gemm(64, 256, 128, 8, 3), "sm_1*"),
+    Rule("projected_mse_wgrad", _gemm(64, 128, 128, 8, 2), "gfx*"),
+    Rule("projected_mse_wgrad", _gemm(64, 128, 128, 8, 3)),
+    # soft_cross_entropy: size = classes. Up to 1024 a program has whole rows, several where they are short.
+    Rule("soft_cross_entropy", dict(ROWS=4, BLOCK=8, num_warps=4), "interpreter"),
+    Rule("soft_cross_entropy", dict(ROWS=256, BLOCK=4, num_warps=4), up_to=4),
+    Rule("soft_cross_entropy", dict(ROWS=32, BLOCK=32, num_warps=4), up_to=32),
+    Rule("soft_cross_entropy", dict(ROWS=2, BLOCK=256, num_warps=4), up_to=256),
+    Rule("soft_cross_entropy", dict(ROWS=1, BLOCK=1024, num_warps=8), up_to=1024),
+    Rule("soft_cross_entropy", dict(ROWS=1, BLOCK=2048, num_warps=8)),
+)
+
+
+def choose(kernel: str, device: torch.device, dtype: torch.dtype, size: int) -> dict[str, int]:
+    """Block sizes, num_warps and num_stages of `kernel`, ready to be passed to `launch` as keywords."""
+    return _choose(Question(kernel, architecture(device), dtype.itemsize, size), os.environ.get(ENVIRONMENT))
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(question: Question, path: str | None) -> dict[str, int]:
+    _asked[question] = None
+    return answer((*(read_rules(path) if path else ()), *RULES), question)
+
+
+def answer(rules: Iterable[Rule], question: Question) -> dict[str, int]:
+    """The tile of the first rule that matches; ValueError where none does."""
+    for rule in rules:
+        if rule.matches(*question):
+            return rule.tile
+    raise ValueError(
+        f"no tile for {question.kernel} on {question.architecture}: effbert.kernels.tiles has no rule that matches"
+    )
+
+
+def asked() -> tuple[Question, ...]:
+    """What `choose` was asked since the last `forget`, each question once, in the order of first asking."""
+    return tuple(_asked)
+
+
+def forget() -> None:
+    """Forget the questions asked and their answers: files of rules are then read anew."""
+    _asked.clear()
+    _choose.cache_clear()
+
+
+def read_rules(path: str | Path) -> tuple[Rule, ...]:
+    """The rules of a file that `effbert kernels tune` wrote; ValueError with one line where it is not one."""
+    try:
+        return tuple(_checked(**rule) for rule in json.loads(Path(path).read_text(encoding="utf-8"))["rules"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{ENVIRONMENT}={path} is no file of tile rules ({reason}); effbert kernels tune writes one"
+        ) from None
+
+
+def _checked(**fields) -> Rule:
+    rule = Rule(**fields)
+    known = [other.tile for other in RULES if other.kernel == rule.kernel]
+    if not known:
+        raise ValueError(f"no kernel {rule.kernel!r}")
+    if not isinstance(rule.tile, dict) or not any(rule.tile.keys() == tile.keys() for tile in known):
+        raise ValueError(f"a tile of {rule.kernel} has {', '.join(max(known, key=len))}, not {rule.tile}")
+    limits = [limit for limit in (rule.itemsize, rule.up_to) if limit is not None]
+    numbers = [*rule.tile.values(), *limits]
+    if not isinstance(rule.architecture, str) or any(type(number) is not int for number in numbers):
+        raise TypeError(f"{rule}: whole numbers and a pattern are needed")
+    if min(rule.tile.values(), default=1) < 1 or min(limits, default=0) < 0:
+        raise ValueError(f"{rule}: a tile needs numbers above 0, itemsize and up_to none below it")
+    return rule
