@@ -1,0 +1,306 @@
+"""Candidate MLPs f(x) = post(W2 · mid(W1 · pre(x) + b1, x) + b2, x), alone and as a block, forward and backward.
+
+    mlp_block    LayerNorm(x + Dropout(f(x)))      x [..., C], W1 [I, C], b1 [I], W2 [C, I], b2 [C], inner width E <= I
+
+Forward, three launches: pre, first GEMM and mid; second GEMM; post, dropout, residual and LayerNorm; or one where a
+row fits on the chip (effbert.kernels.whole_block). Backward, six: the last stage's; two input gradients, each with its
+slot's derivative inside; two weight gradients with their bias gradients; and one that adds up all their partial sums,
+straight into the used slice of the parent's gradient where `gradients_in_place` allows it. Where weights are of another
+type than the computation, or their rows start at odd addresses, one more launch packs both slices.
+
+Kept for backward: the two pre-activations h [M, E] and y [M, C], the input, mean and reciprocal deviation of each row,
+and the packed weights (small). mid(h, x), pre(x), post(y, x), the dropout mask and the normalised rows are computed
+again.
+"""
+
+import torch
+from torch import Tensor
+
+from effbert.kernels import tiles
+from effbert.kernels.codegen import SlotFunctions, slot_functions
+from effbert.kernels.expression import Expression
+from effbert.kernels.launch import compute_dtype
+from effbert.kernels.library import FusedOp, gradient_of
+from effbert.kernels.linear import (
+    linear_forward,
+    linear_input_gradient,
+    linear_weight_gradient,
+    need_packing,
+    pack,
+    padded_width,
+    slot_gradient,
+)
+from effbert.kernels.norm import Unchanged, as_rows, norm_backward, norm_forward
+from effbert.kernels.philox import Dropout, split
+from effbert.kernels.reduction import reduce_partials
+from effbert.kernels.whole_block import whole_block_forward
+
+
+def mlp(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    expression: Expression,
+    inner_width: int,
+    combine: str = "truncate",
+) -> Tensor:
+    """One candidate MLP f(x) for x [..., C], as effbert.kernels.eager.mlp; the result has the computation's dtype."""
+    return _mlp(x, weight1, bias1, weight2, bias2, expression.text, inner_width, combine, compute_dtype(x))
+
+
+def mlp_block(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    expression: Expression,
+    inner_width: int,
+    eps: float,
+    dropout: Dropout | None = None,
+    combine: str = "truncate",
+) -> Tensor:
+    """LayerNorm(x + Dropout(f(x))), as effbert.kernels.eager.mlp_block; the result has the computation's dtype."""
+    return _mlp_block(
+        x, weight1, bias1, weight2, bias2, norm_weight, norm_bias,
+        expression.text, inner_width, eps, *split(dropout), combine, compute_dtype(x),
+    )  # fmt: skip
+
+
+class _Weights:
+    """Both weight slices as the kernels read them: packed copies where they are needed, else views of the parents."""
+
+    def __init__(self, weight1: Tensor, weight2: Tensor, width: int, dtype: torch.dtype, packed: list[Tensor] | None):
+        views = weight1[:width], weight2[:, :width]
+        if packed is None:
+            wanted = any(need_packing(view, dtype) for view in views)
+            packed = pack(*views, dtype) if wanted else [weight1.new_empty(0, dtype=dtype) for _ in views]
+        self.packed = list(packed)
+        self.first, self.second = packed if packed[0].numel() else views
+
+
+def _gemms(x, weights: _Weights, bias1, bias2, slots, width, dtype, keep_h, post=None, keep_y=True, pad=True):
+    """h [M, E] (None unless keep_h), then y = W2 mid(h, x) + b2 [M, C] and post(y, x); x [M, C]."""
+    channels = x.shape[1]
+    h, middle = linear_forward(
+        x, weights.first, bias1, width, channels, dtype, slots.pre, slots.mid, x, keep_z=keep_h
+    )  # fmt: skip
+    y, value = linear_forward(middle, weights.second, bias2, channels, width, dtype, None, post, x, pad, keep_y)
+    return h, y, value
+
+
+def _gemm_gradients(dy, dx, x, h, weights: _Weights, slots, width, dtype):
+    """From the gradient dy [M, C] of the second GEMM's output: that of x, and partial sums for W1, b1, W2, b2.
+
+    dx [M, C], overwritten: what x has got already; None for nothing.
+    """
+    channels = x.shape[1]
+    if dx is None and slots.mid.uses_x:
+        dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    dh, middle = linear_input_gradient(
+        dy, weights.second, h, width, channels, slots.mid, dtype, x=x, dx=dx, need_value=True
+    )
+    second = linear_weight_gradient(dy, middle, channels, width, dtype)
+    dx, _ = linear_input_gradient(dh, weights.first, x, channels, width, slots.pre, dtype, added=dx, out_dtype=x.dtype)
+    first = linear_weight_gradient(dh, x, width, channels, dtype, slots.pre)
+    return dx, [*first, *second]
+
+
+def _weight_gradients(partials, parameters, width, in_place: bool) -> list[Tensor | None]:
+    """Gradients of W1, b1, W2, b2 and whatever follows, from their partial sums.
+
+    in_place adds them to `.grad` of the parameters, of the first three only to the slice used, and gives None for each.
+    """
+    if in_place:
+        gradients = [gradient_of(parameter) for parameter in parameters]
+    else:
+        sliced = width < len(parameters[0])
+        gradients = [
+            torch.zeros_like(parameter) if sliced and place < 3 else torch.empty_like(parameter)
+            for place, parameter in enumerate(parameters)
+        ]
+    weight1, bias1, weight2, *others = gradients
+    reduce_partials(partials, [weight1[:width], bias1[:width], weight2[:, :width], *others], accumulate=in_place)
+    return [None] * len(parameters) if in_place else gradients
+
+
+def _mlp_forward(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    expression: str,
+    inner_width: int,
+    combine: str,
+    dtype: torch.dtype,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    slots, weights = slot_functions(expression, combine), _Weights(weight1, weight2, inner_width, dtype, None)
+    if slots.post.is_identity:
+        h, value, y = _gemms(as_rows(x), weights, bias1, bias2, slots, inner_width, dtype, need_grad, pad=False)
+    else:
+        keep_y = need_grad and slots.post.backward_uses_value
+        h, y, value = _gemms(
+            as_rows(x), weights, bias1, bias2, slots, inner_width, dtype, need_grad, slots.post, keep_y, pad=False
+        )
+    return value.view(x.shape), *_kept(need_grad, x, dtype, h, y, *weights.packed)
+
+
+def _kept(need_grad: bool, x: Tensor, dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor]:
+    """The tensors, but empty ones in place of those that are None, and of all of them where no gradient is needed."""
+    return [x.new_empty(0, dtype=dtype) if tensor is None or not need_grad else tensor for tensor in tensors]
+
+
+def _mlp_backward(
+    grads: list[Tensor],
+    kept: list[Tensor],
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    expression: str,
+    inner_width: int,
+    combine: str,
+    dtype: torch.dtype,
+    need_grad: bool,
+    in_place: bool = False,
+) -> list[Tensor | None]:
+    slots, rows, (h, y, *packed) = slot_functions(expression, combine), as_rows(x), kept
+    dy, dx = as_rows(grads[0]), None
+    if not slots.post.is_identity:
+        dy, dx = slot_gradient(dy, y, rows, slots.post, dtype)
+    weights = _Weights(weight1, weight2, inner_width, dtype, packed)
+    dx, partials = _gemm_gradients(dy, dx, rows, h, weights, slots, inner_width, dtype)
+    parameters = [weight1, bias1, weight2, bias2]
+    return [dx.view(x.shape), *_weight_gradients(partials, parameters, inner_width, in_place)]
+
+
+def _mlp_block_forward(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    expression: str,
+    inner_width: int,
+    eps: float,
+    p: float,
+    key: int,
+    key_tensor: Tensor | None,
+    site: int,
+    combine: str,
+    dtype: torch.dtype,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    slots, rows = slot_functions(expression, combine), as_rows(x)
+    weights = _Weights(weight1, weight2, inner_width, dtype, None)
+    dropout = (p, key, key_tensor, site)
+    tile = tiles.choose("mlp_block", x.device, dtype, x.shape[-1])
+    if tile:
+        out, h, y, mean, rstd = whole_block_forward(
+            rows, weights.first, bias1, weights.second, bias2, norm_weight, norm_bias, inner_width, eps, dropout, slots,
+            dtype, need_grad, tile,
+        )  # fmt: skip
+    else:
+        h, y, _ = _gemms(rows, weights, bias1, bias2, slots, inner_width, dtype, need_grad)
+        out, mean, rstd = norm_forward(y, rows, norm_weight, norm_bias, eps, *dropout, dtype, _last(slots))
+    return out.view(x.shape), *_kept(need_grad, x, dtype, h, y, *weights.packed), mean, rstd
+
+
+def _last(slots: SlotFunctions):
+    """The post slot as the LayerNorm kernels take it; one and the same for all that do nothing."""
+    return Unchanged if slots.post.is_identity else slots.post
+
+
+def _mlp_block_backward(
+    grads: list[Tensor],
+    kept: list[Tensor],
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    expression: str,
+    inner_width: int,
+    eps: float,
+    p: float,
+    key: int,
+    key_tensor: Tensor | None,
+    site: int,
+    combine: str,
+    dtype: torch.dtype,
+    need_grad: bool,
+    in_place: bool = False,
+) -> list[Tensor | None]:
+    slots, rows, (h, y, *packed, mean, rstd) = slot_functions(expression, combine), as_rows(x), kept
+    dy, dx, norm_partials = norm_backward(
+        as_rows(grads[0]), y, rows, norm_weight, mean, rstd, p, key, key_tensor, site, _last(slots)
+    )  # fmt: skip
+    weights = _Weights(weight1, weight2, inner_width, dtype, packed)
+    dx, partials = _gemm_gradients(dy, dx, rows, h, weights, slots, inner_width, dtype)
+    parameters = [weight1, bias1, weight2, bias2, norm_weight, norm_bias]
+    gradients = _weight_gradients([*partials, *norm_partials], parameters, inner_width, in_place)
+    return [dx.view(x.shape), *gradients]
+
+
+def _fake_kept(x, weight1, weight2, width, dtype, need_grad, y_width):
+    """h, y (of `y_width` columns, 0 for none) and both packed weights as `_kept` gives them, empty."""
+    if not need_grad:
+        return [x.new_empty(0, dtype=dtype) for _ in range(4)]
+    rows, channels = x.numel() // x.shape[-1], x.shape[-1]
+    shapes = [(rows, padded_width(width, dtype)), (rows, y_width) if y_width else (0,), (0,), (0,)]
+    if any(need_packing(view, dtype) for view in (weight1[:width], weight2[:, :width])):
+        shapes[2:] = (width, padded_width(channels, dtype)), (channels, padded_width(width, dtype))
+    return [x.new_empty(shape, dtype=dtype) for shape in shapes]
+
+
+def _mlp_fake(x, weight1, bias1, weight2, bias2, expression, inner_width, combine, dtype, need_grad):
+    keep_y = slot_functions(expression, combine).post.backward_uses_value
+    kept = _fake_kept(x, weight1, weight2, inner_width, dtype, need_grad, keep_y * x.shape[-1])
+    return x.new_empty(x.shape, dtype=dtype), *kept
+
+
+def _mlp_block_fake(x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, expression, inner_width, *others):
+    dtype, need_grad = others[-2:]
+    kept = _fake_kept(x, weight1, weight2, inner_width, dtype, need_grad, padded_width(x.shape[-1], dtype))
+    statistics = [x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32) for _ in range(2)]
+    return x.new_empty(x.shape, dtype=dtype), *kept, *statistics
+
+
+def _backward_fake(tensors: int):
+    def fake(grads, kept, *args):
+        return [torch.empty_like(arg, memory_format=torch.contiguous_format) for arg in args[:tensors]]
+
+    return fake
+
+
+_WEIGHTS = ("weight1", "bias1", "weight2", "bias2")
+_NORM = ("norm_weight", "norm_bias")
+_mlp = FusedOp(
+    "mlp",
+    _mlp_forward,
+    _mlp_fake,
+    _mlp_backward,
+    _backward_fake(5),
+    differentiable=("x", *_WEIGHTS),
+    in_place=_WEIGHTS,
+)
+_mlp_block = FusedOp(
+    "mlp_block",
+    _mlp_block_forward,
+    _mlp_block_fake,
+    _mlp_block_backward,
+    _backward_fake(7),
+    differentiable=("x", *_WEIGHTS, *_NORM),
+    in_place=(*_WEIGHTS, *_NORM),
+)

@@ -1,0 +1,235 @@
+"""Candidate MLPs through the fused kernels against plain PyTorch: outputs and every gradient, alone and as a block."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.library import opcheck
+
+from effbert.architecture import PUBLISHED, Architecture
+from effbert.kernels import candidate_mlp as fused
+from effbert.kernels import eager, gradients_in_place
+from effbert.kernels.expression import STRUCTURES, Expression
+from effbert.kernels.launch import recording
+from effbert.kernels.philox import Dropout
+from effbert.search.space import random_expression
+
+NAMES = ("x", "weight1", "bias1", "weight2", "bias2", "norm_weight", "norm_bias")
+PUBLISHED_LAYERS = [str(layer) for layer in Architecture.parse(PUBLISHED).layers]
+FIRST = "linear1_2(gelu(linear1_2(x,wb1)),wb2)"
+
+
+def drawn(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [str(random_expression(STRUCTURES[rng.integers(16)], rng)) for _ in range(count)]
+
+
+def operands(rows, channels, intermediate, device, dtype, seed=0, scale=1.0):
+    """x, W1, b1, W2, b2, norm weight, norm bias, rounded to dtype."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, by):
+        return (torch.randn(*shape, generator=generator) * by).to(device, dtype)
+
+    return [
+        normal(rows, channels, by=scale),
+        normal(intermediate, channels, by=channels**-0.5),
+        normal(intermediate, by=0.1),
+        normal(channels, intermediate, by=intermediate**-0.5),
+        normal(channels, by=0.1),
+        normal(channels, by=0.3) + 1,
+        normal(channels, by=0.3),
+    ]
+
+
+def run(function, tensors, *constants):
+    """Output and the gradients of all tensors, for a fixed gradient of the output."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    output = function(*leaves, *constants)
+    gradient = torch.linspace(-1, 1, output.numel(), device=output.device).view(output.shape)
+    output.backward(gradient.to(output.dtype))
+    return [output.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def compare(name, tensors, constants, check_error, floor=None):
+    plain_function, ours_function = getattr(eager, name), getattr(fused, name)
+    exact = run(plain_function, [tensor.double() for tensor in tensors], *constants)
+    plain = run(plain_function, tensors, *constants)
+    ours = run(ours_function, tensors, *constants)
+    for what, mine, theirs, right in zip(("output", *NAMES), ours, plain, exact, strict=False):
+        assert mine.dtype == theirs.dtype
+        check_error(mine, theirs, right, floor, f"{name} {what} of {constants[0]}")
+
+
+@pytest.mark.parametrize("text", [*PUBLISHED_LAYERS, *drawn(12)])
+def test_mlp_equals_plain_pytorch(text, device, dtype, check_error):
+    width = Expression.parse(text).structure.inner_width(24)
+    tensors = operands(20, 24, 24, device, dtype)[:5]
+    compare("mlp", tensors, (Expression.parse(text), width), check_error)
+
+
+@pytest.mark.parametrize(
+    "rows, channels, intermediate, width", [(1, 1, 1, 1), (3, 90, 90, 22), (40, 36, 36, 36), (2, 7, 9, 3)]
+)
+def test_mlp_takes_any_size(rows, channels, intermediate, width, device, dtype, check_error):
+    text = "swish(linear1_1(mul(linear1_1(relu(x),wb1),x),wb2))"
+    tensors = operands(rows, channels, intermediate, device, dtype)[:5]
+    compare("mlp", tensors, (Expression.parse(text), width), check_error)
+
+
+def test_mlp_of_no_rows_gives_zero_gradients(device):
+    tensors = operands(0, 12, 12, device, torch.float32)[:5]
+    output, *gradients = run(fused.mlp, tensors, Expression.parse(FIRST), 6)
+    assert output.shape == (0, 12)
+    assert all(not gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("combine", ["pad", "pad_released"])
+@pytest.mark.parametrize("op", ["add", "mul", "max"])
+def test_padding_fills_up_the_narrower_side(combine, op, device, dtype, check_error):
+    expression = Expression.parse(f"linear1_1(gelu({op}(linear1_1(x,wb1),tanh(x))),wb2)")
+    tensors = operands(9, 12, 20, device, dtype)[:5]
+    compare("mlp", tensors, (expression, 20, combine), check_error)
+
+
+def test_leading_dimensions_and_strides_do_not_matter(device):
+    tensors = operands(24, 20, 20, device, torch.float32)[:5]
+    expression = Expression.parse(FIRST)
+    flat = run(fused.mlp, tensors, expression, 10)
+    wide = torch.randn(2, 12, 31, device=device)
+    wide[..., 3:23] = tensors[0].view(2, 12, 20)
+    view = wide[..., 3:23].detach().requires_grad_()
+    output = fused.mlp(view, *tensors[1:], expression, 10)
+    assert torch.equal(output.view(24, 20), flat[0])
+    transposed = tensors[0].view(2, 12, 20).transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(fused.mlp(transposed, *tensors[1:], expression, 10), output)
+
+
+def test_gradients_go_straight_into_the_slice_of_the_parent(device):
+    tensors = operands(24, 20, 20, device, torch.float32)[:5]
+    expression = Expression.parse(FIRST)
+    expected = run(fused.mlp, tensors, expression, 10)[1:]
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    for leaf in leaves[1:]:
+        leaf.grad = torch.full_like(leaf, 3.0)
+    before = [leaf.grad for leaf in leaves[1:]]
+    with gradients_in_place():
+        output = fused.mlp(*leaves, expression, 10)
+    output.backward(torch.linspace(-1, 1, output.numel(), device=device).view(output.shape))
+    assert torch.equal(leaves[0].grad, expected[0])
+    for leaf, old, gradient in zip(leaves[1:], before, expected[1:], strict=True):
+        assert leaf.grad is old
+        torch.testing.assert_close(leaf.grad, gradient + 3)
+    assert (leaves[1].grad[10:] == 3).all() and (leaves[3].grad[:, 10:] == 3).all()
+
+
+def test_in_place_gradients_also_start_from_nothing(device):
+    tensors = operands(24, 20, 20, device, torch.float32)[:5]
+    expected = run(fused.mlp, tensors, Expression.parse(FIRST), 10)
+    with gradients_in_place():
+        got = run(fused.mlp, tensors, Expression.parse(FIRST), 10)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_two_runs_give_the_same_bits(device, dtype):
+    tensors = operands(70, 20, 20, device, dtype)[:5]
+    first, second = (run(fused.mlp, tensors, Expression.parse(PUBLISHED_LAYERS[3]), 10) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_not_a_number_shows(device):
+    tensors = operands(40, 20, 20, device, torch.float32)[:5]
+    tensors[0][7, 3] = float("nan")
+    output = fused.mlp(*tensors, Expression.parse("linear1_1(relu(linear1_1(x,wb1)),wb2)"), 20)
+    assert output[7].isnan().all() and not output[:7].isnan().any() and not output[8:].isnan().any()
+
+
+@pytest.mark.parametrize("text", [FIRST, "tanh(linear1_2(mul(linear1_2(elu(x),wb1),x),wb2))"])
+def test_mlp_passes_opcheck_and_compiles_whole(text, device):
+    tensors = [tensor.requires_grad_() for tensor in operands(8, 12, 12, device, torch.float32)[:5]]
+    opcheck(torch.ops.effbert.mlp.default, (*tensors, text, 6, "truncate", torch.float32, True))
+    expression = Expression.parse(text)
+    compiled = torch.compile(lambda *args: fused.mlp(*args, expression, 6), fullgraph=True, backend="aot_eager")
+    for mine, theirs in zip(run(compiled, tensors), run(fused.mlp, tensors, expression, 6), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("text", [PUBLISHED_LAYERS[0], PUBLISHED_LAYERS[3], *drawn(4, seed=1)])
+@pytest.mark.parametrize("dropout", [None, Dropout(0.2, 2**60 + 77, 3)])
+def test_mlp_block_equals_plain_pytorch(text, dropout, device, dtype, check_error):
+    expression = Expression.parse(text)
+    width = expression.structure.inner_width(24)
+    compare("mlp_block", operands(20, 24, 24, device, dtype), (expression, width, 1e-5, dropout), check_error)
+
+
+def test_mlp_block_takes_its_key_from_a_tensor_too(device):
+    tensors = operands(9, 12, 12, device, torch.float32)
+    by_value, by_tensor = (
+        fused.mlp_block(*tensors, Expression.parse(FIRST), 6, 1e-5, Dropout(0.5, key, 2))
+        for key in (2**40 + 1, torch.tensor(2**40 + 1, device=device))
+    )
+    assert torch.equal(by_value, by_tensor)
+
+
+def test_mlp_block_adds_gradients_in_place(device):
+    tensors = operands(24, 20, 20, device, torch.float32)
+    constants = (Expression.parse(FIRST), 10, 1e-5, Dropout(0.1, 5, 1))
+    expected = run(fused.mlp_block, tensors, *constants)
+    with gradients_in_place():
+        got = run(fused.mlp_block, tensors, *constants)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
+
+
+def test_mlp_block_passes_opcheck_and_compiles_whole(device):
+    tensors = [tensor.requires_grad_() for tensor in operands(8, 12, 12, device, torch.float32)]
+    text = PUBLISHED_LAYERS[3]
+    arguments = (*tensors, text, 6, 1e-5, 0.1, 77, None, 4, "truncate", torch.float32, True)
+    opcheck(torch.ops.effbert.mlp_block.default, arguments)
+    constants = (Expression.parse(text), 6, 1e-5, Dropout(0.1, 77, 4))
+    compiled = torch.compile(lambda *args: fused.mlp_block(*args, *constants), fullgraph=True, backend="aot_eager")
+    for mine, theirs in zip(run(compiled, tensors), run(fused.mlp_block, tensors, *constants), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_autocast_computes_in_its_type_and_gives_gradients_in_the_parameters(device, check_error):
+    tensors = operands(20, 24, 24, device, torch.float32)
+    dtype = torch.float16 if device.type == "cpu" else torch.bfloat16
+    constants = (Expression.parse(PUBLISHED_LAYERS[2]), 12, 1e-5)
+    exact = run(eager.mlp_block, [tensor.double() for tensor in tensors], *constants)
+    plain = run(eager.mlp_block, [tensor.to(dtype) for tensor in tensors], *constants)
+    with torch.autocast(device.type, dtype):
+        ours = run(fused.mlp_block, tensors, *constants)
+    assert ours[0].dtype == dtype and all(gradient.dtype == torch.float32 for gradient in ours[1:])
+    for what, mine, theirs, right in zip(("output", *NAMES), ours, plain, exact, strict=True):
+        check_error(mine.to(dtype), theirs, right, what=what)
+
+
+WHOLE = {"BLOCK_M": 16, "BLOCK_E": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
+
+
+@pytest.fixture
+def whole_block(tmp_path, monkeypatch):
+    """A file of tile rules that sends every block to the kernel that does it all."""
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps({"rules": [{"kernel": "mlp_block", "tile": WHOLE}]}))
+    monkeypatch.setenv("EFFBERT_TILES", str(path))
+    with recording("sm_90") as launches, torch.no_grad():
+        fused.mlp_block(
+            *(t.to("meta") for t in operands(4, 8, 8, "cpu", torch.float32)), Expression.parse(FIRST), 4, 1e-5
+        )
+    assert [launch.name for launch in launches] == ["mlp_block_fwd_kernel"]
+
+
+@pytest.mark.parametrize("text", ["sigmoid(linear1_1(max(linear1_1(relu(x),wb1),x),wb2))", *drawn(2, seed=2)])
+@pytest.mark.parametrize("dropout", [None, Dropout(0.2, 2**60 + 77, 3)])
+def test_one_kernel_for_the_whole_block_equals_plain_pytorch(text, dropout, whole_block, device, dtype, check_error):
+    expression = Expression.parse(text)
+    width = expression.structure.inner_width(20)
+    compare("mlp_block", operands(19, 20, 20, device, dtype), (expression, width, 1e-5, dropout), check_error)
+
+
+def test_one_kernel_for_the_whole_block_takes_one_column_and_no_rows(whole_block, device, check_error):
+    compare("mlp_block", operands(3, 1, 1, device, torch.float32), (Expression.parse(FIRST), 1, 1e-5), check_error)
+    assert fused.mlp_block(*operands(0, 8, 8, device, torch.float32), Expression.parse(FIRST), 4, 1e-5).shape == (0, 8)
