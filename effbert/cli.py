@@ -10,13 +10,17 @@ USAGE = """usage: effbert COMMAND ...
 
   search   find a small BERT: effbert search --preset demo --output_dir runs/demo
   arch     parameters and FLOPs of an architecture: effbert arch "TEXT" --preset efficientbert
+  kernels  the code generated for an expression: effbert kernels show "TEXT", with --ptx sm_90 its assembly;
+           tile sizes measured on this GPU: effbert kernels tune --output tiles.json
+  bench    every kernel built for GPUs that are not here: effbert bench compile-report --reduced; kernels and one
+           training step beside PyTorch: effbert bench kernels --output kernels.json, effbert bench step
 
 effbert COMMAND --help lists a command's flags. EFFBERT_TRACEBACK=1 shows where an error came from."""
 
 
 def run(arguments: list[str]) -> int:
     """Run one command; returns the exit status. ValueError and OSError carry one line for the person."""
-    commands = {"search": search, "arch": arch}
+    commands = {"search": search, "arch": arch, "kernels": kernels, "bench": bench}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -166,3 +170,70 @@ def print_costs(architecture, dims, length: int, num_labels: int) -> None:
     deployed = [part.total + part.pooler + part.head(num_labels) for part in (parameters, flops)]
     line("deployed: encoder, pooler, head", *deployed)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def second_word(command: str, arguments: list[str], known: dict):
+    """The function that `effbert COMMAND WORD` names, and the arguments after WORD."""
+    if not arguments or arguments[0] not in known:
+        found = f"unknown {arguments[0]!r}" if arguments else "a word is missing"
+        raise ValueError(f"effbert {command}: {found}: one of {', '.join(known)}")
+    return known[arguments[0]], arguments[1:]
+
+
+def kernels(arguments: list[str]) -> int:
+    """effbert kernels WORD."""
+    from effbert.bench import tune
+
+    function, rest = second_word("kernels", arguments, {"show": kernels_show, "tune": tune.main})
+    return function(rest) or 0
+
+
+def kernels_show(arguments: list[str]) -> int:
+    """effbert kernels show: print the elementwise functions of an expression, or the kernels they end up in."""
+    import tyro
+
+    @dataclass(frozen=True)
+    class Arguments:
+        """The Triton functions generated for an expression's three slots.
+
+        ptx: print instead what `mlp` launches at the published shape, built for this architecture, for example sm_90.
+        """
+
+        text: tyro.conf.Positional[str]
+        ptx: str | None = None
+
+    given = parse(Arguments, arguments, "effbert kernels show")
+    if given.ptx is None:
+        from effbert.kernels.codegen import source_of
+
+        print(source_of(given.text))
+    else:
+        from effbert.kernels import Expression
+
+        print_assembly(Expression.parse(given.text).check(), given.ptx)
+    return 0
+
+
+def print_assembly(expression, architecture: str) -> None:
+    """The kernels of one forward and backward of `mlp`, each below a comment with its resources."""
+    from effbert.bench.meta_cases import mlp_cases, record
+    from effbert.kernels.aot import build_all
+
+    comment = ";" if architecture.startswith("gfx") else "//"
+    launches = record(mlp_cases(expression)[0], architecture, "bf16")
+    for built, count in build_all(launches, architecture).values():
+        times = f", {count} launches" if count > 1 else ""
+        memory = f"{built.stack} bytes of stack, {built.shared} bytes of shared memory"
+        matrix = ", ".join(built.matrix_instructions) or "no matrix instructions"
+        print(f"{comment} {built.name} on {architecture}{times}: {built.registers} registers, {memory}, {matrix}")
+        print(built.assembly)
+
+
+def bench(arguments: list[str]) -> int:
+    """effbert bench WORD."""
+    from effbert.bench import compile_report, step
+    from effbert.bench import kernels as kernel_benchmarks
+
+    known = {"compile-report": compile_report.main, "kernels": kernel_benchmarks.main, "step": step.main}
+    function, rest = second_word("bench", arguments, known)
+    return function(rest) or 0

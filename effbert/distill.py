@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from effbert import kernels
 from effbert.teacher import layer_map
-from effbert.trace import Trace
+from effbert.trace import ScoreTargets, Trace
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,20 @@ class Losses:
     prediction: torch.Tensor | None = None
 
 
+def score_targets(teacher: Trace, num_layers: int, weights: LossWeights) -> ScoreTargets | None:
+    """What a student of `num_layers` compares its scores with while it runs; None where `weights` ask for one form of
+    the loss, which is then computed by itself."""
+    if weights.score_form != "auto":
+        return None
+    targets = layer_map(len(teacher.queries), num_layers)
+    queries, keys = (tuple(tensors[target] for target in targets) for tensors in (teacher.queries, teacher.keys))
+    return ScoreTargets(queries, keys, weights.loss_mask)
+
+
 def attention_loss(student: Trace, teacher: Trace, attention_mask: torch.Tensor, weights: LossWeights) -> torch.Tensor:
-    """Σ over student layers of the score MSE with the mapped teacher layer."""
+    """Σ over student layers of the score MSE with the mapped teacher layer; the student's own sum where it has it."""
+    if student.score_losses:
+        return sum(student.score_losses)
     targets = layer_map(len(teacher.queries), len(student.queries))
     return sum(
         kernels.score_mse(

@@ -16,6 +16,7 @@ from torch import nn
 
 from effbert import checkpoint, random
 from effbert.data.batches import Batch
+from effbert.kernels import gradients_in_place
 from effbert.optim import Optimizer, TrainingArguments
 
 CHECK_EVERY = 10  # steps between reads of the loss: a read waits for the device
@@ -161,9 +162,10 @@ class _Loop:
             torch.manual_seed(random.key(self.phase.seed, *self.phase.name, "step", self.epoch, index))
             batch = plan[index]
             self.tokens += batch.tokens
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.arguments.bf16):
-                loss = self.loss_of(batch.to(self.device), self.epoch * self.batches + index)
-            (loss / len(group)).backward()
+            with gradients_in_place():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.arguments.bf16):
+                    loss = self.loss_of(batch.to(self.device), self.epoch * self.batches + index)
+                (loss / len(group)).backward()
             self.loss_sum = self.loss_sum.to(loss.device) + loss.detach().double()
         norm = self.optimizer.step(self.step)
         self.loss_sum = self.loss_sum + 0 * norm.double()  # a gradient that is not finite shows in the sum

@@ -8,6 +8,7 @@ Shapes: B sequences, L positions, C hidden_size, H heads.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -23,7 +24,7 @@ from transformers.modeling_outputs import (
 from effbert import kernels
 from effbert.architecture import PUBLISHED, Architecture, attention_head_size
 from effbert.kernels import Dropout
-from effbert.trace import Trace
+from effbert.trace import ScoreTargets, Trace
 
 SITES_PER_LAYER = 8  # dropout sites: 0 embeddings, then per layer attention scores, attention output, the MLPs
 
@@ -103,7 +104,8 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with dropout, residual and LayerNorm; also gives the queries and keys [B, H, L, C / H]."""
+    """Self-attention with dropout, residual and LayerNorm; also gives the queries and keys [B, H, L, C / H], and where
+    there is a target (teacher's query, key, which scores count) the score loss."""
 
     def __init__(self, config: EffBertConfig):
         super().__init__()
@@ -118,16 +120,19 @@ class Attention(nn.Module):
     def _heads(self, x):
         return x.unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
 
-    def forward(self, x, attention_mask, dropout):
+    def forward(self, x, attention_mask, dropout, target=None):
         query, key, value = (self._heads(linear(x)) for linear in (self.query, self.key, self.value))
-        context = kernels.attention(
-            query, key, value, attention_mask, dropout(self.config.attention_probs_dropout_prob, 0)
-        )
+        on_scores = dropout(self.config.attention_probs_dropout_prob, 0)
+        if target is None:
+            context, loss = kernels.attention(query, key, value, attention_mask, on_scores), None
+        else:
+            *teacher, counted = target
+            context, loss = kernels.distill_attention(query, key, value, *teacher, attention_mask, on_scores, counted)
         y = self.dense(context.transpose(1, 2).flatten(2))
         y = kernels.dropout_add_layer_norm(
             y, x, self.norm.weight, self.norm.bias, self.norm.eps, dropout(self.config.hidden_dropout_prob, 1)
         )
-        return y, query, key
+        return y, query, key, loss
 
 
 class MLP(nn.Module):
@@ -167,12 +172,12 @@ class Layer(nn.Module):
         width = structure.inner_width(config.intermediate_size)
         self.mlps = nn.ModuleList(MLP(config, width) for _ in range(structure.stacks))
 
-    def forward(self, x, attention_mask, expression, dropout):
-        x, query, key = self.attention(x, attention_mask, dropout)
+    def forward(self, x, attention_mask, expression, dropout, target=None):
+        x, query, key, loss = self.attention(x, attention_mask, dropout, target)
         inner_width = expression.structure.inner_width(self.config.intermediate_size)
         for index, mlp in enumerate(self.mlps[: expression.structure.stacks]):
             x = mlp(x, expression, inner_width, dropout(self.config.hidden_dropout_prob, 2 + index))
-        return x, query, key
+        return x, query, key, loss
 
 
 class EffBertPreTrainedModel(PreTrainedModel):
@@ -206,8 +211,17 @@ class EffBertModel(EffBertPreTrainedModel):
             return lambda p, site: None
         return lambda p, site: Dropout(p, key, base + site) if p else None
 
-    def trace(self, input_ids, attention_mask=None, token_type_ids=None, architecture=None, position_ids=None) -> Trace:
-        """Hidden states, queries and keys for token ids [B, L]; attention_mask [B, L], 1 = keep.
+    def trace(
+        self,
+        input_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        architecture=None,
+        position_ids=None,
+        targets: ScoreTargets | None = None,
+    ) -> Trace:
+        """Hidden states, queries and keys for token ids [B, L]; attention_mask [B, L], 1 = keep. With `targets`, score
+        losses too.
 
         In training mode dropout is on; its key for this step is drawn from torch's default CPU generator.
         """
@@ -223,13 +237,16 @@ class EffBertModel(EffBertPreTrainedModel):
         x = self.embeddings(input_ids, attention_mask, token_type_ids, position_ids)
         embedding_dropout = self._dropout(key, 0)(self.config.hidden_dropout_prob, 0)
         x = kernels.dropout(x, embedding_dropout)
-        states, queries, keys = [x], [], []
+        states, queries, keys, losses = [x], [], [], []
         for index, (layer, expression) in enumerate(zip(self.layers, architecture.layers, strict=True)):
-            x, query, key_ = layer(x, attention_mask, expression, self._dropout(key, 1 + index * SITES_PER_LAYER))
+            dropout = self._dropout(key, 1 + index * SITES_PER_LAYER)
+            target = (targets.queries[index], targets.keys[index], targets.mask) if targets else None
+            x, query, key_, loss = layer(x, attention_mask, expression, dropout, target)
             states.append(x)
             queries.append(query)
             keys.append(key_)
-        return Trace(tuple(states), tuple(queries), tuple(keys))
+            losses.append(loss)
+        return Trace(tuple(states), tuple(queries), tuple(keys), score_losses=tuple(losses) if targets else ())
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """tanh(Linear(first token)) for x [B, L, C] -> [B, C]."""
@@ -268,12 +285,17 @@ class EffBertHeadModel(EffBertPreTrainedModel):
         """Logits [B, num_labels], or [B, L, num_labels] where the head is not pooled, for x [B, L, C]."""
         return self.classifier(self.effbert.pool(x) if self.pooled else x)
 
-    def trace(self, input_ids, attention_mask=None, token_type_ids=None, head: bool = True) -> Trace:
+    def trace(
+        self,
+        input_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        head: bool = True,
+        targets: ScoreTargets | None = None,
+    ) -> Trace:
         """The encoder's trace, with logits unless `head` is False."""
-        trace = self.effbert.trace(input_ids, attention_mask, token_type_ids)
-        return (
-            Trace(trace.hidden_states, trace.queries, trace.keys, self.head(trace.hidden_states[-1])) if head else trace
-        )
+        trace = self.effbert.trace(input_ids, attention_mask, token_type_ids, targets=targets)
+        return replace(trace, logits=self.head(trace.hidden_states[-1])) if head else trace
 
     def _run(self, input_ids, attention_mask, token_type_ids, position_ids):
         states = self.effbert.trace(input_ids, attention_mask, token_type_ids, position_ids=position_ids).hidden_states

@@ -8,34 +8,36 @@ from torch import nn
 
 from effbert import random
 from effbert.data.batches import Batch, BatchPlan
-from effbert.distill import distillation_losses
-from effbert.trace import Trace
+from effbert.distill import distillation_losses, score_targets
+from effbert.trace import ScoreTargets, Trace
 from effbert.workspace import Workspace, model_inputs
 
-TraceOf = Callable[[Batch, int], Trace]
+TraceOf = Callable[[Batch, int, ScoreTargets | None], Trace]
 
 
 def general_loss(workspace: Workspace, trace_of: TraceOf, fit_dense: nn.Linear):
-    """Loss of general distillation for `effbert.engine.train`; trace_of takes a batch and its number in the phase."""
+    """Loss of general distillation for `effbert.engine.train`; trace_of takes a batch, its number in the phase and
+    what attention scores are compared with."""
+
+    weights, num_layers = workspace.config.loss, workspace.config.student.num_hidden_layers
 
     def loss_of(batch: Batch, number: int) -> torch.Tensor:
         teacher = workspace.general_teacher.trace(*model_inputs(batch), head=False)
-        student = trace_of(batch, number)
-        return distillation_losses(student, teacher, fit_dense, batch.attention_mask, workspace.config.loss).total
+        student = trace_of(batch, number, score_targets(teacher, num_layers, weights))
+        return distillation_losses(student, teacher, fit_dense, batch.attention_mask, weights).total
 
     return loss_of
 
 
 def task_loss(workspace: Workspace, task: str, trace_of: TraceOf, fit_dense: nn.Linear):
     """Loss of task distillation from the task's own teacher."""
+    weights, num_layers = workspace.config.loss, workspace.config.student.num_hidden_layers
     kind, teacher_model = workspace.tasks[task].spec.kind, workspace.teachers[task]
 
     def loss_of(batch: Batch, number: int) -> torch.Tensor:
         teacher = teacher_model.trace(*model_inputs(batch))
-        student = trace_of(batch, number)
-        return distillation_losses(
-            student, teacher, fit_dense, batch.attention_mask, workspace.config.loss, kind, batch.labels
-        ).total
+        student = trace_of(batch, number, score_targets(teacher, num_layers, weights))
+        return distillation_losses(student, teacher, fit_dense, batch.attention_mask, weights, kind, batch.labels).total
 
     return loss_of
 

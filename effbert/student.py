@@ -46,7 +46,7 @@ def distil(
             task_loss(
                 workspace,
                 task.spec.name,
-                lambda batch, number: model.trace(*model_inputs(batch)),
+                lambda batch, number, targets: model.trace(*model_inputs(batch), targets=targets),
                 model.effbert.fit_dense,
             ),
             arguments,
@@ -71,7 +71,9 @@ def warm_up(
         model,
         lambda epoch: workspace.general_plan(share, arguments.per_device_train_batch_size, epoch, phase.seed),
         general_loss(
-            workspace, lambda batch, number: model.trace(*model_inputs(batch), head=False), model.effbert.fit_dense
+            workspace,
+            lambda batch, number, targets: model.trace(*model_inputs(batch), head=False, targets=targets),
+            model.effbert.fit_dense,
         ),
         arguments,
         phase,

@@ -5,6 +5,7 @@ it as a standalone model that holds only the used slices and gives the same outp
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from effbert.model import (
     new_student,
     num_outputs,
 )
-from effbert.trace import Trace
+from effbert.trace import ScoreTargets, Trace
 
 FULL_STRUCTURE = "4_1"
 
@@ -86,14 +87,15 @@ class Supernet(EffBertPreTrainedModel):
         token_type_ids=None,
         architecture: Architecture | None = None,
         task: str | None = None,
+        targets: ScoreTargets | None = None,
     ) -> Trace:
         """Run `architecture` (default: all weights) on the shared weights; logits of `task` where one is named."""
-        trace = self.effbert.trace(input_ids, attention_mask, token_type_ids, architecture)
+        trace = self.effbert.trace(input_ids, attention_mask, token_type_ids, architecture, targets=targets)
         if task is None:
             return trace
         last = trace.hidden_states[-1]
         x = last if self.kinds[task] == "spans" else self.effbert.pool(last)
-        return Trace(trace.hidden_states, trace.queries, trace.keys, self.heads[head_key(task)](x))
+        return replace(trace, logits=self.heads[head_key(task)](x))
 
     def extract(self, architecture: Architecture, task: str | None = None, **changes):
         """A standalone model with copies of the used slices: with the head of `task`, or the bare encoder.

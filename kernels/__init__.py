@@ -14,6 +14,8 @@ _EXPORTS = {
     "STRUCTURES": "expression",
     "Dropout": "philox",
     "attention": "dispatch",
+    "distill_attention": "dispatch",
+    "gradients_in_place": "library",
     "dropout": "dispatch",
     "dropout_add_layer_norm": "dispatch",
     "mlp": "dispatch",

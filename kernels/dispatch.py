@@ -1,65 +1,169 @@
-"""Which backend runs an op: one choice for the process, made by context manager or EFFBERT_BACKEND.
+"""Which backend runs an op: one choice, made by argument, by context manager or by EFFBERT_BACKEND.
 
 Callers use the functions here (re-exported by `effbert.kernels`) and never a backend's own, so that backends can be
-exchanged under them. This version has one backend, "eager" (plain PyTorch); "auto" takes the fastest that is present.
+exchanged under them. Each checks its inputs (effbert.kernels.checks), then calls the backend's function of its name.
+
+    eager     plain PyTorch, any device and dtype (effbert.kernels.eager)
+    triton    the fused kernels; on a CPU only under Triton's interpreter, for tests (effbert.kernels.fused)
+    compile   the eager functions through torch.compile (effbert.kernels.compiled)
+    auto      for each call: triton on a GPU that can run it, for the dtypes and sizes it has, else eager
 """
 
 import contextlib
+import functools
 import importlib
+import logging
 import os
-from contextvars import ContextVar
-from types import ModuleType
+from collections.abc import Callable
 
-BACKENDS = {"eager": "effbert.kernels.eager"}
+import torch
+
+from effbert.kernels import checks
+from effbert.kernels.launch import is_interpreted
+
+BACKENDS = {
+    "eager": "effbert.kernels.eager",
+    "triton": "effbert.kernels.fused",
+    "compile": "effbert.kernels.compiled",
+}
 OPS = (
     "dropout",
     "mlp",
     "mlp_block",
     "dropout_add_layer_norm",
     "attention",
+    "distill_attention",
     "score_mse",
     "projected_mse",
     "soft_cross_entropy",
 )
-_chosen: ContextVar[str | None] = ContextVar("effbert backend", default=None)
+ENVIRONMENT = "EFFBERT_BACKEND"
+OLDEST_CAPABILITY = (8, 0)
+_chosen: str | None = None
+OLDEST_TRITON = (3, 6)
+_NOTHING = torch.empty(0)  # stands for the first tensor of an empty list, which the checks then refuse
+_log = logging.getLogger("effbert.kernels")
 
 
 def resolve(name: str) -> str:
-    """The backend that `name` ("auto" or a backend) stands for; ValueError where it does not exist here."""
-    if name == "auto":
-        return "eager"
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} is not in this version of effbert: one of auto, {', '.join(BACKENDS)}")
+    """`name` where it is "auto" or a backend; ValueError otherwise."""
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"no backend {name!r}: one of auto, {', '.join(BACKENDS)}")
     return name
 
 
 def current() -> str:
-    """The backend in use: the innermost `use_backend`, else EFFBERT_BACKEND, else auto."""
-    return resolve(_chosen.get() or os.environ.get("EFFBERT_BACKEND", "auto"))
+    """The backend in use, "auto" included: the innermost `use_backend`, else EFFBERT_BACKEND, else auto."""
+    return _chosen or resolve(os.environ.get(ENVIRONMENT, "auto"))
 
 
 @contextlib.contextmanager
 def use_backend(name: str):
-    """Run the ops called inside the block with backend `name`."""
-    token = _chosen.set(resolve(name))
+    """Run the ops called inside the block with backend `name`, in all threads."""
+    global _chosen
+    if resolve(name) == "compile" or (name == "triton" and _why_no_triton() is None):
+        for op in OPS:
+            _implementation(name, op)
+    outer, _chosen = _chosen, resolve(name)
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _chosen = outer
 
 
-def _backend() -> ModuleType:
-    return importlib.import_module(BACKENDS[current()])
+@torch.compiler.assume_constant_result
+@functools.cache
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps the Triton kernels from running on `device` for inputs of `dtype`, in a line; None where they run."""
+    missing = _why_no_triton()
+    if missing or device.type == "meta":
+        return missing
+    if device.type == "cpu":
+        if is_interpreted():
+            return None
+        return "tensors are on the CPU: move them to a GPU, or set TRITON_INTERPRET=1 to test kernels (slow)"
+    if device.type != "cuda":
+        return f"no Triton kernels for {device.type}: an NVIDIA or AMD GPU is needed"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < OLDEST_CAPABILITY:
+        have = ".".join(map(str, capability))
+        return f"{torch.cuda.get_device_name(device)} has compute capability {have}: the kernels need 8.0, bf16 too"
+    return None
+
+
+@functools.cache
+def _why_no_triton() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed: pip install 'triton>=3.6,<3.10'"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {triton.__version__} is too old: pip install 'triton>=3.6,<3.10'"
+    return None
+
+
+@functools.cache
+def _log_once(level: int, message: str) -> None:
+    _log.log(level, message)
+
+
+def _say(level: int, message: str) -> None:
+    if not torch.compiler.is_compiling():
+        _log_once(level, message)
+
+
+def _automatic(op: str, device: torch.device, dtype: torch.dtype, args, kwargs) -> str:
+    """The backend for one call under "auto"; checks the inputs on the way."""
+    reason = "inputs on the CPU" if device.type == "cpu" else why_not_triton(device, dtype)
+    if reason is None:
+        try:
+            getattr(checks, op)("triton", *args, **kwargs)
+            _say(logging.INFO, f"kernels: triton on {device}")
+            return "triton"
+        except (TypeError, ValueError) as error:
+            reason = f"{op}: {error}"
+    getattr(checks, op)("eager", *args, **kwargs)  # raises where the input is wrong for any backend
+    _say(logging.INFO if device.type == "cpu" else logging.WARNING, f"kernels: eager PyTorch ({reason})")
+    return "eager"
+
+
+def _explicit(op: str, backend: str, device: torch.device, dtype: torch.dtype, args, kwargs) -> None:
+    if backend == "triton":
+        reason = why_not_triton(device, dtype)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend 'triton' cannot run: {reason}; backend 'auto' or 'eager' runs here")
+    getattr(checks, op)(backend, *args, **kwargs)
+
+
+_functions: dict[tuple[str, str], Callable] = {}
+
+
+def _implementation(backend: str, op: str) -> Callable:
+    """The backend's function; found before torch.compile traces, which cannot import."""
+    if (backend, op) not in _functions:
+        _functions[backend, op] = getattr(importlib.import_module(BACKENDS[backend]), op)
+    return _functions[backend, op]
+
+
+def _make(op: str) -> Callable:
+    def dispatched(first, *args, backend: str | None = None, **kwargs):
+        tensor = first if isinstance(first, torch.Tensor) else first[0] if len(first) else _NOTHING
+        chosen = current() if backend is None else resolve(backend)
+        if chosen == "auto":
+            chosen = _automatic(op, tensor.device, tensor.dtype, (first, *args), kwargs)
+        else:
+            _explicit(op, chosen, tensor.device, tensor.dtype, (first, *args), kwargs)
+        return _implementation(chosen, op)(first, *args, **kwargs)
+
+    dispatched.__name__ = dispatched.__qualname__ = op
+    dispatched.__doc__ = _implementation("eager", op).__doc__
+    if torch.cuda.is_available() and _why_no_triton() is None:
+        _implementation("triton", op)
+    return dispatched
 
 
 def __getattr__(name):
     if name not in OPS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-    def op(*args, **kwargs):
-        return getattr(_backend(), name)(*args, **kwargs)
-
-    op.__name__ = op.__qualname__ = name
-    op.__doc__ = getattr(importlib.import_module(BACKENDS["eager"]), name).__doc__
-    globals()[name] = op
-    return op
+    globals()[name] = _make(name)
+    return globals()[name]

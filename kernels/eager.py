@@ -48,7 +48,8 @@ def binary(op: str, a: torch.Tensor, b: torch.Tensor, combine: str = "truncate")
             a, b = a[..., :width], b[..., :width]
         else:
             width = max(a.shape[-1], b.shape[-1])
-            a, b = (F.pad(t, (0, width - t.shape[-1]), value=FILL[combine][op]) for t in (a, b))
+            fill = max(FILL[combine][op], torch.finfo(a.dtype).min)  # -1e10 is below what half precision holds
+            a, b = (F.pad(t, (0, width - t.shape[-1]), value=fill) for t in (a, b))
     return BINARY[op](a, b)
 
 
@@ -139,6 +140,21 @@ def attention(
     if keep is not None:
         scores = scores.masked_fill(~keep, float("-inf"))
     return philox.apply(torch.softmax(scores, dim=-1), dropout) @ value
+
+
+def distill_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    teacher_query: torch.Tensor,
+    teacher_key: torch.Tensor,
+    attention_mask: torch.Tensor,
+    dropout: Dropout | None = None,
+    mask: str = "real",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output of `attention` and the `score_mse` of its queries and keys with the teacher's."""
+    loss = score_mse(query, key, teacher_query, teacher_key, attention_mask, mask, "auto")
+    return attention(query, key, value, attention_mask, dropout), loss
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

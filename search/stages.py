@@ -164,7 +164,9 @@ def warm_supernet(workspace: Workspace, reporter: Reporter) -> Supernet:
             supernet,
             lambda epoch: workspace.general_plan(1.0, config.supernet.per_device_train_batch_size, epoch),
             general_loss(
-                workspace, lambda batch, number: supernet.trace(*model_inputs(batch)), supernet.effbert.fit_dense
+                workspace,
+                lambda batch, number, targets: supernet.trace(*model_inputs(batch), targets=targets),
+                supernet.effbert.fit_dense,
             ),
             config.supernet,
             phase,
@@ -196,9 +198,9 @@ def shared_supernet(
         fit_dense = warm.effbert.fit_dense
 
         def trace_of(what: str, task: str | None = None):
-            def trace(batch, number):
+            def trace(batch, number, targets):
                 architecture = space.sample(random.generator(config.seed, "stage3", what, number))
-                return warm.trace(*model_inputs(batch), architecture, task)
+                return warm.trace(*model_inputs(batch), architecture, task, targets)
 
             return trace
 

@@ -34,9 +34,10 @@ def tensors(name: str) -> dict[str, torch.Tensor]:
 
 
 class Parity:
-    """The recorded numbers: architectures, inputs, outputs, losses, gradients."""
+    """The recorded numbers: architectures, inputs, outputs, losses, gradients. Models and inputs are on `device`."""
 
     def __init__(self):
+        self.device = torch.device("cpu")
         self.facts = json.loads((FIXTURES / "parity.json").read_text())
         self.outputs = tensors("parity_outputs.npz")
         self.gradients = tensors("parity_grads.npz")
@@ -48,7 +49,8 @@ class Parity:
 
     @property
     def inputs(self):
-        return tuple(self.outputs[f"input/{name}"] for name in ("token_ids", "attention_mask", "segment_ids"))
+        names = ("token_ids", "attention_mask", "segment_ids")
+        return tuple(self.outputs[f"input/{name}"].to(self.device) for name in names)
 
     def student_config(self, **changes):
         from effbert.model import EffBertConfig
@@ -82,7 +84,7 @@ class Parity:
         head = f"heads.{head_key(task)}"
         state = {name.replace("classifier", head): tensor for name, tensor in state.items()}
         model.load_state_dict(state)
-        return model.eval()
+        return model.to(self.device).eval()
 
     def teacher(self, task="mnli"):
         from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification
@@ -107,7 +109,7 @@ class Parity:
         if spans:
             state = {name.replace("classifier", "qa_outputs"): t for name, t in state.items() if "pooler" not in name}
         model.load_state_dict(state)
-        return Teacher(model)
+        return Teacher(model.to(self.device))
 
     def _heads(self, role, task):
         start = f"heads/{role}|{task}|"
@@ -126,7 +128,7 @@ def shared_data():
 
 def digest(tensor: torch.Tensor) -> torch.Tensor:
     """Sum, Euclidean norm and product with cos(0), cos(1), ... of a tensor, in float64."""
-    flat = tensor.detach().double().flatten()
+    flat = tensor.detach().double().cpu().flatten()
     weights = torch.cos(torch.arange(flat.numel(), dtype=torch.float64))
     return torch.stack((flat.sum(), flat.norm(), flat @ weights))
 
@@ -136,7 +138,7 @@ def same_digest():
     def check(tensor, recorded, tolerance=1e-5):
         """Equal digests up to `tolerance` relative to what rounding every element can move them by."""
         mine = digest(tensor)
-        allowed = tolerance * (1 + recorded[1] + tensor.abs().sum().double())
+        allowed = tolerance * (1 + recorded[1] + tensor.abs().sum().double().cpu())
         assert ((mine - recorded).abs() <= allowed).all(), (mine, recorded)
 
     return check
