@@ -1,5 +1,8 @@
-"""One distillation step at the published shapes, eager against torch.compile, side by side in one run, with what the
-device reaches beside them. Writes one JSON file: device, versions, dtype, shapes, and median and spread of each case.
+"""One distillation step at the published shapes: fused kernels against eager PyTorch and torch.compile, side by side.
+
+Writes one JSON file: device, versions, dtype, shapes, what the device reaches, and median and spread of each case. The
+rivals are what people run (effbert.bench.rivals): PyTorch's own dropout and attention. "+graph" is the same student
+step captured as a CUDA graph; its dropout masks repeat, which costs nothing.
 
     python -m effbert.bench.step --output step.json            the published sizes, bf16 autocast
     python -m effbert.bench.step --output step.json --small    sizes for a laptop's CPU
@@ -7,16 +10,14 @@ device reaches beside them. Writes one JSON file: device, versions, dtype, shape
 
 import argparse
 import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from effbert.distill import LossWeights, distillation_losses
+from effbert.bench.measure import captured, ceilings, described, device_to_measure, machine, wall_time
+from effbert.distill import LossWeights, distillation_losses, score_targets
+from effbert.kernels import dispatch, gradients_in_place, use_backend
 from effbert.model import EffBertConfig, EffBertModel
 from effbert.teacher import Teacher
 
@@ -37,6 +38,17 @@ class Shapes:
 
 SMALL = Shapes(4, 32, 500, 48, 4, 64, 6, 3)
 
+dispatch.BACKENDS["rivals"] = "effbert.bench.rivals"
+PARTS = ("teacher_forward", "student_step", "whole_step")
+# variant -> backend of the student's ops, what is done with the function, the parts it makes sense for
+VARIANTS = {
+    "eager": ("rivals", lambda function: function, PARTS),
+    "compile": ("rivals", lambda function: torch.compile(function), PARTS),
+    "triton": ("triton", lambda function: function, PARTS[1:]),
+    "eager+graph": ("rivals", captured, ("student_step",)),
+    "triton+graph": ("triton", captured, ("student_step",)),
+}
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and write; what cannot be measured here is recorded with its reason."""
@@ -51,26 +63,31 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure_all(shapes: Shapes) -> dict:
     """All cases on the GPU where there is one, else on the CPU."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    device = device_to_measure()
     step = Step(shapes, device)
     cases: dict[str, dict] = {}
-    for variant, wrap in (("eager", lambda fn: fn), ("compile", torch.compile)):
-        for part in ("teacher_forward", "student_step", "whole_step"):
-            try:
-                cases[f"{part} {variant}"] = timed(wrap(getattr(step, part)), shapes.repeats, device)
-            except Exception as error:
-                cases[f"{part} {variant}"] = {"not measured": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    for variant, (backend, wrap, parts) in VARIANTS.items():
+        for part in parts:
+            cases[f"{part} {variant}"] = measured(step, part, backend, wrap, shapes.repeats)
     return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        **machine(device),
         "dtype": "bf16 autocast, fp32 weights",
         "shapes": asdict(shapes),
-        "ceilings": ceilings(device, 8192 if device.type == "cuda" else 384),
+        "ceilings": described(ceilings(device, 8192 if device.type == "cuda" else 384)),
         "cases": cases,
         "ratios": ratios(cases),
     }
+
+
+def measured(step: "Step", part: str, backend: str, wrap, repeats: int) -> dict:
+    """Spread of one case, or the reason why there is none."""
+    try:
+        if step.device.type == "cpu" and (backend == "triton" or wrap is captured):
+            raise RuntimeError("no GPU")
+        with use_backend(backend):
+            return asdict(wall_time(wrap(getattr(step, part)), repeats, step.device))
+    except Exception as error:
+        return {"not measured": f"{type(error).__name__}: {(str(error).splitlines() or ['?'])[0]}"}
 
 
 class Step:
@@ -98,8 +115,10 @@ class Step:
         self.device = device
         self.input_ids = torch.randint(5, shapes.vocab_size, (shapes.batch_size, shapes.length), device=device)
         self.mask = torch.ones_like(self.input_ids)
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-4, fused=True)
-        with self.autocast():
+        self.optimizer = torch.optim.AdamW(
+            self.student.parameters(), lr=1e-4, fused=True, capturable=device.type == "cuda"
+        )
+        with self.autocast(), torch.no_grad():
             self.target = self.teacher.trace(self.input_ids, self.mask)
 
     def autocast(self):
@@ -120,55 +139,24 @@ class Step:
         self._update(self.teacher_forward())
 
     def _update(self, target):
-        with self.autocast():
-            trace = self.student.trace(self.input_ids, self.mask)
-            losses = distillation_losses(trace, target, self.student.fit_dense, self.mask, LossWeights())
-        losses.total.backward()
+        weights = LossWeights()
+        with gradients_in_place():
+            with self.autocast():
+                targets = score_targets(target, len(self.student.layers), weights)
+                trace = self.student.trace(self.input_ids, self.mask, targets=targets)
+                losses = distillation_losses(trace, target, self.student.fit_dense, self.mask, weights)
+            losses.total.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def timed(function: Callable[[], object], repeats: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds of a call after three unmeasured ones: median, and first and third quartile."""
-    times = []
-    for run in range(repeats + 3):
-        synchronize(device)
-        begun = time.perf_counter()
-        function()
-        synchronize(device)
-        if run >= 3:
-            times.append(1e3 * (time.perf_counter() - begun))
-    low, median, high = statistics.quantiles(times, n=4)
-    return {"median_ms": median, "quartile_1_ms": low, "quartile_3_ms": high}
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device, where it runs on its own."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def ceilings(device: torch.device, size: int) -> dict[str, float]:
-    """What the device reaches here: TFLOP/s of a square bf16 and fp32 product, GB/s of a copy (read and write)."""
-    reached = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        best = timed(lambda a=a, b=b: a @ b, 10, device)["median_ms"]
-        reached[f"matmul {dtype} TFLOP/s".replace("torch.", "")] = 2 * size**3 / best / 1e9
-    x = torch.empty(size * size, device=device)
-    y = torch.empty_like(x)
-    reached["copy GB/s"] = 2 * x.nbytes / timed(lambda: y.copy_(x), 10, device)["median_ms"] / 1e6
-    return reached
-
-
 def ratios(cases: dict[str, dict]) -> dict[str, float]:
-    """Eager time over compiled time, part by part, where both were measured."""
-    parts = {name.split()[0] for name in cases}
+    """Eager time over each other variant's, part by part, where both were measured."""
     medians = {name: case["median_ms"] for name, case in cases.items() if "median_ms" in case}
     return {
-        part: medians[f"{part} eager"] / medians[f"{part} compile"]
-        for part in sorted(parts)
-        if f"{part} eager" in medians and f"{part} compile" in medians
+        name: medians[f"{name.split()[0]} eager"] / median
+        for name, median in medians.items()
+        if f"{name.split()[0]} eager" in medians and not name.endswith(" eager")
     }
 
 

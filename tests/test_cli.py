@@ -64,6 +64,16 @@ def test_an_architecture_that_is_none(capsys, text, words):
     "arguments,words",
     [
         (("nonsense",), "search, arch"),
+        (("kernels",), "a word is missing: one of show"),
+        (("kernels", "sow"), "unknown 'sow': one of show"),
+        (("kernels", "show", "x"), "height"),
+        (
+            ("kernels", "show", "linear1_1(gelu(linear1_1(x,wb1)),wb2)", "--ptx", "sm_75"),
+            "sm_80, sm_90, sm_100, gfx942",
+        ),
+        (("bench", "compile"), "unknown 'compile': one of compile-report"),
+        (("bench", "compile-report", "--dtypes", "fp8"), "unknown dtype 'fp8': one of bf16"),
+        (("bench", "compile-report", "--reduced", "--reduced"), "--reduced is given 2 times"),
         (("search", "--preset", "big", "--output_dir", "x"), "unknown preset 'big': one of demo, smoke"),
         (("search", "--preset", "demo"), "--output_dir"),
         (("search", "--preset"), "--preset needs a value"),
@@ -173,6 +183,38 @@ def test_python_m_works_from_the_root_beside_another_package_called_kernels(tmp_
         check=False,
     )
     assert result.returncode == 0 and "15,737,724" in result.stdout, result.stderr
+
+
+def test_kernels_show_prints_the_generated_functions(capsys):
+    text = "relu(linear1_2(tanh(linear1_2(add(x,sigmoid(x)),wb1)),wb2))"
+    assert main(["kernels", "show", text]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("@triton.jit") == 6
+    assert "# pre, add(x,sigmoid(x))" in printed and "# mid, tanh(h)" in printed and "# post, relu(y)" in printed
+
+
+def test_kernels_show_ptx_prints_each_kernel_below_its_resources():
+    text = "linear1_4(gelu(linear1_4(x,wb1)),wb2)"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "effbert", "kernels", "show", text, "--ptx", "sm_90"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    heads = [line for line in result.stdout.splitlines() if line.startswith("// ") and " on sm_90" in line]
+    assert heads[1].startswith("// linear_fwd_kernel on sm_90") and heads[1].endswith("bytes of shared memory, wgmma")
+    assert result.stdout.count(".entry linear_fwd_kernel") == sum("linear_fwd" in head for head in heads) > 0
+    assert all(" registers, 0 bytes of stack, " in head for head in heads)
+
+
+def test_kernels_show_ptx_cannot_build_under_the_interpreter(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    text = "linear1_4(gelu(linear1_4(x,wb1)),wb2)"
+    assert "TRITON_INTERPRET=1 keeps" in fails(capsys, "kernels", "show", text, "--ptx", "sm_90")
 
 
 def test_presets_are_values_that_serialise():
