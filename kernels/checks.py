@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from effbert.kernels.expression import Expression
-from effbert.kernels.launch import DTYPES
+from effbert.kernels.launch import DTYPES, autocast_kind
 from effbert.kernels.philox import Dropout
 
 FUSED = "triton"
@@ -236,7 +236,7 @@ def _check_unlike(op, backend, x, others, names) -> None:
         if other.device != device:
             raise ValueError(f"{op}: {name} is on {other.device}, x on {device}: they must be on one device")
         _check_floating(op, backend, other, name)
-        if other.dtype != dtype and not torch.is_autocast_enabled(device.type):
+        if other.dtype != dtype and not torch.is_autocast_enabled(autocast_kind(device)):
             found = f"{name} is {_short(other.dtype)}, x {_short(dtype)}"
             raise TypeError(f"{op}: {found}: they must agree where autocast is off")
 

@@ -106,8 +106,13 @@ def _architecture(device: torch.device) -> str:
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """What an op on `x` computes in, and the type of its result: autocast's where that is on, else x's own."""
-    kind = "cuda" if x.device.type == "meta" else x.device.type  # a recorded launch stands for one on a GPU
+    kind = autocast_kind(x.device)
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def autocast_kind(device: torch.device) -> str:
+    """The device type whose autocast holds; for meta tensors, which have none, the CPU's, which is always there."""
+    return "cpu" if device.type == "meta" else device.type
 
 
 def input_precision(dtype: torch.dtype) -> str:

@@ -112,7 +112,7 @@ RULES: tuple[Rule, ...] = (
     Rule("reduce", dict(BLOCK=2048, num_warps=4)),
     # linear_*: size = output columns. M is thousands of rows, so programs are plenty; 64 columns waste little of 540.
     Rule("linear_fwd", _gemm(32, 32, 32, 4, 1), "interpreter"),
-    Rule("linear_fwd", _gemm(64, 64, 32, 4, 2), itemsize=4),
+    Rule("linear_fwd", _gemm(64, 64, 32, 8, 2), itemsize=4),
     Rule("linear_fwd", _gemm(128, 64, 64, 8, 2), "gfx*"),
     Rule("linear_fwd", _gemm(128, 64, 64, 8, 3)),
     # linear_dgrad: size = statements of the slot's source, each of which may hold a tile in registers.
@@ -123,7 +123,7 @@ RULES: tuple[Rule, ...] = (
     Rule("linear_dgrad", _gemm(128, 64, 64, 8, 3), up_to=8),
     Rule("linear_dgrad", _gemm(64, 64, 64, 8, 3)),
     Rule("linear_wgrad", _gemm(32, 32, 32, 4, 1), "interpreter"),
-    Rule("linear_wgrad", _gemm(32, 64, 64, 4, 2), itemsize=4),
+    Rule("linear_wgrad", _gemm(32, 64, 64, 8, 2), itemsize=4),
     Rule("linear_wgrad", _gemm(64, 64, 128, 8, 2), "gfx*"),
     Rule("linear_wgrad", _gemm(64, 64, 128, 8, 3)),
     # mlp_block: size = columns of a row; no tile means separate kernels (effbert.kernels.whole_block says why).
