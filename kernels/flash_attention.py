@@ -345,7 +345,7 @@ def _rounded(ds, dtype: tl.constexpr):
     are brought to 1 first. bf16 and fp32 have the range.
     """
     if dtype == tl.float16:
-        largest = tl.max(tl.max(tl.abs(ds), axis=1), axis=0)
+        largest = tl.max(tl.abs(ds))
         factor = tl.where(largest == 0, 1.0, largest)
         return (ds / factor).to(dtype), factor
     else:

@@ -450,8 +450,8 @@ def _of_one_dtype(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _padded(size: int) -> int:
-    """Columns of a tile that holds `size`: a power of two, at least what tl.dot takes."""
-    return max(MIN_DOT, triton.next_power_of_2(size))
+    """Rows or columns of a tile that holds `size`: a power of two, at least what tl.dot takes."""
+    return max(MIN_DOT, 1 << (size - 1).bit_length())
 
 
 def _alike(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -532,13 +532,13 @@ def _direct_launch(student_query: Tensor, constants: dict, widest: torch.dtype, 
     columns = constants["STUDENT"] + constants["TEACHER"]
     tile = dict(tiles.choose("score_mse_direct", student_query.device, widest, columns))
     area = tile["BLOCK_M"] * tile["BLOCK_N"]
-    positions = max(MIN_DOT, triton.next_power_of_2(length))
+    positions = _padded(length)
     tile["BLOCK_M"] = block = min(tile["BLOCK_M"], positions)
     tile["BLOCK_N"] = min(tile["BLOCK_N"], positions)
     tile["num_warps"] = max(MIN_WARPS, tile["num_warps"] * block * tile["BLOCK_N"] // area)
     whole = length <= block
     roles = 1 if whole or not constants["NEED_GRAD"] else 2
-    grid = (batch * heads, triton.cdiv(length, block), roles)
+    grid = (batch * heads, -(-length // block), roles)
     return score_mse_direct_fwd_kernel, grid, dict(RELEASED=released, WHOLE=whole, **tile)
 
 
@@ -576,7 +576,7 @@ def _backward(grads, kept, student_query, *args):
     numel = kept_query.numel()
     unit = divisor(numel)
     tile = tiles.choose("score_mse_bwd", student_query.device, student_query.dtype, numel)
-    grid = (triton.cdiv(numel, tile["BLOCK"]),)
+    grid = (-(-numel // tile["BLOCK"]),)
     launch(
         score_mse_bwd_kernel,
         grid,

@@ -118,8 +118,11 @@ def test_layouts_do_not_matter(device, way):
 
 
 @pytest.mark.parametrize("form", ["direct", "gram"])
-def test_what_padding_holds_does_not_matter_and_gets_no_gradient(device, form):
-    *tensors, mask = problem(device, torch.float32, length=20, teacher=5)
+@pytest.mark.parametrize("length", [20, 36])
+def test_what_padding_holds_does_not_matter_and_gets_no_gradient(device, form, length):
+    *tensors, mask = problem(device, torch.float32, length=length, teacher=5)
+    mask[:, 6:] = 0  # whole blocks without a real token
+    mask[:, 1:3] = 1
     expected = loss_and_gradients(score_loss.score_mse, (*tensors, mask), form)
     padding = (mask == 0)[:, None, :, None]
     garbage = [t.masked_fill(padding, float("nan")) for t in tensors]
@@ -190,7 +193,7 @@ def test_a_loss_near_zero_is_within_the_stated_bounds(device, dtype, form):
     energy, *terms = loss_and_gradients(
         eager.score_mse, (query, key, zeros, zeros, mask), "direct", dtype=torch.float64
     )
-    assert 0 < exact[0] < 1e-5 * energy  # energy: Σ A_S² / count; terms: the student's part of each gradient
+    assert 0 < exact[0] < 1e-4 * energy  # energy: Σ A_S² / count; terms: the student's part of each gradient
     allowed = {"direct": 4e-7 * (exact[0] * energy).sqrt(), "gram": 1e-6 * energy}[form]
     assert abs(ours[0] - exact[0]) <= allowed
     parts = 2**-17 if dtype == torch.bfloat16 and form == "gram" else 1e-6
@@ -208,12 +211,12 @@ def test_equal_student_and_teacher_have_no_loss_and_no_gradient(device, dtype):
 
 
 @pytest.mark.parametrize("form", ["direct", "gram"])
-@pytest.mark.parametrize("scale,factor", [(60.0, 1e-4), (4e-3, 2.0**40)])
+@pytest.mark.parametrize("scale,factor", [(300.0, 1e-8), (4e-4, 2.0**42)])
 def test_scores_far_outside_the_range_of_fp16(device, dtype, form, scale, factor, check_error):
-    """Differences of 1e5, and of 1e-6; `factor` brings the gradients into the range of fp16, as loss scaling does."""
+    """Differences of 1e5, and of 1e-7; `factor` brings the gradients into the range of fp16, as loss scaling does."""
     tensors = problem(device, dtype, length=20, student=24, teacher=30, scale=scale)
     loss, *gradients = check_all(check_error, tensors, form, factor=factor, floor=8.0)
-    assert loss > 1e6 or loss < 1e-8
+    assert loss > 1e10 or loss < 1e-12
     assert all(g.abs().max() > 1e-3 for g in gradients)
 
 
@@ -225,6 +228,15 @@ def test_the_models_and_even_query_and_key_may_differ_in_dtype(device, check_err
             check_all(check_error, (query, key, *teacher, mask), way)
     query, key, *teacher, mask = problem(device, torch.float32, length=6)
     check_all(check_error, (query, key.half(), teacher[0], teacher[1].half(), mask), "direct")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tf32_where_pytorchs_switch_allows_it(device, monkeypatch, way):
+    tensors = problem(device, torch.float32, length=20)
+    exact = loss_and_gradients(eager.score_mse, tensors, way, dtype=torch.float64)
+    monkeypatch.setattr(score_loss, "input_precision", lambda dtype: "tf32")
+    for mine, true in zip(loss_and_gradients(score_loss.score_mse, tensors, way), exact, strict=True):
+        assert (mine - true).abs().max() <= 4 * 2**-11 * true.abs().max()
 
 
 @pytest.mark.parametrize("way", WAYS)
