@@ -137,7 +137,7 @@ RULES: tuple[Rule, ...] = (
     # attention_fwd, _bwd: size = sequence length; _wide where a head of student or teacher is wider than 64. A backward
     # tile whose BLOCK_N holds the whole sequence is the one-role form. Registers decide. attention_delta: head size.
     Rule("attention_fwd", _pair(16, 32, 4, 1), "interpreter"),
-    Rule("attention_fwd", _pair(32, 16, 8, 1), itemsize=4),
+    Rule("attention_fwd", _pair(16, 16, 8, 1), itemsize=4),
     Rule("attention_fwd", _pair(64, 32, 4, 1), up_to=64),
     Rule("attention_fwd", _pair(128, 32, 8, 1), "sm_9*"),
     Rule("attention_fwd", _pair(64, 32, 4, 1)),
