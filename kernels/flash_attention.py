@@ -40,7 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effbert.kernels import library, philox, tiles
-from effbert.kernels.launch import compute_dtype, divisor, input_precision, launch
+from effbert.kernels.launch import ceil_div, compute_dtype, divisor, input_precision, launch
 from effbert.kernels.library import FusedOp
 from effbert.kernels.loss_mean import loss_mean
 from effbert.kernels.philox import Dropout
@@ -514,7 +514,7 @@ def _launch_forward(query, key, value, teacher, attention_mask, dropout, release
     context, lse = _like_context(query), _float(batch, heads, length if keep else 0, device=query.device)
     operands = _Operands([query, key, value], teacher, attention_mask, dropout, released)
     tile = tiles.choose(operands.name("attention_fwd"), query.device, query.dtype, length)
-    programs = batch * heads * triton.cdiv(length, tile["BLOCK_M"])
+    programs = batch * heads * ceil_div(length, tile["BLOCK_M"])
     partials = _float(2, programs, device=query.device) if teacher else None
     launch(
         attention_fwd_kernel, (programs,),
@@ -533,7 +533,7 @@ def _launch_backward(
     operands = _Operands([query, key, value, grad], teacher, attention_mask, dropout, released)
     tile = tiles.choose(operands.name("attention_bwd"), query.device, query.dtype, length)
     whole = length <= tile["BLOCK_N"]
-    blocks = triton.cdiv(length, tile["BLOCK_N"]) + (0 if whole else triton.cdiv(length, tile["BLOCK_M"]))
+    blocks = ceil_div(length, tile["BLOCK_N"]) + (0 if whole else ceil_div(length, tile["BLOCK_M"]))
     delta = None if whole else _delta(operands.tensors[3], _dense(context))
     launch(
         attention_bwd_kernel, (batch * heads * blocks,),
@@ -549,7 +549,7 @@ def _delta(grad: Tensor, context: Tensor) -> Tensor:
     delta = _float(batch, heads, length, device=context.device)
     strides, unit, shifted = _strides([grad, context])
     tile = tiles.choose("attention_delta", context.device, context.dtype, width)
-    programs = batch * heads * triton.cdiv(length, tile["BLOCK_M"])
+    programs = batch * heads * ceil_div(length, tile["BLOCK_M"])
     launch(
         attention_delta_kernel, (programs,), grad, context, delta, length, *strides,
         HEADS=heads, G_ROW=grad.stride(2), C_ROW=context.stride(2), WIDTH=width, UNIT=unit,

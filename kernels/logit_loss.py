@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effbert.kernels import checks, tiles
-from effbert.kernels.launch import divisor, launch
+from effbert.kernels.launch import ceil_div, divisor, launch
 from effbert.kernels.library import FusedOp
 from effbert.kernels.loss_mean import loss_mean, store_mean
 
@@ -164,7 +164,7 @@ def _forward(
     kept = student if mask is None else _rows_of(mask)
     rows, cols = student.shape
     tile = tiles.choose("soft_cross_entropy", device, student.dtype, cols)
-    programs = triton.cdiv(rows, tile["ROWS"])
+    programs = ceil_div(rows, tile["ROWS"])
     counts_kept = mask is not None and mean_over_kept
     single = programs == 1
     sums = torch.empty(programs, dtype=torch.float32, device=device)
@@ -206,7 +206,7 @@ def _backward(grads, kept, student_logits, *_) -> list[Tensor]:
     out = torch.empty_like(numerator, dtype=student_logits.dtype)
     length = out.numel()
     launch(
-        soft_cross_entropy_bwd_kernel, (triton.cdiv(length, 1024),), numerator, scale, grads[0], out, length, BLOCK=1024
+        soft_cross_entropy_bwd_kernel, (ceil_div(length, 1024),), numerator, scale, grads[0], out, length, BLOCK=1024
     )
     return [out]
 

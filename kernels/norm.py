@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effbert.kernels import philox, tiles
-from effbert.kernels.launch import compute_dtype, divisor, launch, multiprocessors
+from effbert.kernels.launch import ceil_div, compute_dtype, divisor, launch, multiprocessors
 from effbert.kernels.library import FusedOp
 from effbert.kernels.philox import Dropout, split
 from effbert.kernels.primitives import dropout_key, keep_mask
@@ -316,7 +316,7 @@ def norm_forward(
     y_unit = divisor(y.shape[1], y.stride(0))
     mask, has_dropout = mask_arguments(p, key, key_tensor, site)
     tile = dict(tiles.choose("norm_fwd", device, dtype, head + tail))
-    programs = min(triton.cdiv(rows, tile["ROWS"]), tile.pop("PROGRAMS") * multiprocessors(device))
+    programs = min(ceil_div(rows, tile["ROWS"]), tile.pop("PROGRAMS") * multiprocessors(device))
     launch(
         dropout_add_layer_norm_fwd_kernel, (programs,),
         y, residual, weight, bias, out, mean, rstd, *mask, eps, rows, cols // unit, y.shape[1] // y_unit,
@@ -353,7 +353,7 @@ def norm_backward(
     y_unit = divisor(y.shape[1], y.stride(0))
     mask, has_dropout = mask_arguments(p, key, key_tensor, site)
     tile = dict(tiles.choose("norm_bwd", device, y.dtype, head + tail))
-    programs = min(triton.cdiv(rows, tile["ROWS"]), tile.pop("PROGRAMS") * multiprocessors(device))
+    programs = min(ceil_div(rows, tile["ROWS"]), tile.pop("PROGRAMS") * multiprocessors(device))
     partials = torch.empty(2, programs, cols, dtype=torch.float32, device=device)
     launch(
         dropout_add_layer_norm_bwd_kernel, (programs,),
@@ -399,7 +399,7 @@ def _dropout_forward(
     mask, _ = mask_arguments(p, key, key_tensor, site)
     tile = tiles.choose("dropout", x.device, x.dtype, cols)
     launch(
-        dropout_kernel, (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(cols, tile["COLS"])), flat, out, *mask,
+        dropout_kernel, (ceil_div(rows, tile["ROWS"]), ceil_div(cols, tile["COLS"])), flat, out, *mask,
         rows, cols // unit, flat.stride(0) // unit, KEY_IS_TENSOR=key_tensor is not None, UNIT=unit, **tile,
     )  # fmt: skip
     return (out,)

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effbert.kernels import checks, tiles
-from effbert.kernels.launch import compute_dtype, divisor, input_precision, launch, multiprocessors
+from effbert.kernels.launch import ceil_div, compute_dtype, divisor, input_precision, launch, multiprocessors
 from effbert.kernels.library import FusedOp, gradient_of
 from effbert.kernels.linear import pack_row, padded_width
 from effbert.kernels.loss_mean import loss_mean
@@ -275,7 +275,7 @@ def _empty_kept(students: Sequence[Tensor], width: int, need_grad: bool) -> tupl
     """d [n, M, padded width] and its column sums [n · row blocks, width]; both empty where no gradient is needed."""
     first, pairs = students[0], len(students)
     rows = first.numel() // max(first.shape[-1], 1)
-    blocks = triton.cdiv(rows, _tile("fwd", first, width)["BLOCK_M"])
+    blocks = ceil_div(rows, _tile("fwd", first, width)["BLOCK_M"])
     shapes = ((pairs, rows, padded_width(width, first.dtype)), (pairs * blocks, width)) if need_grad else (0, 0)
     return (
         torch.empty(shapes[0], dtype=first.dtype, device=first.device),
@@ -298,7 +298,7 @@ def _forward(
     students, teachers, pairs = _matrices(student_states), _matrices(teacher_states), len(student_states)
     (rows, depth), cols, device, dtype = students[0].shape, len(weight), weight.device, students[0].dtype
     tile = _tile("fwd", students[0], cols)
-    row_tiles, col_tiles = triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(cols, tile["BLOCK_N"])
+    row_tiles, col_tiles = ceil_div(rows, tile["BLOCK_M"]), ceil_div(cols, tile["BLOCK_N"])
     programs = pairs * row_tiles * col_tiles
     packed = _pack(weight, dtype)
     d, column_sums = _empty_kept(student_states, cols, need_grad)
@@ -351,7 +351,7 @@ def _input_gradients(gradients: list[Tensor], d: Tensor, packed: Tensor, scale: 
     (pairs, rows, d_pitch), depth, cols = d.shape, len(packed), gradients[0].shape[-1]
     tile = _tile("dgrad", gradients[0], cols)
     cols_unit, pitch_unit = divisor(cols), divisor(packed.shape[1], d_pitch)
-    grid = (pairs * triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(cols, tile["BLOCK_N"]),)
+    grid = (pairs * ceil_div(rows, tile["BLOCK_M"]) * ceil_div(cols, tile["BLOCK_N"]),)
     launch(
         projected_mse_dgrad_kernel, grid, d, packed, scale, grad, tuple(gradients),
         rows, cols // cols_unit, depth, packed.shape[1] // pitch_unit, d_pitch // pitch_unit,
@@ -365,10 +365,10 @@ def _weight_partials(
     """fp32 [parts, W, C] and [parts, W], which sum to the gradients of weight and bias; parts fill the GPU twice."""
     (pairs, rows, d_pitch), (blocks, cols), depth = d.shape, column_sums.shape, students[0].shape[1]
     tile = _tile("wgrad", students[0], cols)
-    tiles_of_output = triton.cdiv(cols, tile["BLOCK_N"]) * triton.cdiv(depth, tile["BLOCK_K"])
-    steps = triton.cdiv(pairs * rows, tile["BLOCK_M"])
+    tiles_of_output = ceil_div(cols, tile["BLOCK_N"]) * ceil_div(depth, tile["BLOCK_K"])
+    steps = ceil_div(pairs * rows, tile["BLOCK_M"])
     parts = min(steps, max(1, 2 * multiprocessors(d.device) // tiles_of_output))
-    rows_each = triton.cdiv(steps, max(parts, 1)) * tile["BLOCK_M"]
+    rows_each = ceil_div(steps, max(parts, 1)) * tile["BLOCK_M"]
     weight_partial = torch.empty(parts, cols, depth, dtype=torch.float32, device=d.device)
     bias_partial = torch.empty(parts, cols, dtype=torch.float32, device=d.device)
     student_unit, pitch_unit = divisor(depth, students[0].stride(0)), divisor(d_pitch)
@@ -376,7 +376,7 @@ def _weight_partials(
         projected_mse_wgrad_kernel, (tiles_of_output, parts),
         d, students, column_sums, scale, grad, weight_partial, bias_partial,
         rows, rows_each, cols, depth // student_unit, d_pitch // pitch_unit, students[0].stride(0) // student_unit,
-        blocks, triton.cdiv(blocks, max(parts, 1)), PAIRS=pairs, PRECISION=input_precision(d.dtype),
+        blocks, ceil_div(blocks, max(parts, 1)), PAIRS=pairs, PRECISION=input_precision(d.dtype),
         STUDENT_UNIT=student_unit, PITCH_UNIT=pitch_unit, SUMS=16, **tile,
     )  # fmt: skip
     return [weight_partial, bias_partial]

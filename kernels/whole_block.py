@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbert.kernels.launch import divisor, input_precision, launch
+from effbert.kernels.launch import ceil_div, divisor, input_precision, launch
 from effbert.kernels.linear import padded_width, row_products, slot_function
 from effbert.kernels.norm import load_tile, load_vector, mask_arguments, pieces, store_tile
 from effbert.kernels.primitives import dropout_key, keep_mask
@@ -177,7 +177,7 @@ def whole_block_forward(
     w1_unit = divisor(weight1.shape[1], weight1.stride(0))
     w2_unit = divisor(weight2.shape[1], weight2.stride(0))
     launch(
-        mlp_block_fwd_kernel, (triton.cdiv(rows, tile["BLOCK_M"]),),
+        mlp_block_fwd_kernel, (ceil_div(rows, tile["BLOCK_M"]),),
         x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, out if h is None else h, out if y is None else y,
         out, mean, rstd, *mask, eps, rows, channels // x_unit, width,
         weight1.shape[1] // w1_unit, weight2.shape[1] // w2_unit, h_cols // out_unit, y_cols // out_unit,
