@@ -120,6 +120,7 @@ RULES: tuple[Rule, ...] = (
     Rule("linear_dgrad", _gemm(64, 64, 32, 8, 2), itemsize=4),
     Rule("linear_dgrad", _gemm(128, 64, 64, 8, 2), "gfx*", up_to=8),
     Rule("linear_dgrad", _gemm(64, 64, 64, 8, 2), "gfx*"),
+    Rule("linear_dgrad", _gemm(128, 64, 64, 8, 4), "sm_1*", up_to=8),
     Rule("linear_dgrad", _gemm(128, 64, 64, 8, 3), up_to=8),
     Rule("linear_dgrad", _gemm(64, 64, 64, 8, 3)),
     Rule("linear_wgrad", _gemm(32, 32, 32, 4, 1), "interpreter"),
