@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     if device.type != "cuda":
         raise ValueError("no GPU: tiles are tuned on the GPU that they are for, and PyTorch finds none here")
     setting = Setting.of(device)
-    reason = why_not_triton(device, setting.dtype)
+    reason = why_not_triton(device)
     if reason:
         raise ValueError(f"nothing can be tuned: {reason}")
     tune([case for case in cases if case.op in wanted], setting, options.output, 60 * options.minutes)

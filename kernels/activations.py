@@ -18,6 +18,7 @@ GELU_FLAT = tl.constexpr(1e4)  # x² from which gelu' is 0 or 1 in fp32, far bel
 
 @triton.jit
 def sigmoid(x):
+    """1 / (1 + exp(-x))."""
     e = tl.exp(-tl.abs(x))
     r = 1.0 / (1.0 + e)
     return tl.where(x >= 0, r, e * r)
@@ -25,6 +26,7 @@ def sigmoid(x):
 
 @triton.jit
 def sigmoid_grad(x, g):
+    """g · s (1 - s), s = sigmoid(x)."""
     e = tl.exp(-tl.abs(x))
     r = 1.0 / (1.0 + e)
     return g * (e * r * r)
@@ -32,11 +34,13 @@ def sigmoid_grad(x, g):
 
 @triton.jit
 def swish(x):
+    """x · sigmoid(x), PyTorch's silu."""
     return x * sigmoid(x)
 
 
 @triton.jit
 def swish_grad(x, g):
+    """g · (s + x s (1 - s)), s = sigmoid(x)."""
     return g * (sigmoid(x) + sigmoid_grad(x, x))
 
 
@@ -48,6 +52,7 @@ def gelu(x):
 
 @triton.jit
 def gelu_grad(x, g):
+    """g times the derivative of the tanh form; beyond |x| = 100 that is exactly 0 or 1."""
     twice_u = x * (GELU_1 + GELU_3 * x * x)
     slope = GELU_1 + 3.0 * GELU_3 * tl.minimum(x * x, GELU_FLAT)
     return g * (sigmoid(twice_u) + slope * sigmoid_grad(twice_u, x))
@@ -55,6 +60,7 @@ def gelu_grad(x, g):
 
 @triton.jit
 def tanh(x):
+    """(1 - exp(-2|x|)) / (1 + exp(-2|x|)) with the sign of x; accurate near 0 too."""
     y = 2.0 * tl.abs(x)
     t = -_expm1_of_minus(y) * (1.0 / (1.0 + tl.exp(-y)))
     return tl.where(x < 0, -t, t)
@@ -62,6 +68,7 @@ def tanh(x):
 
 @triton.jit
 def tanh_grad(x, g):
+    """g · (1 - tanh(x)²), as 4 e / (1 + e)² with e = exp(-2|x|)."""
     e = tl.exp(-(2.0 * tl.abs(x)))
     r = 1.0 / (1.0 + e)
     return g * (4.0 * e * r * r)
@@ -69,36 +76,43 @@ def tanh_grad(x, g):
 
 @triton.jit
 def elu(x):
+    """x above 0, exp(x) - 1 below (alpha 1)."""
     return tl.where(x > 0, x, _expm1_of_minus(tl.abs(x)))
 
 
 @triton.jit
 def elu_grad(x, g):
+    """g above 0, g · exp(x) at 0 and below."""
     return tl.where(x > 0, g, g * tl.exp(-tl.abs(x)))
 
 
 @triton.jit
 def relu(x):
+    """x above 0, else 0; NaN stays NaN."""
     return tl.where(x <= 0, 0.0, x)
 
 
 @triton.jit
 def relu_grad(x, g):
+    """g above 0, else 0."""
     return tl.where(x <= 0, 0.0, g)
 
 
 @triton.jit
 def leaky_relu(x):
+    """x above 0, else 0.01 x."""
     return tl.where(x > 0, x, LEAKY_SLOPE * x)
 
 
 @triton.jit
 def leaky_relu_grad(x, g):
+    """g above 0, else 0.01 g."""
     return tl.where(x > 0, g, LEAKY_SLOPE * g)
 
 
 @triton.jit
 def maximum(a, b):
+    """The larger; NaN where either is NaN."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 

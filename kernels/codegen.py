@@ -55,6 +55,11 @@ class SlotFunction:
     is_identity: bool
     needs_inside: bool
 
+    @property
+    def statements(self) -> int:
+        """Lines of both functions: about how many tiles a kernel that runs them may hold in registers."""
+        return self.source.count("\n    ")
+
 
 @dataclass(frozen=True)
 class SlotFunctions:

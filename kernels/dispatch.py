@@ -73,8 +73,8 @@ def use_backend(name: str):
 
 @torch.compiler.assume_constant_result
 @functools.cache
-def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What keeps the Triton kernels from running on `device` for inputs of `dtype`, in a line; None where they run."""
+def why_not_triton(device: torch.device) -> str | None:
+    """What keeps the Triton kernels from running on `device`, in a line; None where they run."""
     missing = _why_no_triton()
     if missing or device.type == "meta":
         return missing
@@ -112,9 +112,9 @@ def _say(level: int, message: str) -> None:
         _log_once(level, message)
 
 
-def _automatic(op: str, device: torch.device, dtype: torch.dtype, args, kwargs) -> str:
+def _automatic(op: str, device: torch.device, args, kwargs) -> str:
     """The backend for one call under "auto"; checks the inputs on the way."""
-    reason = "inputs on the CPU" if device.type == "cpu" else why_not_triton(device, dtype)
+    reason = "inputs on the CPU" if device.type == "cpu" else why_not_triton(device)
     if reason is None:
         try:
             getattr(checks, op)("triton", *args, **kwargs)
@@ -127,9 +127,9 @@ def _automatic(op: str, device: torch.device, dtype: torch.dtype, args, kwargs) 
     return "eager"
 
 
-def _explicit(op: str, backend: str, device: torch.device, dtype: torch.dtype, args, kwargs) -> None:
+def _explicit(op: str, backend: str, device: torch.device, args, kwargs) -> None:
     if backend == "triton":
-        reason = why_not_triton(device, dtype)
+        reason = why_not_triton(device)
         if reason is not None:
             raise RuntimeError(f"{op}: backend 'triton' cannot run: {reason}; backend 'auto' or 'eager' runs here")
     getattr(checks, op)(backend, *args, **kwargs)
@@ -150,9 +150,9 @@ def _make(op: str) -> Callable:
         tensor = first if isinstance(first, torch.Tensor) else first[0] if len(first) else _NOTHING
         chosen = current() if backend is None else resolve(backend)
         if chosen == "auto":
-            chosen = _automatic(op, tensor.device, tensor.dtype, (first, *args), kwargs)
+            chosen = _automatic(op, tensor.device, (first, *args), kwargs)
         else:
-            _explicit(op, chosen, tensor.device, tensor.dtype, (first, *args), kwargs)
+            _explicit(op, chosen, tensor.device, (first, *args), kwargs)
         return _implementation(chosen, op)(first, *args, **kwargs)
 
     dispatched.__name__ = dispatched.__qualname__ = op

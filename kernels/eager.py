@@ -148,12 +148,13 @@ def distill_attention(
     value: torch.Tensor,
     teacher_query: torch.Tensor,
     teacher_key: torch.Tensor,
-    attention_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
     dropout: Dropout | None = None,
     mask: str = "real",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output of `attention` and the `score_mse` of its queries and keys with the teacher's."""
-    loss = score_mse(query, key, teacher_query, teacher_key, attention_mask, mask, "auto")
+    """The output of `attention`, and the `score_mse` of its queries and keys; without a mask all tokens are real."""
+    everything = query.new_ones(query.shape[0], query.shape[2]) if attention_mask is None else attention_mask
+    loss = score_mse(query, key, teacher_query, teacher_key, everything, mask)
     return attention(query, key, value, attention_mask, dropout), loss
 
 

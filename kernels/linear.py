@@ -374,7 +374,7 @@ def linear_input_gradient(
     strides_x = (x.stride(0), x.stride(0) if dx is None else dx.stride(0))
     g_unit, w_unit = divisor(g.shape[1], g.stride(0)), divisor(weight.shape[1], weight.stride(0))
     v_unit, x_unit = divisor(width, v.stride(0)), divisor(x.shape[1], *strides_x)
-    tile = tiles.choose("linear_dgrad", device, dtype, slot.source.count("\n    "))
+    tile = tiles.choose("linear_dgrad", device, dtype, slot.statements)
     grid = (ceil_div(rows, tile["BLOCK_M"]) * ceil_div(width, tile["BLOCK_N"]),)
     launch(
         linear_dgrad_kernel, grid, g, weight, v, x, dv if added is None else added, dv, dv if dx is None else dx,

@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbert.kernels import checks, tiles
+from effbert.kernels import eager, tiles
 from effbert.kernels.launch import ceil_div, divisor, launch
 from effbert.kernels.library import FusedOp
 from effbert.kernels.loss_mean import loss_mean, store_mean
 
-MASKED = tl.constexpr(-10000.0)  # as the published loss lowers a masked class, before the temperature
+MASKED = tl.constexpr(eager.RELEASED_MASK)  # added to a masked class before the temperature
 
 
 def soft_cross_entropy(
@@ -36,9 +36,9 @@ def soft_cross_entropy(
     """-mean over rows and classes of softmax(z_T / t) · log_softmax(z_S / t), a 0-d fp32 tensor, for logits [..., C].
 
     student_logits, teacher_logits: one shape, any strides, each fp32, fp16 or bf16. mask: of the same shape, any dtype,
-    1 = keep. Gradients for the student's logits only. The rest is as in effbert.kernels.eager.soft_cross_entropy.
+    1 = keep. Gradients for the student's logits only. What is refused: effbert.kernels.checks.soft_cross_entropy; the
+    rest is as in effbert.kernels.eager.
     """
-    checks.soft_cross_entropy(checks.FUSED, student_logits, teacher_logits, temperature, mask, mean_over_kept)
     return _soft_cross_entropy(student_logits, teacher_logits, float(temperature), mask, mean_over_kept)
 
 

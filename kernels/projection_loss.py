@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbert.kernels import checks, tiles
+from effbert.kernels import tiles
 from effbert.kernels.launch import ceil_div, compute_dtype, divisor, input_precision, launch, multiprocessors
 from effbert.kernels.library import FusedOp, gradient_of
 from effbert.kernels.linear import pack_row, padded_width
@@ -49,10 +49,8 @@ def projected_mse(
     States of either side have one shape; every tensor may be fp32, fp16 or bf16. The products are formed in autocast's
     type where that is on, else in that of the first student state; teacher states of several types are brought to it.
     With an attention_mask [B, L] (any dtype, 1 = keep) only real tokens count. Gradients for student states, weight and
-    bias. ValueError or TypeError where effbert.kernels.checks.projected_mse says so; the rest is as in
-    effbert.kernels.eager.projected_mse.
+    bias. What is refused: effbert.kernels.checks.projected_mse; the rest is as in effbert.kernels.eager.
     """
-    checks.projected_mse(checks.FUSED, student_states, teacher_states, weight, bias, attention_mask)
     dtype = compute_dtype(student_states[0])
     students = [state.to(dtype) for state in student_states]
     if len({state.dtype for state in teacher_states}) > 1:

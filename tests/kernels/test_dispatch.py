@@ -96,14 +96,14 @@ def test_triton_missing_or_too_old_is_an_error_under_triton_and_not_under_auto(v
 def test_a_gpu_too_old_for_bf16_is_named(fresh):
     fresh.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     fresh.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    reason = dispatch.why_not_triton(torch.device("cuda"), torch.bfloat16)
+    reason = dispatch.why_not_triton(torch.device("cuda"))
     assert reason == "Tesla T4 has compute capability 7.5: the kernels need 8.0, bf16 too"
 
 
 def test_auto_takes_eager_for_what_the_kernels_refuse_and_says_why(fresh, caplog):
-    fresh.setattr(dispatch, "why_not_triton", lambda device, dtype: None)
+    fresh.setattr(dispatch, "why_not_triton", lambda device: None)
     x = torch.ones(2, 8, dtype=torch.float64)
-    chosen = dispatch._automatic("dropout", torch.device("cuda"), x.dtype, (x, None), {})
+    chosen = dispatch._automatic("dropout", torch.device("cuda"), (x, None), {})
     assert chosen == "eager"
     assert "float64" in caplog.records[0].getMessage()
 

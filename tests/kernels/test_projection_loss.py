@@ -168,13 +168,13 @@ def test_no_rows_and_no_real_token_are_as_eagers(device):
 def test_wrong_input_is_refused_in_one_line(device):
     students, teachers, weight, bias = states(device, torch.float32, 1, 1)
     with pytest.raises(ValueError, match="1 student states against 2"):
-        projected_mse(students, teachers * 2, weight, bias)
+        kernels.projected_mse(students, teachers * 2, weight, bias, backend="triton")
     with pytest.raises(ValueError, match="0 student states against 0"):
-        projected_mse([], [], weight, bias)
+        kernels.projected_mse([], [], weight, bias, backend="triton")
     with pytest.raises(ValueError, match="teacher tensor requires grad"):
-        projected_mse(students, [teachers[0].requires_grad_()], weight, bias)
+        kernels.projected_mse(students, [teachers[0].requires_grad_()], weight, bias, backend="triton")
     with pytest.raises(TypeError, match="float64"):
-        projected_mse([students[0].double()], [teachers[0].detach()], weight, bias)
+        kernels.projected_mse([students[0].double()], [teachers[0].detach()], weight, bias, backend="triton")
 
 
 def test_gradients_in_place_add_to_what_is_there(device):
