@@ -108,6 +108,17 @@ def all_cases(sizes: Sizes) -> list[Case]:
     ]
 
 
+def chosen_cases(sizes: Sizes, ops: str | None) -> list[Case]:
+    """The cases of the comma-separated `ops`, all where it is None; ValueError names what is unknown."""
+    cases = all_cases(sizes)
+    known = dict.fromkeys(case.op for case in cases)
+    wanted = list(known) if ops is None else ops.split(",")
+    unknown = [op for op in wanted if op not in known]
+    if unknown:
+        raise ValueError(f"--ops {ops}: no such op {', '.join(unknown)}; known: {', '.join(known)}")
+    return [case for case in cases if case.op in wanted]
+
+
 def _linears(setting: Setting, hidden: int, inner: int) -> list[torch.Tensor]:
     weight1, weight2 = ((inner, hidden), hidden**-0.5), ((hidden, inner), inner**-0.5)
     shapes = weight1, ((inner,), 0.1), weight2, ((hidden,), 0.1)

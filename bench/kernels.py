@@ -22,7 +22,7 @@ import torch
 
 from effbert import kernels
 from effbert.bench.costs import Ceilings
-from effbert.bench.kernel_cases import DROPOUT, QUICK, SEED, Case, Setting, Sizes, all_cases
+from effbert.bench.kernel_cases import DROPOUT, QUICK, SEED, Case, Setting, Sizes, chosen_cases
 from effbert.bench.measure import (
     Spread,
     captured,
@@ -111,11 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print each row as it comes, keep the record up to date; 1 where a fused kernel is wrong or fails."""
     options = _parser().parse_args(arguments)
     sizes = QUICK if options.quick else Sizes()
-    chosen = [case for case in all_cases(sizes) if options.ops is None or case.op in options.ops.split(",")]
-    unknown = set((options.ops or "").split(",")) - {case.op for case in chosen} - {""}
-    if unknown or not chosen:
-        known = ", ".join(dict.fromkeys(case.op for case in all_cases(sizes)))
-        raise ValueError(f"--ops {options.ops}: no such op {', '.join(sorted(unknown))}; known: {known}")
+    chosen = chosen_cases(sizes, options.ops)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     run = Run(chosen, sizes, device_to_measure())
     for result in run.results(not options.no_compile):

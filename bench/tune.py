@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from effbert.bench.climb import Tile, Tuned, Unusable, rules_of, search
-from effbert.bench.kernel_cases import Case, Setting, Sizes, all_cases
+from effbert.bench.kernel_cases import Case, Setting, Sizes, chosen_cases
 from effbert.bench.kernels import Problem, Variant
 from effbert.bench.measure import captured, device_to_measure, event_time, machine
 from effbert.errors import first_line
@@ -38,12 +38,7 @@ Timer = Callable[[Callable[[], object]], float]
 def main(arguments: list[str] | None = None) -> int:
     """Tune and write the file. ValueError with one line where no GPU can run the kernels, or for an unknown op."""
     options = _parser().parse_args(arguments)
-    cases = all_cases(Sizes())
-    known = dict.fromkeys(case.op for case in cases)
-    wanted = options.ops.split(",") if options.ops else known
-    unknown = [op for op in wanted if op not in known]
-    if unknown:
-        raise ValueError(f"--ops {options.ops}: no such op {', '.join(unknown)}; known: {', '.join(known)}")
+    cases = chosen_cases(Sizes(), options.ops)
     device = device_to_measure()
     if device.type != "cuda":
         raise ValueError("no GPU: tiles are tuned on the GPU that they are for, and PyTorch finds none here")
@@ -51,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     reason = why_not_triton(device)
     if reason:
         raise ValueError(f"nothing can be tuned: {reason}")
-    tune([case for case in cases if case.op in wanted], setting, options.output, 60 * options.minutes)
+    tune(cases, setting, options.output, 60 * options.minutes)
     return 0
 
 

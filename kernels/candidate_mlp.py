@@ -157,20 +157,8 @@ def _kept(need_grad: bool, x: Tensor, dtype: torch.dtype, *tensors: Tensor | Non
 
 
 def _mlp_backward(
-    grads: list[Tensor],
-    kept: list[Tensor],
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    expression: str,
-    inner_width: int,
-    combine: str,
-    dtype: torch.dtype,
-    need_grad: bool,
-    in_place: bool = False,
-) -> list[Tensor | None]:
+    grads, kept, x, weight1, bias1, weight2, bias2, expression, inner_width, combine, dtype, need_grad, in_place=False
+):
     slots, rows, (h, y, *packed) = slot_functions(expression, combine), as_rows(x), kept
     dy, dx = as_rows(grads[0]), None
     if not slots.post.is_identity:
@@ -221,27 +209,27 @@ def _last(slots: SlotFunctions):
 
 
 def _mlp_block_backward(
-    grads: list[Tensor],
-    kept: list[Tensor],
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    expression: str,
-    inner_width: int,
-    eps: float,
-    p: float,
-    key: int,
-    key_tensor: Tensor | None,
-    site: int,
-    combine: str,
-    dtype: torch.dtype,
-    need_grad: bool,
-    in_place: bool = False,
-) -> list[Tensor | None]:
+    grads,
+    kept,
+    x,
+    weight1,
+    bias1,
+    weight2,
+    bias2,
+    norm_weight,
+    norm_bias,
+    expression,
+    inner_width,
+    eps,
+    p,
+    key,
+    key_tensor,
+    site,
+    combine,
+    dtype,
+    need_grad,
+    in_place=False,
+):
     slots, rows, (h, y, *packed, mean, rstd) = slot_functions(expression, combine), as_rows(x), kept
     dy, dx, norm_partials = norm_backward(
         as_rows(grads[0]), y, rows, norm_weight, mean, rstd, p, key, key_tensor, site, _last(slots)

@@ -39,7 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effbert.kernels import library, philox, tiles
+from effbert.kernels import philox, tiles
 from effbert.kernels.launch import ceil_div, compute_dtype, divisor, input_precision, launch
 from effbert.kernels.library import FusedOp
 from effbert.kernels.loss_mean import loss_mean
@@ -638,24 +638,6 @@ def _like_context(query: Tensor) -> Tensor:
     return torch.empty((batch, length, heads, width), dtype=query.dtype, device=query.device).transpose(1, 2)
 
 
-class _KeepsResults(FusedOp):
-    """A FusedOp whose backward gets the results too: `kept` begins with them. They are saved, not copied."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        forward = self.forward
-
-        def with_results_twice(*args):
-            outputs = forward(*args)
-            return (*outputs[: self.results], *outputs)
-
-        self.forward = with_results_twice
-
-    def _keep_of_registered(self, ctx, inputs, output):
-        ctx.mark_non_differentiable(*output[self.results :])
-        library._remember(ctx, inputs, output)
-
-
 def _attention_forward(
     query: Tensor,
     key: Tensor,
@@ -730,10 +712,16 @@ def _distill_attention_backward(
 
 
 _DIFFERENTIABLE = ("query", "key", "value")
-_attention = _KeepsResults(
-    "attention", _attention_forward, _attention_fake, _attention_backward, _gradients_fake, _DIFFERENTIABLE
+_attention = FusedOp(
+    "attention",
+    _attention_forward,
+    _attention_fake,
+    _attention_backward,
+    _gradients_fake,
+    _DIFFERENTIABLE,
+    keep_results=True,
 )
-_distill_attention = _KeepsResults(
+_distill_attention = FusedOp(
     "distill_attention",
     _distill_attention_forward,
     _distill_attention_fake,
@@ -741,4 +729,5 @@ _distill_attention = _KeepsResults(
     _gradients_fake,
     _DIFFERENTIABLE,
     results=2,
+    keep_results=True,
 )

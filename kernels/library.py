@@ -53,6 +53,7 @@ class FusedOp:
         argument giving as many as it has. grads: list of the gradients of the results; kept: list of the outputs kept.
     backward_fake: the same, empty.
     differentiable: names of the arguments that get gradients.
+    keep_results: whether `kept` begins with the results themselves, saved but not copied.
     in_place: names of those that backward(..., in_place=True) adds to `.grad` itself, returning None for them; see
         `gradients_in_place`.
     """
@@ -66,8 +67,10 @@ class FusedOp:
         backward_fake: Callable,
         differentiable: Sequence[str],
         results: int = 1,
+        keep_results: bool = False,
         in_place: Sequence[str] = (),
     ):
+        self.first_kept = 0 if keep_results else results
         self.name, self.forward, self.backward, self.results = name, forward, backward, results
         schema = torch.library.infer_schema(forward, mutates_args=())
         arguments = schema[1 : schema.index(") -> ")]
@@ -115,9 +118,8 @@ class FusedOp:
         return [of(index, arg) for index, arg in enumerate(args)]
 
     def _keep_of_registered(self, ctx, inputs, output):
-        kept = output[self.results :]
-        ctx.mark_non_differentiable(*kept)
-        _remember(ctx, inputs, kept)
+        ctx.mark_non_differentiable(*output[self.results :])
+        _remember(ctx, inputs, output[self.first_kept :])
 
     def _backward_of_registered(self, ctx, *grads):
         args, kept = _recall(ctx)
@@ -136,7 +138,7 @@ class _Direct(torch.autograd.Function):
         outputs = op.forward(*args)
         ctx.op = op
         ctx.in_place = _in_place and op.in_place and all(_is_leaf(args[index]) for index in op.in_place)
-        _remember(ctx, args, outputs[op.results :])
+        _remember(ctx, args, outputs[op.first_kept :])
         return tuple(outputs[: op.results])
 
     @staticmethod

@@ -22,14 +22,9 @@ from torch import Tensor
 from effbert.kernels import tiles
 from effbert.kernels.codegen import SlotFunction
 from effbert.kernels.launch import ceil_div, divisor, input_precision, launch, multiprocessors
+from effbert.kernels.primitives import identity
 
 ROW_BYTES = 64  # rows of a tensor between two kernels are padded to a multiple of this
-
-
-@triton.jit
-def identity(v, x, inside):
-    """The slot that does nothing."""
-    return v
 
 
 @triton.jit
@@ -294,7 +289,7 @@ def need_packing(weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def pack(weight1: Tensor, weight2: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Copies of both weight slices in `dtype`, each row padded with zeros, by one launch."""
+    """Copies of both weight slices in `dtype`, each row padded with zeros, by one launch; either may have no rows."""
     weight1, weight2 = (w if w.stride(1) == 1 else w.contiguous() for w in (weight1, weight2))
     outs = [padded(*w.shape, dtype, w.device) for w in (weight1, weight2)]
     launch(

@@ -22,7 +22,7 @@ from effbert.kernels import philox, tiles
 from effbert.kernels.launch import ceil_div, compute_dtype, divisor, launch, multiprocessors
 from effbert.kernels.library import FusedOp
 from effbert.kernels.philox import Dropout, split
-from effbert.kernels.primitives import dropout_key, keep_mask
+from effbert.kernels.primitives import dropout_key, identity, identity_gradient, keep_mask
 from effbert.kernels.reduction import reduce_partials
 
 MAX_COLUMNS = 8192
@@ -53,23 +53,11 @@ def dropout_add_layer_norm(
     return _dropout_add_layer_norm(x, residual, weight, bias, eps, *split(dropout), dtype)
 
 
-@triton.jit
-def unchanged(v, x, inside):
-    """The slot function of the plain op."""
-    return v
-
-
-@triton.jit
-def unchanged_grad(v, x, inside, g):
-    """Its gradients of v and x."""
-    return g, 0.0
-
-
 class Unchanged:
     """The plain op's slot, in the form that effbert.kernels.codegen.SlotFunction gives the slots of expressions."""
 
-    forward = unchanged
-    backward = unchanged_grad
+    forward = identity
+    backward = identity_gradient
     uses_x = False
 
 
@@ -409,16 +397,7 @@ def _dropout_fake(x, p, key, key_tensor, site, need_grad):
     return (torch.empty(x.shape, dtype=x.dtype, device=x.device),)
 
 
-def _dropout_backward(
-    grads: list[Tensor],
-    kept: list[Tensor],
-    x: Tensor,
-    p: float,
-    key: int,
-    key_tensor: Tensor | None,
-    site: int,
-    need_grad: bool,
-) -> list[Tensor]:
+def _dropout_backward(grads, kept, x, p, key, key_tensor, site, need_grad):
     return list(_dropout_forward(grads[0], p, key, key_tensor, site, need_grad))
 
 
@@ -451,21 +430,7 @@ def _fake(x, residual, weight, bias, eps, p, key, key_tensor, site, dtype, need_
     return torch.empty(x.shape, dtype=dtype, device=x.device), *statistics
 
 
-def _backward(
-    grads: list[Tensor],
-    kept: list[Tensor],
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    p: float,
-    key: int,
-    key_tensor: Tensor | None,
-    site: int,
-    dtype: torch.dtype,
-    need_grad: bool,
-) -> list[Tensor]:
+def _backward(grads, kept, x, residual, weight, bias, eps, p, key, key_tensor, site, dtype, need_grad):
     dx, dresidual, partials = norm_backward(
         as_rows(grads[0]), as_rows(x), as_rows(residual), weight, *kept, p, key, key_tensor, site
     )  # fmt: skip

@@ -9,6 +9,18 @@ ROUNDS = tl.constexpr(philox.ROUNDS)
 
 
 @triton.jit
+def identity(v, x, inside):
+    """The slot function that does nothing (effbert.kernels.codegen has the others)."""
+    return v
+
+
+@triton.jit
+def identity_gradient(v, x, inside, g):
+    """Its gradients of v and x."""
+    return g, 0.0
+
+
+@triton.jit
 def dropout_key(key, KEY_IS_TENSOR: tl.constexpr):
     """The 63-bit key as an int64 scalar: passed by value, or loaded from a 0-d int64 tensor (for CUDA graphs)."""
     if KEY_IS_TENSOR:

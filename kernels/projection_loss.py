@@ -32,7 +32,7 @@ from torch import Tensor
 from effbert.kernels import tiles
 from effbert.kernels.launch import ceil_div, compute_dtype, divisor, input_precision, launch, multiprocessors
 from effbert.kernels.library import FusedOp, gradient_of
-from effbert.kernels.linear import pack_row, padded_width
+from effbert.kernels.linear import pack, padded_width
 from effbert.kernels.loss_mean import loss_mean
 from effbert.kernels.reduction import reduce_partials
 
@@ -65,13 +65,6 @@ def picked(pointers, index, COUNT: tl.constexpr):
     for i in tl.static_range(1, COUNT):
         chosen = tl.where(index == i, pointers[i], chosen)
     return chosen
-
-
-@triton.jit(do_not_specialize=["cols", "stride"])
-def projected_mse_pack_kernel(weight, packed, cols, stride, pitch, BLOCK: tl.constexpr):
-    """One row of the weight in the other type, with zeros up to `pitch`: from there on every row starts at 64 bytes."""
-    row = tl.program_id(0).to(tl.int64)
-    pack_row(weight + row * stride, packed + row * pitch, cols, pitch, BLOCK)
 
 
 @triton.jit(
@@ -254,17 +247,6 @@ def _matrices(states: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(flat)
 
 
-def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight [W, C] in `dtype`, rows padded with zeros: one small launch, for each row block of a GEMM reads it all."""
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    packed = _empty_packed(weight, dtype)
-    launch(
-        projected_mse_pack_kernel, (len(weight),), weight, packed, weight.shape[1], weight.stride(0), packed.shape[1],
-        BLOCK=1024,
-    )  # fmt: skip
-    return packed
-
-
 def _empty_packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(len(weight), padded_width(weight.shape[1], dtype), dtype=dtype, device=weight.device)
 
@@ -298,7 +280,7 @@ def _forward(
     tile = _tile("fwd", students[0], cols)
     row_tiles, col_tiles = ceil_div(rows, tile["BLOCK_M"]), ceil_div(cols, tile["BLOCK_N"])
     programs = pairs * row_tiles * col_tiles
-    packed = _pack(weight, dtype)
+    packed, _ = pack(weight, weight[:0], dtype)
     d, column_sums = _empty_kept(student_states, cols, need_grad)
     sums = torch.empty(programs, dtype=torch.float32, device=device)
     masked = attention_mask is not None
