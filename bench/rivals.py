@@ -28,14 +28,17 @@ __all__ = [
 
 
 def dropout(x: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
-    """PyTorch's dropout of probability dropout.p."""
-    return x if dropout is None else F.dropout(x, dropout.p)
+    """PyTorch's dropout of probability dropout.p: the kernels that F.dropout starts on a GPU."""
+    return x if dropout is None else torch.native_dropout(x, dropout.p, True)[0]
+
+
+def _dropout(x: torch.Tensor, drawn: Dropout | None) -> torch.Tensor:
+    return dropout(x, drawn)
 
 
 def dropout_add_layer_norm(x, residual, weight, bias, eps: float, dropout: Dropout | None = None) -> torch.Tensor:
     """Three calls of PyTorch."""
-    kept = x if dropout is None else F.dropout(x, dropout.p)
-    return F.layer_norm(residual + kept, weight.shape, weight, bias, eps)
+    return F.layer_norm(residual + _dropout(x, dropout), weight.shape, weight, bias, eps)
 
 
 def mlp_block(

@@ -12,8 +12,9 @@ USAGE = """usage: effbert COMMAND ...
   arch     parameters and FLOPs of an architecture: effbert arch "TEXT" --preset efficientbert
   kernels  the code generated for an expression: effbert kernels show "TEXT", with --ptx sm_90 its assembly;
            tile sizes measured on this GPU: effbert kernels tune --output tiles.json
-  bench    every kernel built for GPUs that are not here: effbert bench compile-report --reduced; kernels and one
-           training step beside PyTorch: effbert bench kernels --output kernels.json, effbert bench step
+  bench    every kernel built for GPUs that are not here, and its time predicted: effbert bench compile-report, effbert
+           bench predict; kernels and one training step measured beside PyTorch: effbert bench kernels --output
+           kernels.json, effbert bench step
 
 effbert COMMAND --help lists a command's flags. EFFBERT_TRACEBACK=1 shows where an error came from."""
 
@@ -231,9 +232,14 @@ def print_assembly(expression, architecture: str) -> None:
 
 def bench(arguments: list[str]) -> int:
     """effbert bench WORD."""
-    from effbert.bench import compile_report, step
+    from effbert.bench import compile_report, predict, step
     from effbert.bench import kernels as kernel_benchmarks
 
-    known = {"compile-report": compile_report.main, "kernels": kernel_benchmarks.main, "step": step.main}
+    known = {
+        "compile-report": compile_report.main,
+        "predict": predict.main,
+        "kernels": kernel_benchmarks.main,
+        "step": step.main,
+    }
     function, rest = second_word("bench", arguments, known)
     return function(rest) or 0

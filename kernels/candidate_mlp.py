@@ -3,8 +3,8 @@
     mlp_block    LayerNorm(x + Dropout(f(x)))      x [..., C], W1 [I, C], b1 [I], W2 [C, I], b2 [C], inner width E <= I
 
 Forward, three launches: pre, first GEMM and mid; second GEMM; post, dropout, residual and LayerNorm; or one where a
-row fits on the chip (effbert.kernels.whole_block). Backward, six: the last stage's; two input gradients, each with its
-slot's derivative inside; two weight gradients with their bias gradients; and one that adds up all their partial sums,
+row fits on the chip (effbert.kernels.whole_block). Backward, four: the last stage's; the second GEMM's input gradient
+and mid's; the first one's, and both weight gradients with their bias gradients; and one that adds up all partial sums,
 straight into the used slice of the parent's gradient where `gradients_in_place` allows it. Where weights are of another
 type than the computation, or their rows start at odd addresses, one more launch packs both slices.
 
@@ -21,15 +21,8 @@ from effbert.kernels.codegen import SlotFunctions, slot_functions
 from effbert.kernels.expression import Expression
 from effbert.kernels.launch import compute_dtype
 from effbert.kernels.library import FusedOp, gradient_of
-from effbert.kernels.linear import (
-    linear_forward,
-    linear_input_gradient,
-    linear_weight_gradient,
-    need_packing,
-    pack,
-    padded_width,
-    slot_gradient,
-)
+from effbert.kernels.linear import linear_forward, need_packing, pack, padded_width
+from effbert.kernels.linear_gradient import linear_gradients, linear_input_gradient, slot_gradient
 from effbert.kernels.norm import Unchanged, as_rows, norm_backward, norm_forward
 from effbert.kernels.philox import Dropout, split
 from effbert.kernels.reduction import reduce_partials
@@ -98,16 +91,10 @@ def _gemm_gradients(dy, dx, x, h, weights: _Weights, slots, width, dtype):
 
     dx [M, C], overwritten: what x has got already; None for nothing.
     """
-    channels = x.shape[1]
     if dx is None and slots.mid.uses_x:
         dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    dh, middle = linear_input_gradient(
-        dy, weights.second, h, width, channels, slots.mid, dtype, x=x, dx=dx, need_value=True
-    )
-    second = linear_weight_gradient(dy, middle, channels, width, dtype)
-    dx, _ = linear_input_gradient(dh, weights.first, x, channels, width, slots.pre, dtype, added=dx, out_dtype=x.dtype)
-    first = linear_weight_gradient(dh, x, width, channels, dtype, slots.pre)
-    return dx, [*first, *second]
+    dh, middle = linear_input_gradient(dy, weights.second, h, width, x.shape[1], slots.mid, dtype, x, dx)
+    return linear_gradients(dh, dy, middle, weights.first, x, width, dtype, slots.pre, dx)
 
 
 def _weight_gradients(partials, parameters, width, in_place: bool) -> list[Tensor | None]:

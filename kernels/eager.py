@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from effbert.kernels import philox
 from effbert.kernels.expression import Expression, Node
+from effbert.kernels.launch import autocast_kind
 from effbert.kernels.philox import Dropout
 
 RELEASED_SCORE_FLOOR = -100.0
@@ -168,7 +169,7 @@ def _without_autocast(loss):
     @wraps(loss)
     def run(first, *args, **kwargs):
         device = first.device if isinstance(first, torch.Tensor) else first[0].device
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(autocast_kind(device), enabled=False):
             return loss(first, *args, **kwargs)
 
     return run

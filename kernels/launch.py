@@ -121,7 +121,7 @@ def input_precision(dtype: torch.dtype) -> str:
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b rounded up; triton.cdiv takes ten times as long on the host."""
+    """a / b rounded up."""
     return -(-a // b)
 
 

@@ -1,11 +1,10 @@
-"""The three GEMMs of a linear layer in Triton, each with the elementwise work round it inside the same kernel.
+"""A linear layer's forward GEMM in Triton with the elementwise work round it inside, and what its gradients share.
 
-    forward          z = pre(a) Wᵀ + b, and post(z, x) beside it          a [M, K], W [N, K], b [N], x [M, C]
-    input gradient   d = g W, then (dv, dx) = slot gradient of (v, x, d)   g [M, N], W [N, K], v [M, K]
-    weight gradient  dW = gᵀ pre(a), db = column sums of g                 fp32 partial sums over parts of the rows
+    z = pre(a) Wᵀ + b, and post(z, x) beside it          a [M, K], W [N, K], b [N], x [M, C]
 
-`pre`, `post` and the slot gradient are small functions generated from an expression (effbert.kernels.codegen) and
-passed as constants. So a kernel is compiled once for a slot function, element type and alignment, whatever its sizes.
+`pre` and `post` are small functions generated from an expression (effbert.kernels.codegen) and passed as constants. So
+a kernel is compiled once for a slot function, element type and alignment, whatever its sizes. The gradients are in
+effbert.kernels.linear_gradient.
 
 Alignment by design. Widths such as 540 and 270 start rows at addresses that no 16-byte load may touch. Tensors that
 live only between our kernels are padded with zeros to rows of a multiple of 64 bytes (`padded_width`), so they are
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from effbert.kernels import tiles
 from effbert.kernels.codegen import SlotFunction
-from effbert.kernels.launch import ceil_div, divisor, input_precision, launch, multiprocessors
+from effbert.kernels.launch import ceil_div, divisor, input_precision, launch
 from effbert.kernels.primitives import identity
 
 ROW_BYTES = 64  # rows of a tensor between two kernels are padded to a multiple of this
@@ -97,112 +96,6 @@ def linear_fwd_kernel(
 
 
 @triton.jit(
-    do_not_specialize=[
-        "rows", "cols", "depth", "g_cols", "w_cols", "v_cols", "x_cols",
-        "stride_g", "stride_w", "stride_v", "stride_x", "stride_dv", "stride_dx", "stride_value",
-    ]
-)  # fmt: skip
-def linear_dgrad_kernel(
-    g, w, v, x, added, dv, dx, value,
-    rows, cols, depth, g_cols, w_cols, v_cols, x_cols,
-    stride_g, stride_w, stride_v, stride_x, stride_dv, stride_dx, stride_value,
-    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, READS_V: tl.constexpr, USES_X: tl.constexpr, ADDS: tl.constexpr,
-    STORE_VALUE: tl.constexpr, PRECISION: tl.constexpr,
-    G_UNIT: tl.constexpr, W_UNIT: tl.constexpr, V_UNIT: tl.constexpr, X_UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """d = g W for one tile, g [rows, depth], W [depth, cols]; then the slot's derivative at (v, x).
-
-    dv [rows, cols] gets the gradient of v, plus `added` (laid out as dv) where ADDS. Where the slot reads x, its
-    gradient is added to dx [rows, x_cols] in place: each element by one program. STORE_VALUE writes the slot's value
-    again, which the weight gradient needs and the forward pass does not keep. dv and value have zeros in the columns
-    of v that pad it.
-    """
-    col_tiles = tl.cdiv(v_cols * V_UNIT, BLOCK_N)
-    first_row = (tl.program_id(0) // col_tiles) * BLOCK_M
-    first_col = (tl.program_id(0) % col_tiles) * BLOCK_N
-    row = first_row + tl.arange(0, BLOCK_M)
-    col = first_col + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    long_row = row.to(tl.int64)[:, None]
-    g_rows = g + long_row * (stride_g * G_UNIT)
-    d = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, depth, BLOCK_K):
-        at = start + k
-        g_tile = tl.load(g_rows + at[None, :], mask=(row < rows)[:, None] & (at < g_cols * G_UNIT)[None, :], other=0.0)
-        w_at = w + at.to(tl.int64)[:, None] * (stride_w * W_UNIT) + col[None, :]
-        w_tile = tl.load(w_at, mask=(at < depth)[:, None] & (col < w_cols * W_UNIT)[None, :], other=0.0)
-        d = tl.dot(g_tile.to(w_tile.dtype), w_tile, d, input_precision=PRECISION)
-
-    in_v = (row < rows)[:, None] & (col < v_cols * V_UNIT)[None, :]
-    inside = (col < x_cols * X_UNIT)[None, :]
-    in_x = (row < rows)[:, None] & inside
-    if READS_V:
-        v_tile = tl.load(v + long_row * (stride_v * V_UNIT) + col[None, :], mask=in_v, other=0.0).to(tl.float32)
-    else:
-        v_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if USES_X:
-        x_tile = tl.load(x + long_row * (stride_x * X_UNIT) + col[None, :], mask=in_x, other=0.0).to(tl.float32)
-    else:
-        x_tile = 0.0
-    gradient, x_gradient = BACKWARD(v_tile, x_tile, inside, d)
-    real = (col < cols)[None, :]
-    gradient = tl.where(real, gradient, 0.0)
-    dv_at = long_row * (stride_dv * V_UNIT) + col[None, :]
-    if ADDS:
-        gradient += tl.load(added + dv_at, mask=in_v, other=0.0).to(tl.float32)
-    tl.store(dv + dv_at, gradient.to(dv.dtype.element_ty), mask=in_v)
-    if USES_X:
-        dx_at = dx + long_row * (stride_dx * X_UNIT) + col[None, :]
-        mask = in_x & real
-        x_gradient += tl.load(dx_at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_at, x_gradient.to(dx.dtype.element_ty), mask=mask)
-    if STORE_VALUE:
-        again = tl.where(real, FORWARD(v_tile, x_tile, inside), 0.0)
-        value_at = value + long_row * (stride_value * V_UNIT) + col[None, :]
-        tl.store(value_at, again.to(value.dtype.element_ty), mask=in_v)
-
-
-@triton.jit(do_not_specialize=["rows", "rows_each", "cols", "depth", "g_cols", "a_cols", "stride_g", "stride_a"])
-def linear_wgrad_kernel(
-    g, a, weight_partial, bias_partial,
-    rows, rows_each, cols, depth, g_cols, a_cols, stride_g, stride_a,
-    PRE: tl.constexpr, PRE_IS_IDENTITY: tl.constexpr, PRECISION: tl.constexpr,
-    G_UNIT: tl.constexpr, A_UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One tile of gᵀ pre(a) over one part of the rows: g [rows, cols], a [rows, depth] -> fp32 [parts, cols, depth].
-
-    The programs of the first tile column also sum their g over the rows: the bias gradient, fp32 [parts, cols].
-    """
-    depth_tiles = tl.cdiv(depth, BLOCK_K)
-    first_col = (tl.program_id(0) // depth_tiles) * BLOCK_N
-    first_k = (tl.program_id(0) % depth_tiles) * BLOCK_K
-    part = tl.program_id(1)
-    col = first_col + tl.arange(0, BLOCK_N)
-    at = first_k + tl.arange(0, BLOCK_K)
-    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    sums = tl.zeros([BLOCK_N], tl.float32)
-    last = tl.minimum(rows, (part + 1) * rows_each)
-    for start in range(part * rows_each, last, BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
-        in_rows = (row < last)[:, None]
-        long_row = row.to(tl.int64)[:, None]
-        g_at = g + long_row * (stride_g * G_UNIT) + col[None, :]
-        a_at = a + long_row * (stride_a * A_UNIT) + at[None, :]
-        g_tile = tl.load(g_at, mask=in_rows & (col < g_cols * G_UNIT)[None, :], other=0.0)
-        a_tile = tl.load(a_at, mask=in_rows & (at < a_cols * A_UNIT)[None, :], other=0.0)
-        if not PRE_IS_IDENTITY:
-            a_tile = PRE(a_tile.to(tl.float32), 0.0, True)
-        total = tl.dot(g_tile.T, a_tile.to(g_tile.dtype), total, input_precision=PRECISION)
-        sums += tl.sum(g_tile.to(tl.float32), axis=0)
-    place = (part.to(tl.int64) * cols + col)[:, None] * depth + at[None, :]
-    tl.store(weight_partial + place, total, mask=(col < cols)[:, None] & (at < depth)[None, :])
-    if first_k == 0:
-        tl.store(bias_partial + part * cols + col, sums, mask=col < cols)
-
-
-@triton.jit(
     do_not_specialize=["first_rows", "second_rows", "first_cols", "second_cols", "stride_first", "stride_second"]
 )
 def pack_kernel(
@@ -227,49 +120,6 @@ def pack_row(source, target, cols, pitch, BLOCK: tl.constexpr):
         col = start + tl.arange(0, BLOCK)
         value = tl.load(source + col, mask=col < cols, other=0.0)
         tl.store(target + col, value.to(target.dtype.element_ty), mask=col < pitch)
-
-
-@triton.jit(do_not_specialize=["rows", "cols", "stride_g", "stride_v", "stride_x", "stride_dv"])
-def slot_bwd_kernel(
-    g, v, x, dv, dx, rows, cols, stride_g, stride_v, stride_x, stride_dv,
-    BACKWARD: tl.constexpr, READS_V: tl.constexpr, USES_X: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """(dv, dx) of one tile from g, v and x, all [rows, cols]: the derivative of a slot that no GEMM is next to."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    mask = (row < rows) & (col < cols * UNIT)
-    g_tile = tl.load(g + row * (stride_g * UNIT) + col, mask=mask, other=0.0).to(tl.float32)
-    v_tile = g_tile
-    x_tile = g_tile
-    if READS_V:
-        v_tile = tl.load(v + row * (stride_v * UNIT) + col, mask=mask, other=0.0).to(tl.float32)
-    if USES_X:
-        x_tile = tl.load(x + row * (stride_x * UNIT) + col, mask=mask, other=0.0).to(tl.float32)
-    v_gradient, x_gradient = BACKWARD(v_tile, x_tile, True, g_tile)
-    at = row * (stride_dv * UNIT) + col
-    tl.store(dv + at, v_gradient.to(dv.dtype.element_ty), mask=mask)
-    if USES_X:
-        tl.store(dx + at, x_gradient.to(dx.dtype.element_ty), mask=mask)
-
-
-def slot_gradient(
-    g: Tensor, v: Tensor, x: Tensor, slot: SlotFunction, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """(dv in `dtype`, dx in x's type or None) of slot(v, x), all [M, C], where g comes back."""
-    rows, cols = g.shape
-    dv = torch.empty(rows, cols, dtype=dtype, device=g.device)
-    dx = torch.empty(rows, cols, dtype=x.dtype, device=g.device) if slot.uses_x else None
-    strides = [t.stride(0) if t.numel() else cols for t in (g, v, x, dv)]
-    unit = divisor(cols, *strides)
-    tile = tiles.choose("slot_bwd", g.device, dtype, cols)
-    grid = (ceil_div(rows, tile["BLOCK_M"]), ceil_div(cols, tile["BLOCK_N"]))
-    launch(
-        slot_bwd_kernel, grid, g, v, x, dv, dv if dx is None else dx, rows, cols // unit,
-        *(stride // unit for stride in strides), BACKWARD=slot.backward, READS_V=slot.backward_uses_value,
-        USES_X=slot.uses_x, UNIT=unit, **tile,
-    )  # fmt: skip
-    return dv, dx
 
 
 def padded_width(cols: int, dtype: torch.dtype) -> int:
@@ -341,69 +191,3 @@ def linear_forward(
         PRECISION=input_precision(dtype), A_UNIT=a_unit, W_UNIT=w_unit, X_UNIT=x_unit, OUT_UNIT=out_unit, **tile,
     )  # fmt: skip
     return z, y
-
-
-def linear_input_gradient(
-    g: Tensor,
-    weight: Tensor,
-    v: Tensor,
-    cols: int,
-    depth: int,
-    slot: SlotFunction,
-    dtype: torch.dtype,
-    x: Tensor | None = None,
-    dx: Tensor | None = None,
-    added: Tensor | None = None,
-    need_value: bool = False,
-    out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradient of v where slot(v, x) is multiplied by W [depth, >= cols] and g [M, >= depth] comes back.
-
-    v [M, >= cols]: the result has its width. Where the slot reads x [M, C], that gradient is added to dx [M, C] in
-    place. `added`, of the result's layout, is added to the result. need_value: the slot's value too, in `dtype`.
-    """
-    rows, width, device = len(v), v.shape[1], v.device
-    x = v if x is None else x
-    dv = torch.empty(rows, width, dtype=out_dtype or dtype, device=device)
-    value = torch.empty(rows, width, dtype=dtype, device=device) if need_value else None
-    strides_x = (x.stride(0), x.stride(0) if dx is None else dx.stride(0))
-    g_unit, w_unit = divisor(g.shape[1], g.stride(0)), divisor(weight.shape[1], weight.stride(0))
-    v_unit, x_unit = divisor(width, v.stride(0)), divisor(x.shape[1], *strides_x)
-    tile = tiles.choose("linear_dgrad", device, dtype, slot.statements)
-    grid = (ceil_div(rows, tile["BLOCK_M"]) * ceil_div(width, tile["BLOCK_N"]),)
-    launch(
-        linear_dgrad_kernel, grid, g, weight, v, x, dv if added is None else added, dv, dv if dx is None else dx,
-        dv if value is None else value, rows, cols, depth, g.shape[1] // g_unit, weight.shape[1] // w_unit,
-        width // v_unit, x.shape[1] // x_unit, g.stride(0) // g_unit, weight.stride(0) // w_unit,
-        v.stride(0) // v_unit, strides_x[0] // x_unit, width // v_unit, strides_x[1] // x_unit, width // v_unit,
-        FORWARD=slot.forward, BACKWARD=slot.backward, READS_V=slot.backward_uses_value or need_value,
-        USES_X=slot.uses_x, ADDS=added is not None, STORE_VALUE=need_value, PRECISION=input_precision(dtype),
-        G_UNIT=g_unit, W_UNIT=w_unit, V_UNIT=v_unit, X_UNIT=x_unit, **tile,
-    )  # fmt: skip
-    return dv, value
-
-
-def linear_weight_gradient(
-    g: Tensor, a: Tensor, cols: int, depth: int, dtype: torch.dtype, pre: SlotFunction | None = None
-) -> tuple[Tensor, Tensor]:
-    """fp32 partial sums over parts of the rows, [parts, cols, depth] of gᵀ pre(a) and [parts, cols] of g.
-
-    `effbert.kernels.reduction.reduce_partials` adds them up: in fixed order, so the same on every run.
-    """
-    rows, device = len(g), g.device
-    g_unit, a_unit = divisor(g.shape[1], g.stride(0)), divisor(a.shape[1], a.stride(0))
-    tile = tiles.choose("linear_wgrad", device, dtype, cols)
-    tiles_of_output = ceil_div(cols, tile["BLOCK_N"]) * ceil_div(depth, tile["BLOCK_K"])
-    steps = max(1, ceil_div(rows, tile["BLOCK_M"]))
-    parts = min(steps, max(1, 2 * multiprocessors(device) // tiles_of_output))
-    rows_each = ceil_div(steps, parts) * tile["BLOCK_M"]
-    weight_partial = torch.empty(parts, cols, depth, dtype=torch.float32, device=device)
-    bias_partial = torch.empty(parts, cols, dtype=torch.float32, device=device)
-    launch(
-        linear_wgrad_kernel, (tiles_of_output, parts), g, a, weight_partial, bias_partial,
-        rows, rows_each, cols, depth, g.shape[1] // g_unit, a.shape[1] // a_unit,
-        g.stride(0) // g_unit, a.stride(0) // a_unit,
-        PRE=slot_function(pre), PRE_IS_IDENTITY=pre is None or pre.is_identity, PRECISION=input_precision(dtype),
-        G_UNIT=g_unit, A_UNIT=a_unit, **tile,
-    )  # fmt: skip
-    return weight_partial, bias_partial

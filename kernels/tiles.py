@@ -61,6 +61,10 @@ def _gemm(m: int, n: int, k: int, num_warps: int, num_stages: int) -> dict[str, 
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": num_warps, "num_stages": num_stages}
 
 
+def _weights(rows: int, cols: int, depth: int) -> dict[str, int]:
+    return {"ROWS": rows, "COLS": cols, "DEPTH": depth}
+
+
 def _pair(m: int, n: int, num_warps: int, num_stages: int) -> dict[str, int]:
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": num_warps, "num_stages": num_stages}
 
@@ -112,6 +116,7 @@ RULES: tuple[Rule, ...] = (
     Rule("reduce", dict(BLOCK=2048, num_warps=4)),
     # linear_*: size = output columns. M is thousands of rows, so programs are plenty; 64 columns waste little of 540.
     Rule("linear_fwd", _gemm(32, 32, 32, 4, 1), "interpreter"),
+    Rule("linear_fwd", _gemm(64, 32, 32, 8, 2), "sm_1*", itemsize=4),
     Rule("linear_fwd", _gemm(64, 64, 32, 8, 2), itemsize=4),
     Rule("linear_fwd", _gemm(128, 64, 64, 8, 2), "gfx*"),
     Rule("linear_fwd", _gemm(128, 64, 64, 8, 3)),
@@ -123,10 +128,14 @@ RULES: tuple[Rule, ...] = (
     Rule("linear_dgrad", _gemm(128, 64, 64, 8, 4), "sm_1*", up_to=8),
     Rule("linear_dgrad", _gemm(128, 64, 64, 8, 3), up_to=8),
     Rule("linear_dgrad", _gemm(64, 64, 64, 8, 3)),
-    Rule("linear_wgrad", _gemm(32, 32, 32, 4, 1), "interpreter"),
-    Rule("linear_wgrad", _gemm(32, 64, 64, 8, 2), itemsize=4),
-    Rule("linear_wgrad", _gemm(64, 64, 128, 8, 2), "gfx*"),
-    Rule("linear_wgrad", _gemm(64, 64, 128, 8, 3)),
+    # linear_gradients: size as above. Weight gradients: ROWS at a time into COLS outputs by DEPTH inputs.
+    Rule("linear_gradients", _gemm(32, 32, 32, 4, 1) | _weights(32, 32, 32), "interpreter"),
+    Rule("linear_gradients", _gemm(64, 64, 32, 8, 2) | _weights(32, 64, 32), itemsize=4),
+    Rule("linear_gradients", _gemm(128, 64, 64, 8, 2) | _weights(64, 128, 64), "gfx*", up_to=8),
+    Rule("linear_gradients", _gemm(128, 64, 64, 8, 2) | _weights(64, 128, 64), "sm_8*", up_to=8),
+    Rule("linear_gradients", _gemm(128, 64, 64, 8, 3) | _weights(64, 128, 64), "sm_9*", up_to=8),
+    Rule("linear_gradients", _gemm(64, 64, 64, 8, 3) | _weights(64, 128, 64), "sm_[91]*"),
+    Rule("linear_gradients", _gemm(64, 64, 64, 8, 2) | _weights(64, 128, 64)),
     # mlp_block: size = columns of a row; no tile means separate kernels (effbert.kernels.whole_block says why).
     Rule("mlp_block", {}, "interpreter"),
     Rule("mlp_block", {}, "gfx*"),

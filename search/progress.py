@@ -1,6 +1,7 @@
 """What a person sees while a search runs: one line for each finished thing, and on a terminal a live line below them
 with what is being trained or searched, the best so far and the time left. Elsewhere there are only the lines."""
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -17,12 +18,18 @@ class Reporter:
         self.started = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         self._live = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self._log, self._logged = logging.getLogger("effbert"), _Said(self)
 
     def __enter__(self) -> "Reporter":
         self._live.start()
+        self._log_level = self._log.level
+        self._log.setLevel(logging.INFO)
+        self._log.addHandler(self._logged)
         return self
 
     def __exit__(self, *_) -> None:
+        self._log.removeHandler(self._logged)
+        self._log.setLevel(self._log_level)
         self._live.stop()
 
     def say(self, text: str) -> None:
@@ -41,6 +48,17 @@ class Reporter:
     def stage(self, name: str, total: int, done: int) -> "StageLine":
         """A stage of `total` candidates begins, `done` of which are there from an earlier run."""
         return StageLine(self, name, total, done)
+
+
+class _Said(logging.Handler):
+    """Log records of the project, such as which backend its kernels run on, as lines of the reporter."""
+
+    def __init__(self, reporter: Reporter):
+        super().__init__(logging.INFO)
+        self.reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.reporter.say(record.getMessage())
 
 
 class StageLine:

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from effbert.kernels import linear
+from effbert.kernels import linear, linear_gradient
 from effbert.kernels.codegen import SlotFunction
 from effbert.kernels.primitives import identity
 
@@ -68,49 +68,64 @@ def test_forward_is_exact_on_integers(rows, cols, depth, packed, device, dtype):
     assert z.shape[1] == (linear.padded_width(cols, dtype) if packed else cols)
 
 
+def zero_padded(values, packed):
+    """The same as a tensor between two kernels is laid out, or as it is."""
+    if not packed:
+        return values
+    wide = linear.padded(*values.shape, values.dtype, values.device).zero_()
+    wide[:, : values.shape[1]] = values
+    return wide
+
+
 @pytest.mark.parametrize("rows, cols, depth", SHAPES)
 @pytest.mark.parametrize("packed", [False, True])
 def test_input_gradient_is_exact_on_integers(rows, cols, depth, packed, device, dtype):
     g = integers(rows, depth + 1, device=device, dtype=dtype)[:, 1:]
     weight = integers(depth, cols, device=device, dtype=dtype)
     used = linear.pack(weight, weight, dtype)[0] if packed else weight
-    v = linear.padded(rows, cols, dtype, device).zero_() if packed else integers(rows, cols, device=device, dtype=dtype)
-    v[:, :cols] = integers(rows, cols, device=device, dtype=dtype)
+    v = zero_padded(integers(rows, cols, device=device, dtype=dtype), packed)
     x = integers(rows, cols + 2, device=device, dtype=dtype)
     dx = integers(rows, cols + 2, device=device, dtype=dtype, seed=1)
     before = dx.clone()
-    dv, value = linear.linear_input_gradient(
-        g, used, v, cols, depth, TIMES_X, dtype, x=x, dx=dx, added=torch.ones_like(v), need_value=True
-    )
+    dv, value = linear_gradient.linear_input_gradient(g, used, v, cols, depth, TIMES_X, dtype, x, dx)
     d = g.double() @ weight.double()
     x_used, v_used = x[:, :cols].double(), v[:, :cols].double()
-    assert torch.equal(dv[:, :cols].double(), d * x_used + 1)
+    assert torch.equal(dv[:, :cols].double(), d * x_used)
     assert torch.equal(value[:, :cols].double(), v_used * x_used)
     assert torch.equal(dx[:, :cols].double(), before[:, :cols].double() + d * v_used)
     assert torch.equal(dx[:, cols:], before[:, cols:])
-    assert not value[:, cols:].any()
+    assert not dv[:, cols:].any() and not value[:, cols:].any()
 
 
-@pytest.mark.parametrize("rows, cols, depth", SHAPES)
-def test_weight_gradient_is_exact_on_integers_and_its_parts_add_up(rows, cols, depth, device, dtype):
-    g = integers(rows, cols + 1, device=device, dtype=dtype)[:, 1:]
-    a = integers(rows, depth, device=device, dtype=dtype)
-    weight, bias = linear.linear_weight_gradient(g, a, cols, depth, dtype, DOUBLE)
-    assert weight.shape[1:] == (cols, depth) and bias.shape == (weight.shape[0], cols)
-    assert torch.equal(weight.double().sum(0), g.double().T @ (2 * a.double()))
-    assert torch.equal(bias.double().sum(0), g.double().sum(0))
+@pytest.mark.parametrize("rows, inner, channels", SHAPES)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("pre", [DOUBLE, IDENTITY], ids=["slot", "identity"])
+def test_all_other_gradients_are_exact_on_integers(rows, inner, channels, packed, pre, device, dtype):
+    dh, middle = (zero_padded(integers(rows, inner, device=device, dtype=dtype, seed=s), packed) for s in (1, 2))
+    dy = zero_padded(integers(rows, channels, device=device, dtype=dtype), packed)
+    x = integers(rows, channels + 3, device=device, dtype=dtype)[:, 2 : channels + 2]
+    added = integers(rows, channels, device=device, dtype=dtype, seed=3) if pre is DOUBLE else None
+    weight = integers(inner, channels, device=device, dtype=dtype)
+    used = linear.pack(weight, weight, dtype)[0] if packed else weight
+    dx, partials = linear_gradient.linear_gradients(dh, dy, middle, used, x, inner, dtype, pre, added)
+    factor = 2 if pre is DOUBLE else 1
+    dh, middle, dy = dh[:, :inner].double(), middle[:, :inner].double(), dy[:, :channels].double()
+    expected = dh.T @ (factor * x.double()), dh.sum(0), dy.T @ middle, dy.sum(0)
+    for partial, sums in zip(partials, expected, strict=True):
+        assert torch.equal(partial.double().sum(0), sums)
+    assert torch.equal(dx.double(), factor * dh @ weight.double() + (0 if added is None else added.double()))
 
 
-def test_weight_gradient_splits_long_inputs(device, dtype):
+def test_weight_gradients_split_long_inputs(device, dtype):
     g = integers(200, 5, device=device, dtype=dtype)
-    weight, _ = linear.linear_weight_gradient(g, g, 5, 5, dtype)
-    assert weight.shape[0] > 1
-    assert torch.equal(weight.double().sum(0), g.double().T @ g.double())
+    _, partials = linear_gradient.linear_gradients(g, g, g, g[:5], g, 5, dtype, IDENTITY)
+    assert all(len(partial) > 1 for partial in partials)
+    assert torch.equal(partials[0].double().sum(0), g.double().T @ g.double())
 
 
 def test_slot_gradient_reads_the_incoming_gradient(device, dtype):
     v, x, g = (integers(37, 21, device=device, dtype=dtype, seed=seed) for seed in range(3))
-    dv, dx = linear.slot_gradient(g, v, x, TIMES_X, dtype)
+    dv, dx = linear_gradient.slot_gradient(g, v, x, TIMES_X, dtype)
     assert torch.equal(dv, g * x) and torch.equal(dx, g * v)
 
 
