@@ -1,27 +1,30 @@
 """The commands, each a function that imports what it needs when it runs."""
 
 import dataclasses
-import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
 
+from effbert.flags import parse, preset, quiet_libraries, take_flag
+
 USAGE = """usage: effbert COMMAND ...
 
   search   find a small BERT: effbert search --preset demo --output_dir runs/demo
+  report   one HTML page about a search, finished or under way: effbert report runs/demo
   arch     parameters and FLOPs of an architecture: effbert arch "TEXT" --preset efficientbert
   kernels  the code generated for an expression: effbert kernels show "TEXT", with --ptx sm_90 its assembly;
            tile sizes measured on this GPU: effbert kernels tune --output tiles.json
   bench    every kernel built for GPUs that are not here, and its time predicted: effbert bench compile-report, effbert
            bench predict; kernels and one training step measured beside PyTorch: effbert bench kernels --output
-           kernels.json, effbert bench step
+           kernels.json, effbert bench step; what a candidate costs beside the published procedure:
+           effbert bench search-cost --preset demo --output_dir runs/cost
 
 effbert COMMAND --help lists a command's flags. EFFBERT_TRACEBACK=1 shows where an error came from."""
 
 
 def run(arguments: list[str]) -> int:
     """Run one command; returns the exit status. ValueError and OSError carry one line for the person."""
-    commands = {"search": search, "arch": arch, "kernels": kernels, "bench": bench}
+    commands = {"search": search, "report": report, "arch": arch, "kernels": kernels, "bench": bench}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -42,50 +45,6 @@ def refuse_repeats(arguments: list[str]) -> None:
     twice = [flag for flag, count in Counter(flags).items() if count > 1]
     if twice:
         raise ValueError(f"--{twice[0].lstrip('_')} is given {Counter(flags)[twice[0]]} times: give it once")
-
-
-def take_flag(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of --name (as `--name value` or `--name=value`) and the other arguments."""
-    rest, value = [], None
-    items = iter(arguments)
-    for item in items:
-        if item == f"--{name}":
-            value = next(items, None)
-            if value is None:
-                raise ValueError(f"--{name} needs a value")
-        elif item.startswith(f"--{name}="):
-            value = item.split("=", 1)[1]
-        else:
-            rest.append(item)
-    return value, rest
-
-
-def preset(name: str | None, presets: dict, default):
-    """The value a preset stands for; `default` where none is named."""
-    if name is None:
-        return default
-    if name not in presets:
-        raise ValueError(f"unknown preset {name!r}: one of {', '.join(presets)}")
-    return presets[name]()
-
-
-def parse(kind: type, arguments: list[str], program: str, **options):
-    """Read a dataclass from the command line with tyro; its error box becomes one line."""
-    import contextlib
-    import io
-
-    import tyro
-
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, args=arguments, use_underscores=True, prog=program, **options)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        lines = [line.strip("│ ─").strip() for line in box.getvalue().splitlines() if line[:1] not in "╭╰├"]
-        text = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
-        raise ValueError(f"{text or 'the arguments cannot be read'} ({program} --help lists the flags)") from None
 
 
 def search(arguments: list[str]) -> int:
@@ -109,15 +68,25 @@ def search(arguments: list[str]) -> int:
     return 0
 
 
-def quiet_libraries() -> None:
-    """Progress bars and advice of the libraries below would tear our own lines."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
-    import transformers
+def report(arguments: list[str]) -> int:
+    """effbert report: write the page about a run and say where it is."""
+    import tyro
 
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    @dataclass(frozen=True)
+    class Arguments:
+        """One HTML page about a run, finished or under way, that needs no other file and no network.
+
+        run: the --output_dir of a search. output: where to write the page; RUN/report.html where it is not given.
+        """
+
+        run: tyro.conf.Positional[str]
+        output: str | None = None
+
+    given = parse(Arguments, arguments, "effbert report")
+    from effbert.search.report_html import write_report
+
+    print(write_report(given.run, given.output))
+    return 0
 
 
 def arch(arguments: list[str]) -> int:
@@ -230,16 +199,18 @@ def print_assembly(expression, architecture: str) -> None:
         print(built.assembly)
 
 
+BENCHMARKS = {
+    "compile-report": "compile_report",
+    "predict": "predict",
+    "kernels": "kernels",
+    "step": "step",
+    "search-cost": "search_cost",
+}
+
+
 def bench(arguments: list[str]) -> int:
     """effbert bench WORD."""
-    from effbert.bench import compile_report, predict, step
-    from effbert.bench import kernels as kernel_benchmarks
+    import importlib
 
-    known = {
-        "compile-report": compile_report.main,
-        "predict": predict.main,
-        "kernels": kernel_benchmarks.main,
-        "step": step.main,
-    }
-    function, rest = second_word("bench", arguments, known)
-    return function(rest) or 0
+    module, rest = second_word("bench", arguments, BENCHMARKS)
+    return importlib.import_module(f"effbert.bench.{module}").main(rest) or 0

@@ -75,17 +75,25 @@ class SearchStage(Budget):
 
     In stages 1 and 2 the budget is each candidate's own; in stage 3 it is that of the one shared supernet, on which
     candidates are scored without training. sampler: "random" or "lanas", of which initial_samples and refit_every are.
+    cohort: candidates proposed at once. rungs: rising shares of the budget, the last one 1; a cohort is trained on the
+    first, its best on the next, so many that every rung costs the same.
     """
 
     num_candidates: int = 80
     sampler: Literal["random", "lanas"] = "lanas"
     initial_samples: int = 80
     refit_every: int = 10
+    cohort: int = 1
+    rungs: tuple[float, ...] = (1.0,)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_candidates < 1:
-            raise ValueError(f"num_candidates is {self.num_candidates}: a stage needs at least 1")
+        for name in ("num_candidates", "cohort"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        rising = all(low < high for low, high in zip(self.rungs, self.rungs[1:], strict=False))
+        if not self.rungs or not rising or self.rungs[0] <= 0 or self.rungs[-1] != 1:
+            raise ValueError(f"rungs is {self.rungs}: it should rise, from above 0, to 1 at its end")
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,8 @@ def _candidate() -> SearchStage:
         general_share=0.02,
         task_share=0.1,
         task_phase=TrainingArguments(learning_rate=4e-4, num_train_epochs=3, per_device_train_batch_size=64),
+        cohort=27,
+        rungs=(1 / 9, 1 / 3, 1.0),
     )
 
 
@@ -126,11 +136,13 @@ class SearchConfig:
         teacher: Folder or name of a BERT-like encoder; empty to train one.
         teacher_labels: Names for the columns of the teacher's logits, in their order.
         max_length: Longest text in tokens.
+        pad_to_max_length: Pad every batch to max_length, as published, instead of grouping texts by length.
         validation_share: Share of the task's training rows on which candidates are ranked.
         max_train_rows: Use at most so many training rows of each task; 0 for all.
         min_params: Fewest parameters of a candidate, with the projection, without pooler and head; 0 for the published
             architecture's count at these sizes times 15/15.74.
         max_params: Most parameters of a candidate; 0 for the published architecture's count times 16/15.74.
+        population: Candidates trained at once on the same batches; 0 for as many of a cohort as memory holds.
         seed: Of everything random.
         seeds: Repeat the rows of the final table so often, for mean and spread.
         device: "auto" (the GPU where there is one), "cpu", "cuda".
@@ -151,10 +163,12 @@ class SearchConfig:
     teacher: str = ""
     teacher_labels: tuple[str, ...] = ()
     max_length: int = 128
+    pad_to_max_length: bool = False
     validation_share: float = 0.1
     max_train_rows: int = 0
     min_params: int = 0
     max_params: int = 0
+    population: int = 0
     seed: int = 0
     seeds: int = 1
     device: str = "auto"
@@ -169,7 +183,14 @@ class SearchConfig:
     final: FinalStage = field(default_factory=FinalStage)
 
     def __post_init__(self):
-        least = {"seeds": 1, "num_threads": 0, "max_length": 8, "corpus_tokens": 0, "max_train_rows": 0}
+        least = {
+            "seeds": 1,
+            "num_threads": 0,
+            "max_length": 8,
+            "corpus_tokens": 0,
+            "max_train_rows": 0,
+            "population": 0,
+        }
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {minimum}")
@@ -222,6 +243,8 @@ def demo() -> SearchConfig:
         task_phase=task,
         initial_samples=4,
         refit_every=2,
+        cohort=6,
+        rungs=(1 / 3, 1.0),
     )
     return SearchConfig(
         output_dir="",
@@ -273,7 +296,9 @@ def smoke() -> SearchConfig:
     """Everything the demo does, in under a minute: for CI, and for tests that kill it. Its scores mean nothing."""
     base = demo()
     fast = dataclasses.replace(base.stage1.task_phase, learning_rate=4e-3)
-    stage = dataclasses.replace(base.stage1, num_candidates=2, task_share=0.5, task_phase=fast, initial_samples=2)
+    stage = dataclasses.replace(
+        base.stage1, num_candidates=3, task_share=0.5, task_phase=fast, initial_samples=2, cohort=2, rungs=(0.5, 1.0)
+    )
     teacher = base.teacher_model
     return dataclasses.replace(
         base,

@@ -1,15 +1,19 @@
-"""The one training loop: teachers, supernet, candidates and final models all run through `train`.
+"""The one training loop: teachers, supernet, candidates and final models all run through it, alone or many at once.
 
 A phase is a model, the batches of each epoch, and a function from batch to loss. Everything random is keyed by
-(seed, phase name, step), so a phase killed at any moment and started again gives the same numbers.
+(seed, phase name, step), so a phase killed at any moment and started again gives the same numbers, and a model trained
+among others the same as alone. Models that train together take each step in turn on the same batch; what all of them
+need of a batch, such as a teacher's outputs, is computed once for it.
 """
 
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +24,8 @@ from effbert.kernels import gradients_in_place
 from effbert.optim import Optimizer, TrainingArguments
 
 CHECK_EVERY = 10  # steps between reads of the loss: a read waits for the device
+DIVERGED = 10.0  # times the mean loss of the first CHECK_EVERY steps: more, over as many steps, ends a phase
+SAVING_SHARE = 0.05  # of the time may go into checkpoints
 
 
 @dataclass(frozen=True)
@@ -49,16 +55,33 @@ class Phase:
 
 @dataclass
 class TrainingResult:
-    """finished: False where the loss became non-finite. steps: updates made. tokens: real tokens seen. seconds: time in
-    the loop, interrupted runs included up to their last checkpoint. loss: mean of the last epoch (NaN without steps).
+    """diverged: why the phase ended early (the loss not finite, or grown past DIVERGED), "" where it did not. steps:
+    updates made. tokens: real tokens seen. seconds: time in the loop, of time shared with others an equal part, runs
+    that were interrupted included up to their last checkpoint. loss: mean of the last epoch (NaN without steps).
     epochs: what `after_epoch` returned, epoch by epoch."""
 
-    finished: bool = True
+    diverged: str = ""
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
     loss: float = float("nan")
     epochs: list[dict] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the phase ran to its end."""
+        return not self.diverged
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model to train beside others. loss_of: (batch on the device, number of the batch in the phase, what is shared
+    for the batch) -> 0-d loss. after_epoch: called with the model in eval mode; its dict is kept."""
+
+    model: nn.Module
+    loss_of: Callable[[Batch, int, Any], torch.Tensor]
+    phase: Phase
+    after_epoch: Callable[[int], dict] | None = None
 
 
 def train(
@@ -72,25 +95,34 @@ def train(
     after_epoch: Callable[[int], dict] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> TrainingResult:
-    """Train `model` in place over `arguments.num_train_epochs` epochs.
+    """`train_together` of one model, whose loss_of takes (batch on `device`, number of the batch in the phase)."""
+    trainee = Trainee(model, lambda batch, number, _: loss_of(batch, number), phase, after_epoch)
+    return train_together([trainee], plan_of, arguments, device=device, on_step=on_step)[0]
 
-    plan_of: epoch -> its batches, equally many each epoch. loss_of: (batch on `device`, number of the batch in the
-    phase) -> 0-d loss. after_epoch: called with the model in eval mode; its dict is kept. on_step: called with
-    (step, total steps). A loss or gradient that is not finite ends the phase with finished=False; nothing is raised.
-    With a checkpoint on disk the phase goes on from it; the caller deletes the file (`forget`) once the phase's outcome
-    is safe elsewhere.
+
+def train_together(
+    trainees: Sequence[Trainee],
+    plan_of: Callable[[int], Sequence[Batch]],
+    arguments: TrainingArguments,
+    *,
+    share: Callable[[Batch], Any] | None = None,
+    device: torch.device | str = "cpu",
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[TrainingResult]:
+    """Train models in place over `arguments.num_train_epochs` epochs, step by step on the same batches.
+
+    plan_of: epoch -> its batches, equally many each epoch. share: called once for a batch on `device`; its result goes
+    to every loss_of. on_step: called with (step, total steps). A model whose loss or gradient is not finite, or whose
+    loss grows past DIVERGED, ends its own phase; nothing is raised. With a checkpoint on disk a phase goes on from it,
+    and the others catch up with it or it waits for them; the caller deletes the files (`forget`) once the outcome is
+    safe elsewhere. Where a GPU's memory does not hold all, half of them go first and the rest waits on the CPU.
     """
-    loop = _Loop(model, plan_of, loss_of, arguments, phase, torch.device(device))
-    loop.resume()
+    if not trainees:
+        return []
+    together = _Together(trainees, plan_of, arguments, share, torch.device(device))
     with _Interrupts() as interrupts:
-        for epoch in range(loop.epoch, arguments.num_train_epochs):
-            if not loop.run_epoch(plan_of(epoch), interrupts, on_step):
-                return loop.result(finished=False)
-            loop.end_epoch(after_epoch)
-            loop.stop_if(interrupts)
-        loop.model.eval()
-        loop.save_if_due(finished=True)
-    return loop.result(finished=True)
+        together.run(interrupts, on_step)
+    return [learner.result() for learner in together.learners]
 
 
 class _Interrupts:
@@ -118,94 +150,202 @@ class _Interrupts:
             raise KeyboardInterrupt
 
 
-class _Loop:
-    """A running phase: its position, sums and records, one epoch at a time, and their checkpoint."""
+class _Together:
+    """Learners in lockstep: each takes the step that is due where it stands, the one furthest behind first."""
 
-    COUNTERS = ("epoch", "position", "step", "tokens", "loss_sum", "last_loss", "records", "seconds_before")
-
-    def __init__(self, model, plan_of, loss_of, arguments: TrainingArguments, phase: Phase, device: torch.device):
-        self.model, self.loss_of, self.arguments, self.phase, self.device = model, loss_of, arguments, phase, device
-        self.batches = len(plan_of(0)) if arguments.num_train_epochs else 0
-        self.steps = -(-self.batches // arguments.gradient_accumulation_steps)
-        self.total = self.steps * arguments.num_train_epochs
-        self.optimizer = Optimizer(model, arguments, self.total)
-        self.epoch = self.position = self.step = self.tokens = 0
-        self.loss_sum = torch.zeros((), dtype=torch.float64)
-        self.last_loss = float("nan")
-        self.records: list[dict] = []
-        self.seconds_before = 0.0
+    def __init__(self, trainees, plan_of, arguments: TrainingArguments, share, device: torch.device):
+        self.plan_of, self.arguments, self.share, self.device = plan_of, arguments, share, device
+        self.plan = (0, plan_of(0)) if arguments.num_train_epochs else (0, ())
+        self.learners = [_Learner(trainee, arguments, len(self.plan[1]), device) for trainee in trainees]
+        self.width = len(self.learners)
+        self.save_every = max(trainee.phase.save_seconds for trainee in trainees)
         self.started = self.saved = time.monotonic()
 
-    def run_epoch(self, plan: Sequence[Batch], interrupts: _Interrupts, on_step) -> bool:
-        """The rest of this epoch; False where the loss or a gradient is no longer finite."""
-        if len(plan) != self.batches:
-            raise ValueError(
-                f"{self.phase.fingerprint}: epoch {self.epoch} has {len(plan)} batches, not {self.batches}"
-            )
-        self.model.train()
-        while self.position < self.steps:
-            self.run_step(plan)
-            if on_step is not None:
-                on_step(self.step, self.total)
-            if self.step % CHECK_EVERY == 0 or self.position == self.steps:
-                if not torch.isfinite(self.loss_sum).item():
-                    return False
-                self.save_if_due()
-            self.stop_if(interrupts)
-        return True
+    def run(self, interrupts: _Interrupts, on_step) -> None:
+        """All phases, to their ends; in groups of `width`, which shrinks where memory does not suffice."""
+        waiting = list(self.learners)
+        while waiting:
+            group, waiting = waiting[: self.width], waiting[self.width :]
+            for learner in group:
+                learner.to(self.device)
+            try:
+                while running := [learner for learner in group if not learner.done]:
+                    self.step(running, interrupts, on_step)
+            except torch.OutOfMemoryError:
+                if self.width == 1:
+                    raise
+                self.width = max(1, len(group) // 2)
+                waiting = group + waiting
+                for learner in group:
+                    learner.drop_gradients()
+            for learner in group:
+                if waiting:
+                    learner.to(torch.device("cpu"))
+        if time.monotonic() - self.started > self.save_every:  # worth more than doing it again
+            self.save(self.learners)
 
-    def run_step(self, plan: Sequence[Batch]) -> None:
-        """One update: forward and backward of the batches of one accumulation group, then the optimiser."""
+    def step(self, running: list["_Learner"], interrupts: _Interrupts, on_step) -> None:
+        """One update of the learners that are furthest behind, and what is due after it."""
+        begun = time.monotonic()
+        where = min(learner.where for learner in running)
+        due = [learner for learner in running if learner.where == where]
+        epoch, position = where
+        if position < due[0].steps:
+            self.update(due, epoch, position)
+            if on_step is not None:
+                on_step(due[0].step, due[0].total)
+            if due[0].step % CHECK_EVERY == 0 or position + 1 == due[0].steps:
+                for learner in due:
+                    learner.check()
+        else:
+            for learner in due:
+                learner.end_epoch()
+        for learner in due:
+            learner.seconds += (time.monotonic() - begun) / len(due)
+        if interrupts.pending:
+            self.save(running)
+            raise KeyboardInterrupt
+        if due[0].step % CHECK_EVERY == 0 or position == due[0].steps:
+            self.save_if_due(running)
+
+    def update(self, due: list["_Learner"], epoch: int, position: int) -> None:
+        """Forward and backward of the batches of one accumulation group for each learner, then its optimiser."""
+        plan = self.plan_for(epoch)
         accumulate = self.arguments.gradient_accumulation_steps
-        group = range(self.position * accumulate, min((self.position + 1) * accumulate, self.batches))
+        group = range(position * accumulate, min((position + 1) * accumulate, len(plan)))
         for index in group:
-            torch.manual_seed(random.key(self.phase.seed, *self.phase.name, "step", self.epoch, index))
             batch = plan[index]
-            self.tokens += batch.tokens
-            with gradients_in_place():
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.arguments.bf16):
-                    loss = self.loss_of(batch.to(self.device), self.epoch * self.batches + index)
-                (loss / len(group)).backward()
-            self.loss_sum = self.loss_sum.to(loss.device) + loss.detach().double()
+            tokens, batch = batch.tokens, batch.to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.arguments.bf16):
+                shared = self.share(batch) if self.share is not None else None
+            for learner in due:
+                learner.learn(batch, index, shared, tokens, len(group))
+                if index == group[-1]:
+                    learner.update()
+
+    def plan_for(self, epoch: int) -> Sequence[Batch]:
+        """The batches of an epoch, drawn once."""
+        if self.plan[0] != epoch:
+            plan, learner = self.plan_of(epoch), self.learners[0]
+            if len(plan) != learner.batches:
+                name = learner.phase.fingerprint
+                raise ValueError(f"{name}: epoch {epoch} has {len(plan)} batches, not {learner.batches}")
+            self.plan = epoch, plan
+        return self.plan[1]
+
+    def save_if_due(self, learners: list["_Learner"]) -> None:
+        """Save where the last save is long enough ago."""
+        if time.monotonic() - self.saved > self.save_every:
+            self.save(learners)
+
+    def save(self, learners: list["_Learner"]) -> None:
+        """Write the checkpoints; the longer that takes, the longer until the next."""
+        begun = time.monotonic()
+        for learner in learners:
+            learner.save()
+        self.saved = time.monotonic()
+        self.save_every = max(self.save_every, (self.saved - begun) / SAVING_SHARE)
+
+
+class _Learner:
+    """A model in training: its position, optimiser, sums and records, and their checkpoint."""
+
+    COUNTERS = (
+        "epoch", "position", "step", "tokens", "loss_sum", "window_sum", "window_steps", "first_window", "last_loss",
+        "records", "seconds",
+    )  # fmt: skip
+
+    def __init__(self, trainee: Trainee, arguments: TrainingArguments, batches: int, device: torch.device):
+        self.model, self.loss_of, self.phase = trainee.model, trainee.loss_of, trainee.phase
+        self.after_epoch, self.arguments, self.batches, self.device = trainee.after_epoch, arguments, batches, device
+        self.steps = -(-batches // arguments.gradient_accumulation_steps)
+        self.total = self.steps * arguments.num_train_epochs
+        self.optimizer = Optimizer(self.model, arguments, self.total)
+        self.epoch = self.position = self.step = self.tokens = self.window_steps = 0
+        self.loss_sum = self.window_sum = self.pending = torch.zeros((), dtype=torch.float64)
+        self.pending_tokens = 0
+        self.last_loss = float("nan")
+        self.first_window: float | None = None
+        self.records: list[dict] = []
+        self.seconds, self.diverged = 0.0, ""
+        self.resume()
+        if self.done:
+            self.model.eval()
+
+    @property
+    def where(self) -> tuple[int, int]:
+        """Epoch and step of the epoch that is due."""
+        return self.epoch, self.position
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left of its phase."""
+        return bool(self.diverged) or self.epoch >= self.arguments.num_train_epochs
+
+    def learn(self, batch: Batch, index: int, shared, tokens: int, of: int) -> None:
+        """Add the gradient of one batch, the `of`-th part of an update."""
+        if not self.model.training:
+            self.model.train()
+        torch.manual_seed(random.key(self.phase.seed, *self.phase.name, "step", self.epoch, index))
+        with gradients_in_place():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.arguments.bf16):
+                loss = self.loss_of(batch, self.epoch * self.batches + index, shared)
+            (loss / of).backward()
+        self.pending = self.pending.to(loss.device) + loss.detach().double()
+        self.pending_tokens += tokens
+
+    def update(self) -> None:
+        """One step of the optimiser, and what it was worth."""
         norm = self.optimizer.step(self.step)
-        self.loss_sum = self.loss_sum + 0 * norm.double()  # a gradient that is not finite shows in the sum
+        mean = self.pending + 0 * norm.double()  # a gradient that is not finite shows in the sums
+        self.loss_sum = self.loss_sum.to(mean.device) + mean
+        self.window_sum = self.window_sum.to(mean.device) + mean
+        self.tokens += self.pending_tokens
+        self.pending, self.pending_tokens = torch.zeros_like(self.pending), 0
         self.step += 1
         self.position += 1
+        self.window_steps += 1
 
-    def end_epoch(self, after_epoch) -> None:
+    def drop_gradients(self) -> None:
+        """Forget what a step has added that was not completed."""
+        self.optimizer.adamw.zero_grad(set_to_none=True)
+        self.pending, self.pending_tokens = torch.zeros_like(self.pending), 0
+
+    def check(self) -> None:
+        """Read the loss of the steps since the last check; end the phase where it diverges."""
+        window = float(self.window_sum) / max(1, self.window_steps)
+        self.window_sum, self.window_steps = torch.zeros_like(self.window_sum), 0
+        if not math.isfinite(window):
+            self.diverged = f"loss not finite at step {self.step}"
+        elif self.first_window is None:
+            self.first_window = window
+        elif window > DIVERGED * self.first_window > 0:
+            self.diverged = f"loss grown from {self.first_window:.3g} to {window:.3g} at step {self.step}"
+
+    def end_epoch(self) -> None:
         """Evaluate and note the epoch's loss."""
         self.model.eval()
-        self.records.append(after_epoch(self.epoch) if after_epoch is not None else {})
+        self.records.append(self.after_epoch(self.epoch) if self.after_epoch is not None else {})
         self.last_loss = float(self.loss_sum) / max(1, self.batches)
-        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        self.loss_sum = torch.zeros_like(self.loss_sum)
         self.epoch, self.position = self.epoch + 1, 0
 
-    def stop_if(self, interrupts: _Interrupts) -> None:
-        """Save and stop where Ctrl-C was pressed."""
-        if interrupts.pending:
-            self.save()
-            raise KeyboardInterrupt
-
-    def result(self, finished: bool) -> TrainingResult:
+    def result(self) -> TrainingResult:
         """What the phase came to."""
-        return TrainingResult(finished, self.step, self.tokens, self.seconds(), self.last_loss, self.records)
+        return TrainingResult(self.diverged, self.step, self.tokens, self.seconds, self.last_loss, self.records)
 
-    def seconds(self) -> float:
-        """Time in the loop, earlier runs up to their checkpoint included."""
-        return self.seconds_before + time.monotonic() - self.started
-
-    def save_if_due(self, finished: bool = False) -> None:
-        """Save where the last save, or for a finished phase its start, is longer ago than the phase's save_seconds."""
-        since = self.started if finished else self.saved
-        if time.monotonic() - since > self.phase.save_seconds:
-            self.save()
+    def to(self, device: torch.device) -> None:
+        """Move the model and its optimiser's state."""
+        self.model.to(device)
+        for state in self.optimizer.adamw.state.values():
+            for name, value in state.items():
+                state[name] = value.to(device) if isinstance(value, torch.Tensor) else value
 
     def save(self) -> None:
         """Write the checkpoint, where the phase keeps one."""
-        if self.phase.checkpoint is None:
+        if self.phase.checkpoint is None or self.diverged:
             return
-        self.saved = time.monotonic()
-        state = {name: getattr(self, name) for name in self.COUNTERS} | {"seconds_before": self.seconds()}
+        state = {name: getattr(self, name) for name in self.COUNTERS}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.adamw.state_dict()}
         checkpoint.save(self.phase.checkpoint, self.phase.fingerprint, state)
 

@@ -32,13 +32,40 @@ def evaluate(
     device="cpu",
 ) -> dict[str, float]:
     """The task's metrics (fractions of 1) on `split`; the first of `task.spec.metrics` ranks."""
+    scores = evaluate_rows(logits_of, task, split, batch_size, pad_token_id, device)
+    scores.pop("hits", None)
+    return scores
+
+
+def evaluate_rows(
+    logits_of: Callable[[Batch], torch.Tensor],
+    task: EncodedTask,
+    split: str = "validation",
+    batch_size: int = 128,
+    pad_token_id: int = 0,
+    device="cpu",
+) -> dict[str, float | str]:
+    """As `evaluate`; for classification with "hits" too, which rows are answered rightly (`pack_hits`)."""
     data = getattr(task, split)
     rows = predict(logits_of, BatchPlan(data, batch_size, pad_token_id=pad_token_id), device)
     if task.spec.kind == "spans":
         return metrics_of_spans(rows, task, split)
-    logits = np.stack(rows)
-    predictions = logits[:, 0] if task.spec.kind == "regression" else logits.argmax(axis=1)
-    return metrics.compute(task.spec.metrics, predictions, np.asarray(data["labels"]))
+    logits, labels = np.stack(rows), np.asarray(data["labels"])
+    if task.spec.kind == "regression":
+        return metrics.compute(task.spec.metrics, logits[:, 0], labels)
+    predictions = logits.argmax(axis=1)
+    return {**metrics.compute(task.spec.metrics, predictions, labels), "hits": pack_hits(predictions == labels)}
+
+
+def pack_hits(hits: np.ndarray) -> str:
+    """bool [rows] as text: the number of rows, then the bits in hexadecimal."""
+    return f"{len(hits)}:{np.packbits(hits).tobytes().hex()}"
+
+
+def unpack_hits(text: str) -> np.ndarray:
+    """The inverse of `pack_hits`."""
+    count, bits = text.split(":")
+    return np.unpackbits(np.frombuffer(bytes.fromhex(bits), dtype=np.uint8), count=int(count)).astype(bool)
 
 
 def metrics_of_spans(rows: list[np.ndarray], task: EncodedTask, split: str) -> dict[str, float]:

@@ -1,4 +1,5 @@
-"""One distillation step: batch in, loss out, for any student that gives a trace. The loops are in `effbert.engine`."""
+"""What a distillation compares: a teacher's outputs for a batch, and the loss of any student that gives a trace. The
+teacher's part stands apart, so that one pass of it serves many students. The loops are in `effbert.engine`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,38 +9,61 @@ from torch import nn
 
 from effbert import random
 from effbert.data.batches import Batch, BatchPlan
-from effbert.distill import distillation_losses, score_targets
+from effbert.distill import LossWeights, distillation_losses, score_targets
 from effbert.trace import ScoreTargets, Trace
 from effbert.workspace import Workspace, model_inputs
 
 TraceOf = Callable[[Batch, int, ScoreTargets | None], Trace]
 
 
-def general_loss(workspace: Workspace, trace_of: TraceOf, fit_dense: nn.Linear):
-    """Loss of general distillation for `effbert.engine.train`; trace_of takes a batch, its number in the phase and
-    what attention scores are compared with."""
+@dataclass(frozen=True)
+class Lesson:
+    """What students learn from one teacher.
 
-    weights, num_layers = workspace.config.loss, workspace.config.student.num_hidden_layers
+    teacher_of: a batch on the device -> the teacher's trace. kind: the task's, None for general distillation.
+    """
 
-    def loss_of(batch: Batch, number: int) -> torch.Tensor:
-        teacher = workspace.general_teacher.trace(*model_inputs(batch), head=False)
-        student = trace_of(batch, number, score_targets(teacher, num_layers, weights))
-        return distillation_losses(student, teacher, fit_dense, batch.attention_mask, weights).total
+    teacher_of: Callable[[Batch], Trace]
+    weights: LossWeights
+    num_layers: int
+    kind: str | None = None
 
-    return loss_of
+    def shared_loss(self, trace_of: TraceOf, fit_dense: nn.Linear) -> Callable[[Batch, int, Trace], torch.Tensor]:
+        """A student's loss for `effbert.engine.train_together`, where the teacher's trace is shared; trace_of takes a
+        batch, its number in the phase and what attention scores are compared with."""
+
+        def loss_of(batch: Batch, number: int, teacher: Trace) -> torch.Tensor:
+            student = trace_of(batch, number, score_targets(teacher, self.num_layers, self.weights))
+            labels = None if self.kind is None else batch.labels
+            return distillation_losses(
+                student, teacher, fit_dense, batch.attention_mask, self.weights, self.kind, labels
+            ).total
+
+        return loss_of
+
+    def loss(self, trace_of: TraceOf, fit_dense: nn.Linear) -> Callable[[Batch, int], torch.Tensor]:
+        """The same for `effbert.engine.train`: a single student, with a teacher's pass of its own."""
+        loss_of = self.shared_loss(trace_of, fit_dense)
+        return lambda batch, number: loss_of(batch, number, self.teacher_of(batch))
 
 
-def task_loss(workspace: Workspace, task: str, trace_of: TraceOf, fit_dense: nn.Linear):
-    """Loss of task distillation from the task's own teacher."""
-    weights, num_layers = workspace.config.loss, workspace.config.student.num_hidden_layers
-    kind, teacher_model = workspace.tasks[task].spec.kind, workspace.teachers[task]
+def general_lesson(workspace: Workspace) -> Lesson:
+    """General distillation: hidden states and attention scores."""
+    config, teacher = workspace.config, workspace.general_teacher
+    return Lesson(
+        lambda batch: teacher.trace(*model_inputs(batch), head=False), config.loss, config.student.num_hidden_layers
+    )
 
-    def loss_of(batch: Batch, number: int) -> torch.Tensor:
-        teacher = teacher_model.trace(*model_inputs(batch))
-        student = trace_of(batch, number, score_targets(teacher, num_layers, weights))
-        return distillation_losses(student, teacher, fit_dense, batch.attention_mask, weights, kind, batch.labels).total
 
-    return loss_of
+def task_lesson(workspace: Workspace, task: str) -> Lesson:
+    """Task distillation from the task's own teacher: predictions too."""
+    config, teacher = workspace.config, workspace.teachers[task]
+    return Lesson(
+        lambda batch: teacher.trace(*model_inputs(batch)),
+        config.loss,
+        config.student.num_hidden_layers,
+        workspace.tasks[task].spec.kind,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,34 @@
-"""Distilling one standalone student: general distillation on a share of the corpus, then on the task. The candidates of
-a search and the rows of its final table go through this one function."""
+"""Distilling standalone students: general distillation on a share of the corpus, then on the task. The candidates of a
+search, many at once, and the rows of its final table, one by one, go through this one function."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from effbert.config import Budget
 from effbert.data.batches import subset
-from effbert.engine import Phase, TrainingResult, train
+from effbert.engine import Phase, Trainee, TrainingResult, train_together
 from effbert.model import EffBertHeadModel
-from effbert.step import general_loss, task_loss
+from effbert.optim import TrainingArguments
+from effbert.step import general_lesson, task_lesson
 from effbert.workspace import Workspace, model_inputs
 
 
 @dataclass(frozen=True)
+class Student:
+    """A model to distil in place. Data order follows `phase.seed` alone, dropout `phase.seed` and `phase.name`.
+    after_epoch: scores it, in eval mode, after each epoch of the task."""
+
+    model: EffBertHeadModel
+    phase: Phase
+    after_epoch: Callable[[int], dict] | None = None
+
+
+@dataclass(frozen=True)
 class Distillation:
-    """What became of a student. diverged: why there is no score, or None. epochs: what `after_epoch` gave, a task epoch
+    """What became of a student. diverged: why there is no score, or "". epochs: what `after_epoch` gave, a task epoch
     each. seconds, tokens: both phases together; the phases' checkpoints are to be forgotten once this is kept."""
 
-    diverged: str | None
+    diverged: str
     epochs: list[dict]
     seconds: float
     tokens: int
@@ -26,57 +37,82 @@ class Distillation:
 
 def distil(
     workspace: Workspace,
-    model: EffBertHeadModel,
+    students: Sequence[Student],
     budget: Budget,
-    phase: Phase,
-    *,
-    after_epoch: Callable[[int], dict] | None = None,
     on_step: Callable[[int, int], None] | None = None,
-) -> Distillation:
-    """Distil `model` in place on the main task; data order and dropout follow `phase.seed` and `phase.name`."""
-    phases = phase.sub("general"), phase.sub("task")
-    result = warm_up(workspace, model, budget.general_share, budget.general_phase, phases[0], on_step)
-    results = [result]
-    if result.finished:
-        task, arguments = workspace.main_task, budget.task_phase
-        rows = subset(task.train, budget.task_share)
-        result = train(
-            model,
-            lambda epoch: workspace.plan(rows, arguments.per_device_train_batch_size, "task", epoch, phase.seed),
-            task_loss(
-                workspace,
-                task.spec.name,
-                lambda batch, number, targets: model.trace(*model_inputs(batch), targets=targets),
-                model.effbert.fit_dense,
-            ),
-            arguments,
-            phases[1],
-            device=workspace.device,
-            after_epoch=after_epoch,
-            on_step=on_step,
-        )
-        results.append(result)
-    diverged = None
-    if not result.finished:
-        diverged = f"not finite at step {result.steps} of {('general', 'task')[len(results) - 1]} distillation"
-    seconds, tokens = sum(r.seconds for r in results), sum(r.tokens for r in results)
-    return Distillation(diverged, result.epochs, seconds, tokens, phases)
-
-
-def warm_up(
-    workspace: Workspace, model: EffBertHeadModel, share: float, arguments, phase: Phase, on_step=None
-) -> TrainingResult:
-    """General distillation of `model` in place on the first `share` of the corpus."""
-    return train(
-        model,
-        lambda epoch: workspace.general_plan(share, arguments.per_device_train_batch_size, epoch, phase.seed),
-        general_loss(
-            workspace,
-            lambda batch, number, targets: model.trace(*model_inputs(batch), head=False, targets=targets),
-            model.effbert.fit_dense,
-        ),
+) -> list[Distillation]:
+    """Distil students of one seed on the main task, in step with each other and from one pass of the teacher."""
+    phases = [(student.phase.sub("general"), student.phase.sub("task")) for student in students]
+    general = warm_up(
+        workspace,
+        [Student(student.model, first) for student, (first, _) in zip(students, phases, strict=True)],
+        budget.general_share,
+        budget.general_phase,
+        on_step,
+    )
+    task, arguments = workspace.main_task, budget.task_phase
+    rows, lesson = subset(task.train, budget.task_share), task_lesson(workspace, task.spec.name)
+    going = [place for place, result in enumerate(general) if result.finished]
+    results = train_together(
+        [
+            Trainee(
+                students[place].model,
+                lesson.shared_loss(_trace_of(students[place].model), students[place].model.effbert.fit_dense),
+                phases[place][1],
+                students[place].after_epoch,
+            )
+            for place in going
+        ],
+        lambda epoch: workspace.plan(rows, arguments.per_device_train_batch_size, "task", epoch, _seed(students)),
         arguments,
-        phase,
+        share=lesson.teacher_of,
         device=workspace.device,
         on_step=on_step,
     )
+    task_of = dict(zip(going, results, strict=True))
+    return [_joined(first, task_of.get(place), phases[place]) for place, first in enumerate(general)]
+
+
+def warm_up(
+    workspace: Workspace,
+    students: Sequence[Student],
+    share: float,
+    arguments: TrainingArguments,
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[TrainingResult]:
+    """General distillation in place on the first `share` of the corpus."""
+    lesson = general_lesson(workspace)
+    return train_together(
+        [
+            Trainee(
+                student.model,
+                lesson.shared_loss(_trace_of(student.model, head=False), student.model.effbert.fit_dense),
+                student.phase,
+            )
+            for student in students
+        ],
+        lambda epoch: workspace.general_plan(share, arguments.per_device_train_batch_size, epoch, _seed(students)),
+        arguments,
+        share=lesson.teacher_of,
+        device=workspace.device,
+        on_step=on_step,
+    )
+
+
+def _trace_of(model: EffBertHeadModel, head: bool = True):
+    return lambda batch, number, targets: model.trace(*model_inputs(batch), head=head, targets=targets)
+
+
+def _seed(students: Sequence[Student]) -> int:
+    seeds = {student.phase.seed for student in students}
+    if len(seeds) != 1:
+        raise ValueError(f"students that learn together need one seed, not {sorted(seeds)}: it orders their data")
+    return seeds.pop()
+
+
+def _joined(general: TrainingResult, task: TrainingResult | None, phases: tuple[Phase, Phase]) -> Distillation:
+    results = {"general": general} if task is None else {"general": general, "task": task}
+    name, last = list(results.items())[-1]
+    diverged = f"{last.diverged} of {name} distillation" if last.diverged else ""
+    seconds, tokens = (sum(getattr(result, cost) for result in results.values()) for cost in ("seconds", "tokens"))
+    return Distillation(diverged, last.epochs, seconds, tokens, phases)

@@ -101,8 +101,15 @@ class Workspace:
 
     def plan(self, data, batch_size: int, name: str, epoch: int, seed: int | None = None) -> BatchPlan:
         """Shuffled batches of any encoded data; `seed` None is the run's."""
-        seed = self.config.seed if seed is None else seed
-        return BatchPlan(data, batch_size, pad_token_id=self.pad_token_id, seed=seed, name=name, epoch=epoch)
+        return BatchPlan(
+            data,
+            batch_size,
+            pad_token_id=self.pad_token_id,
+            seed=self.config.seed if seed is None else seed,
+            name=name,
+            epoch=epoch,
+            buckets=(self.config.max_length,) if self.config.pad_to_max_length else None,
+        )
 
 
 def open_workspace(config: SearchConfig, folder: Path, say: Say) -> Workspace:
@@ -420,7 +427,7 @@ def show(scores: dict[str, float]) -> str:
 def must_finish(result: TrainingResult, what: str, flag: str) -> None:
     """ValueError where a phase that everything rests on diverged; `flag` is the one that may help."""
     if not result.finished:
-        raise ValueError(f"{what} diverged (not finite after {result.steps} steps): lower {flag}")
+        raise ValueError(f"{what} diverged ({result.diverged}): lower {flag}")
 
 
 def keep(model, target: Path, *results: TrainingResult, tokenizer=None) -> None:

@@ -21,7 +21,7 @@ from effbert.files import atomic_dir, write_atomic
 from effbert.model import EffBertConfig, EffBertHeadModel, new_student
 from effbert.search.progress import Reporter
 from effbert.search.space import Space
-from effbert.student import distil, warm_up
+from effbert.student import Student, distil, warm_up
 from effbert.supernet import Supernet, derive_config
 from effbert.workspace import Workspace, model_inputs, must_finish, show
 
@@ -71,7 +71,7 @@ def final_row(workspace: Workspace, supernet: Supernet, row: Row, repeat: int, r
     if not file.exists():
         on_step = reporter.steps(f"final {row.name}")
         model, warm_seconds = initial_model(workspace, supernet, row, warm, on_step)
-        student = distil(workspace, model, config.final, phase, on_step=on_step)
+        (student,) = distil(workspace, [Student(model, phase)], config.final, on_step)
         if student.diverged:
             raise ValueError(f"final {row.name}: {student.diverged}: lower the learning rates of --final")
         result = {
@@ -101,7 +101,7 @@ def initial_model(workspace: Workspace, supernet: Supernet, row: Row, warm: Phas
         plain = derive_config(supernet.config, row.architecture, intermediate_size=row.plain_width)
         torch.manual_seed(random.key(warm.seed, "final", row.name, "init"))
         model = new_student(plain, spec.kind, spec.labels).to(workspace.device)
-        result = warm_up(workspace, model, 1.0, config.supernet, warm, on_step)
+        (result,) = warm_up(workspace, [Student(model, warm)], 1.0, config.supernet, on_step)
         must_finish(result, f"the warm-up of {row.name}", "--supernet.learning_rate")
         seconds = result.seconds
     else:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from effbert.architecture import Architecture
-from effbert.search.sampler import Seen, is_failed
+from effbert.search.indicators import Indicators
+from effbert.search.sampler import RememberingSampler
 from effbert.search.space import Space
 
 EXPLORATION = 0.3
@@ -25,7 +26,7 @@ CANDIDATES = 32
 LEAF_SIZE = 10
 
 
-class LanasSampler:
+class LanasSampler(RememberingSampler):
     """Random until `initial` architectures have a value, then from a partition refitted every `refit_every` values.
 
     `fallbacks` counts the proposals for which no candidate was classified into the chosen leaf; the one that came
@@ -35,29 +36,21 @@ class LanasSampler:
     def __init__(self, space: Space, initial: int = 80, refit_every: int = 10):
         if initial < 2 or refit_every < 1:
             raise ValueError(f"lanas needs initial >= 2 and refit_every >= 1; got {initial} and {refit_every}")
-        self.space, self.initial, self.refit_every = space, initial, refit_every
-        self.seen = Seen(space)
+        super().__init__(space)
+        self.initial, self.refit_every = initial, refit_every
         self.fallbacks = 0
         self._scored: list[Architecture] = []
         self._codes: list[np.ndarray] = []
         self._values: list[float] = []
         self._partition: Partition | None = None
 
-    def tell(self, architecture: Architecture, value: float | None) -> None:
-        self.seen.told(architecture)
-        if is_failed(value):
-            return
+    def _propose(self, rng: np.random.Generator) -> Architecture:
+        return self._sample_new(rng) if len(self._values) < self.initial else self._from_best_leaf(rng)
+
+    def _learn(self, architecture: Architecture, value: float) -> None:
         self._scored.append(architecture)
         self._codes.append(np.asarray(self.space.encode(architecture)).ravel())
-        self._values.append(float(value))
-
-    def ask(self, rng: np.random.Generator) -> Architecture:
-        if len(self._values) < self.initial:
-            architecture = self.seen.new(lambda: self.space.sample(rng))
-        else:
-            architecture = self._from_best_leaf(rng)
-        self.seen.asked(architecture)
-        return architecture
+        self._values.append(value)
 
     def _from_best_leaf(self, rng: np.random.Generator) -> Architecture:
         partition = self._refitted()
@@ -91,7 +84,7 @@ class LanasSampler:
                 found += 1
                 yield drawn
         if not found:
-            yield self.seen.new(lambda: self.space.sample(rng))
+            yield self._sample_new(rng)
 
 
 def best_leaf(values: np.ndarray, leaf_of: np.ndarray, leaves: int) -> int:
@@ -126,9 +119,10 @@ class Partition:
     paths: list[tuple[tuple[int, bool], ...]] = field(default_factory=list, init=False)
     fitted_leaf_of: np.ndarray = field(init=False)
     _weights: list[np.ndarray] = field(default_factory=list, init=False)
+    _indicators: Indicators = field(init=False)
 
     def __post_init__(self):
-        self._levels = [np.unique(column) for column in self.codes.T]
+        self._indicators = Indicators(self.codes)
         self.fitted_leaf_of = np.zeros(len(self.values), dtype=int)
         self._grow(self._indicators(self.codes), np.arange(len(self.values)), ())
 
@@ -171,17 +165,13 @@ class Partition:
         """[M, splits]; positive means good."""
         if not self._weights or not len(codes):
             return np.zeros((len(codes), len(self._weights)))
-        return self._indicators(codes) @ np.array(self._weights).T
-
-    def _indicators(self, codes: np.ndarray) -> np.ndarray:
-        """float64 [M, values seen over all columns + 1]: which value each column has, and a one."""
-        columns = [codes[:, i, None] == levels for i, levels in enumerate(self._levels)]
-        return np.concatenate([*columns, np.ones((len(codes), 1), dtype=bool)], axis=1).astype(float)
+        weights = np.array(self._weights)
+        return self._indicators(codes) @ weights[:, :-1].T + weights[:, -1]
 
 
 def _fit(features: np.ndarray, good: np.ndarray) -> np.ndarray:
-    """Logistic regression with an L2 penalty; weights [F] for features [M, F], the intercept last."""
+    """Logistic regression with an L2 penalty; weights [F + 1] for features [M, F], the intercept last."""
     from sklearn.linear_model import LogisticRegression
 
-    model = LogisticRegression(max_iter=300).fit(features[:, :-1], good)
+    model = LogisticRegression(max_iter=300).fit(features, good)
     return np.append(model.coef_[0], model.intercept_[0])

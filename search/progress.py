@@ -66,15 +66,20 @@ class StageLine:
 
     def __init__(self, reporter: Reporter, name: str, total: int, done: int):
         self.reporter, self.name, self.total, self.done, self.first = reporter, name, total, done, done
-        self.started = time.monotonic()
+        self.started, self.best = time.monotonic(), "none"
         self._line = reporter._live.add_task(name, total=total, completed=done)
 
     def advance(self, text: str, best: str) -> None:
         """One more candidate is done; `text` says how it came out."""
+        self.best = best
+        self.done_one(text)
+
+    def done_one(self, text: str) -> None:
+        """The same for one that does not change what is best."""
         self.done += 1
         state = f"{self.name} {self.done}/{self.total}"
-        self.reporter.say(f"{state}  {text}  best {best}  left {self.time_left()}")
-        self.reporter._live.update(self._line, completed=self.done, description=f"{state}  best {best}")
+        self.reporter.say(f"{state}  {text}  best {self.best}  left {self.time_left()}")
+        self.reporter._live.update(self._line, completed=self.done, description=f"{state}  best {self.best}")
 
     def time_left(self) -> str:
         """Minutes and seconds for the rest of the stage, from the mean of the candidates done in this process."""

@@ -13,15 +13,10 @@ from effbert.config import SearchConfig, as_dict
 from effbert.files import remove_partial, write_atomic
 from effbert.search import report
 from effbert.search.final import final_row, rows, teacher_row
+from effbert.search.population import trained_candidates
 from effbert.search.progress import Reporter
 from effbert.search.space import ArchitectureSpace
-from effbert.search.stages import (
-    search_stage,
-    shared_candidate,
-    shared_supernet,
-    trained_candidate,
-    warm_supernet,
-)
+from effbert.search.stages import search_stage, shared_candidates, shared_supernet, warm_supernet
 from effbert.search.study import RunFolder, Study
 from effbert.workspace import Workspace, open_teachers, open_workspace
 
@@ -66,12 +61,12 @@ def three_stages(workspace: Workspace, coarse: ArchitectureSpace, study: Study, 
         reporter.say(f"{name}: {best}")
         return best
 
-    evaluate = trained_candidate(workspace, supernet, "stage1", config.stage1, reporter)
+    evaluate = trained_candidates(workspace, supernet, "stage1", config.stage1, reporter)
     found = run("stage1", config.stage1, coarse, evaluate, None)
-    evaluate = trained_candidate(workspace, supernet, "stage2", config.stage2, reporter)
+    evaluate = trained_candidates(workspace, supernet, "stage2", config.stage2, reporter)
     found = run("stage2", config.stage2, space("operations", found), evaluate, found)
     fine = space("fine", found)
-    evaluate = shared_candidate(workspace, shared_supernet(workspace, supernet, fine, config.stage3, reporter))
+    evaluate = shared_candidates(workspace, shared_supernet(workspace, supernet, fine, config.stage3, reporter))
     return run("stage3", config.stage3, fine, evaluate, found)
 
 

@@ -2,10 +2,11 @@
 
 A sampler knows a space only through `effbert.search.space.Space`. What it asks for depends on what it was told, in
 order, on what it has asked for and not been told, and on the generator it is handed: so a resumed search rebuilds it by
-telling it the study once more. No sampler proposes a key twice.
+telling it the study once more, and naming what is still open. No sampler proposes a key twice.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from effbert.architecture import Architecture
 from effbert.search.space import Space
 
 MAX_TRIES = 10_000
-SAMPLERS = ("random", "lanas")
+SAMPLERS = ("random", "evolution", "lanas", "predictor")
 
 
 class SpaceExhausted(ValueError):
@@ -28,6 +29,12 @@ class Sampler(Protocol):
     def ask(self, rng: np.random.Generator) -> Architecture:
         """A new architecture to evaluate. Raises SpaceExhausted where none is left."""
 
+    def asked(self, architecture: Architecture) -> None:
+        """An architecture that an earlier sampler proposed and that has no value yet: it is not proposed again.
+
+        The order of several does not matter. ValueError if it was told before.
+        """
+
     def tell(self, architecture: Architecture, value: float | None) -> None:
         """The fitness (higher is better) of an architecture, asked for or not; None or not finite: it failed.
 
@@ -35,31 +42,71 @@ class Sampler(Protocol):
         """
 
 
-def make_sampler(name: str, space: Space, initial: int = 80, refit_every: int = 10) -> Sampler:
-    """`random`, or `lanas` with `initial` random architectures first and a refit every `refit_every` values."""
+def make_sampler(name: str, space: Space, initial: int | None = None, refit_every: int | None = None) -> Sampler:
+    """The sampler of this name, one of SAMPLERS. None: the sampler's own default.
+
+    initial: random architectures first; `evolution` keeps as many as its population, with a tournament of a quarter.
+    refit_every: `lanas` and `predictor` learn anew every so many values.
+    """
+    counts = {"initial": initial, "refit_every": refit_every}
+    given = {argument: count for argument, count in counts.items() if count is not None}
     if name == "random":
         return RandomSampler(space)
+    if name == "evolution":
+        from effbert.search.evolution import EvolutionSampler
+
+        return EvolutionSampler(space) if initial is None else EvolutionSampler(space, initial, max(2, initial // 4))
     if name == "lanas":
         from effbert.search.partition import LanasSampler
 
-        return LanasSampler(space, initial, refit_every)
+        return LanasSampler(space, **given)
+    if name == "predictor":
+        from effbert.search.predictor import PredictorSampler
+
+        return PredictorSampler(space, **given)
     raise ValueError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
 
 
-class RandomSampler:
-    """New architectures as the space draws them; the baseline that every sampler has to beat."""
+class RememberingSampler(ABC):
+    """What all samplers share: what was seen is not proposed again. A kind of sampler says how it proposes and learns."""
 
     def __init__(self, space: Space):
         self.space = space
         self.seen = Seen(space)
 
     def ask(self, rng: np.random.Generator) -> Architecture:
-        architecture = self.seen.new(lambda: self.space.sample(rng))
+        architecture = self._propose(rng)
         self.seen.asked(architecture)
         return architecture
 
+    def asked(self, architecture: Architecture) -> None:
+        self.seen.asked(architecture)
+
     def tell(self, architecture: Architecture, value: float | None) -> None:
         self.seen.told(architecture)
+        if not is_failed(value):
+            self._learn(architecture, float(value))
+
+    @abstractmethod
+    def _propose(self, rng: np.random.Generator) -> Architecture:
+        """An architecture that was not seen; SpaceExhausted where none is left."""
+
+    @abstractmethod
+    def _learn(self, architecture: Architecture, value: float) -> None:
+        """Take note of a finite value."""
+
+    def _sample_new(self, rng: np.random.Generator) -> Architecture:
+        return self.seen.new(lambda: self.space.sample(rng))
+
+
+class RandomSampler(RememberingSampler):
+    """New architectures as the space draws them; the baseline that every sampler has to beat."""
+
+    def _propose(self, rng: np.random.Generator) -> Architecture:
+        return self._sample_new(rng)
+
+    def _learn(self, architecture: Architecture, value: float) -> None:
+        """Nothing: no value changes what is drawn."""
 
 
 class Seen:
@@ -74,8 +121,14 @@ class Seen:
         key = self._key(architecture)
         return key in self._told or key in self._asked
 
+    def __len__(self) -> int:
+        return len(self._told | self._asked)
+
     def asked(self, architecture: Architecture) -> None:
-        self._asked.add(self._key(architecture))
+        key = self._key(architecture)
+        if key in self._told:
+            raise ValueError(f"asked for after it was told: {key}")
+        self._asked.add(key)
 
     def told(self, architecture: Architecture) -> None:
         key = self._key(architecture)
@@ -92,7 +145,7 @@ class Seen:
                 return architecture
         raise SpaceExhausted(
             f"the search space is exhausted: {MAX_TRIES:,} draws gave no new architecture beside the "
-            f"{len(self._told | self._asked):,} seen; evaluate fewer candidates or widen the space"
+            f"{len(self):,} seen; evaluate fewer candidates or widen the space"
         )
 
 

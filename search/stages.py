@@ -1,12 +1,12 @@
 """The warm-up and the three stages, each from a distilled supernet, chained without a person in between.
 
-Stages 1 and 2 extract every candidate from the warm supernet and train it by itself; stage 3 trains one supernet with a
-sampled architecture a step and scores candidates on it without training. A candidate is in the study before it starts
-and its value is there before the next begins.
+A stage goes by cohorts: the sampler proposes a cohort of candidates, all are evaluated rung by rung, and the sampler is
+told how they did before it proposes the next. Stages 1 and 2 extract every candidate from the warm supernet and train
+it; stage 3 trains one supernet with a sampled architecture a step and scores candidates on it without training. A
+candidate is in the study before it starts, and each of its values as soon as it is there.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,28 +17,17 @@ from effbert.checkpoint import own_memory
 from effbert.config import SearchStage
 from effbert.data.batches import subset
 from effbert.engine import Phase, forget, train
-from effbert.search.progress import Reporter
-from effbert.search.sampler import SpaceExhausted, make_sampler
+from effbert.evaluate import evaluate_rows
+from effbert.search.agreement import paired_difference
+from effbert.search.budget import fitness, ladder, survivors
+from effbert.search.population import Evaluate, Member, Outcome
+from effbert.search.progress import Reporter, StageLine
+from effbert.search.sampler import Sampler, SpaceExhausted, make_sampler
 from effbert.search.space import Space
-from effbert.search.study import StageStudy
-from effbert.step import MixedPlan, general_loss, task_loss
-from effbert.student import distil
+from effbert.search.study import Evaluation, StageStudy
+from effbert.step import MixedPlan, general_lesson, task_lesson
 from effbert.supernet import Supernet, supernet_config
-from effbert.workspace import Workspace, keep, model_inputs, must_finish, score
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A candidate's value, or None and why it diverged; attrs are JSON values kept beside it. phases: whose checkpoints
-    can go once the outcome is in the study."""
-
-    value: float | None
-    attrs: dict = field(default_factory=dict)
-    diverged: str = ""
-    phases: tuple[Phase, ...] = ()
-
-
-Evaluate = Callable[[int, Architecture], Outcome]
+from effbert.workspace import Workspace, keep, model_inputs, must_finish
 
 
 def search_stage(
@@ -51,101 +40,154 @@ def search_stage(
     first: Architecture | None,
     reporter: Reporter,
 ) -> Architecture:
-    """Ask, evaluate, tell, until the study holds settings.num_candidates; returns the best architecture.
+    """Cohort after cohort, until the study holds settings.num_candidates; returns the best architecture.
 
     first: the architecture the stage starts from, evaluated as candidate 0. The sampler's state is rebuilt from the
     study alone. A space with fewer architectures ends the stage early. ValueError where every candidate diverged.
     """
     sampler = make_sampler(settings.sampler, space, settings.initial_samples, settings.refit_every)
-    evaluations = stage.evaluations()
-    for evaluation in evaluations:
-        sampler.tell(Architecture.parse(evaluation.architecture), evaluation.value)
-    line = reporter.stage(name, settings.num_candidates, len(evaluations))
-    for number in range(len(evaluations), settings.num_candidates):
-        pending = stage.pending()
-        if pending is not None:
-            architecture = Architecture.parse(pending.architecture)
-        elif number == 0 and first is not None:
-            architecture = first
-        else:
-            try:
-                architecture = sampler.ask(random.generator(seed, name, "ask", number))
-            except SpaceExhausted as exhausted:
-                reporter.say(f"{name} ends after {number} candidates: {exhausted}")
-                break
-        if pending is None:
-            stage.begin(number, str(architecture), space.key(architecture))
-        outcome = evaluate(number, architecture)
-        record(stage, number, outcome)
-        sampler.tell(architecture, outcome.value)
-        best = stage.best()
-        line.advance(
-            f"{outcome.diverged or f'{outcome.value:.4f}'}  {outcome.attrs['parameters']:,} parameters",
-            "none" if best is None else f"{best.value:.4f} (candidate {best.number})",
-        )
+    finished = sum(evaluation.state != "running" for evaluation in stage.evaluations())
+    line = reporter.stage(name, settings.num_candidates, finished)
+    for begin in range(0, settings.num_candidates, settings.cohort):
+        numbers = range(begin, min(begin + settings.cohort, settings.num_candidates))
+        members = propose(stage, name, space, sampler, numbers, seed, first, reporter)
+        run_cohort(stage, members, space, settings, evaluate, line)
+        cohort = [evaluation for evaluation in stage.evaluations() if evaluation.number in numbers]
+        told = fitness(cohort, len(ladder(settings, len(members))))
+        for number, architecture in members:
+            sampler.tell(architecture, told[number])
+        if len(members) < len(numbers):
+            break
     line.close()
     best = stage.best()
     if best is None:
         raise ValueError(f"{name}: every candidate diverged (loss not finite): lower the learning rates of --{name}")
+    reporter.say(f"{name}: {comparison(stage.evaluations(), best)}")
     return Architecture.parse(best.architecture)
 
 
-def record(stage: StageStudy, number: int, outcome: Outcome) -> None:
-    """Commit an outcome, and only then let its checkpoints go."""
+def propose(
+    stage: StageStudy,
+    name: str,
+    space: Space,
+    sampler: Sampler,
+    numbers: range,
+    seed: int,
+    first: Architecture | None,
+    reporter: Reporter,
+) -> list[Member]:
+    """The candidates of a cohort: those the study has, then new ones, each committed as it is proposed; fewer than
+    `numbers` where the space has no more."""
+    known = {evaluation.number: Architecture.parse(evaluation.architecture) for evaluation in stage.evaluations()}
+    members = []
+    for number in numbers:
+        if number in known:
+            architecture = known[number]
+            sampler.asked(architecture)
+        else:
+            if number == 0 and first is not None:
+                architecture = first
+                sampler.asked(architecture)
+            else:
+                try:
+                    architecture = sampler.ask(random.generator(seed, name, "ask", number))
+                except SpaceExhausted as exhausted:
+                    reporter.say(f"{name} ends after {number} candidates: {exhausted}")
+                    break
+            stage.begin(number, str(architecture), space.key(architecture))
+        members.append((number, architecture))
+    return members
+
+
+def run_cohort(
+    stage: StageStudy,
+    members: Sequence[Member],
+    space: Space,
+    settings: SearchStage,
+    evaluate: Evaluate,
+    line: StageLine,
+) -> None:
+    """Every rung of a cohort, from where the study says it stands: evaluate, then drop all but the best."""
+    keys = {number: space.key(architecture) for number, architecture in members}
+    rungs = ladder(settings, len(members))
+    for index, rung in enumerate(rungs):
+        last = rung is rungs[-1]
+        running = _running(stage, keys)
+        due = [member for member in members if member[0] in running and len(_rungs(running[member[0]])) == index]
+        for number, outcome in evaluate(due, rung.share) if due else ():
+            record(stage, running[number], index, last, outcome)
+            if last or outcome.diverged:
+                _show(stage, line, outcome)
+        if not last:
+            values = {number: _rungs(found)[index] for number, found in _running(stage, keys).items()}
+            for number in sorted(values.keys() - set(survivors(values, keys, rungs[index + 1].places))):
+                stage.prune(number)
+                line.done_one(f"candidate {number} stops at {values[number]:.4f}, {rung.share:.2g} of the budget")
+
+
+def _running(stage: StageStudy, numbers) -> dict[int, Evaluation]:
+    return {e.number: e for e in stage.evaluations() if e.state == "running" and e.number in numbers}
+
+
+def _rungs(evaluation: Evaluation) -> list[float]:
+    return evaluation.attrs.get("rungs", [])
+
+
+def record(stage: StageStudy, before: Evaluation, rung: int, last: bool, outcome: Outcome) -> None:
+    """Commit what a rung gave, its costs added to those of the rungs before, and only then let its checkpoints go."""
+    number, attrs = before.number, dict(outcome.attrs)
+    for cost in ("seconds", "tokens"):
+        if cost in attrs:
+            attrs[cost] += before.attrs.get(cost, 0)
     if outcome.value is None:
-        stage.fail(number, outcome.diverged, **outcome.attrs)
+        stage.fail(number, outcome.diverged, **attrs)
+    elif last:
+        stage.complete(number, outcome.value, **attrs)
     else:
-        stage.complete(number, outcome.value, **outcome.attrs)
+        stage.report(number, rung, outcome.value, **attrs)
     forget(outcome.phases)
 
 
-def trained_candidate(
-    workspace: Workspace, supernet: Supernet, name: str, settings: SearchStage, reporter: Reporter
-) -> Evaluate:
-    """Evaluation of stages 1 and 2: extract, distil on shares of corpus and task; valued by its best epoch."""
-    config, task = workspace.config, workspace.main_task
-    metric = task.spec.metrics[0]
-    folder = workspace.folder / name
-    folder.mkdir(exist_ok=True)
-    on_step = reporter.steps(f"{name} candidate")
-
-    def evaluate(number: int, architecture: Architecture) -> Outcome:
-        model = supernet.extract(architecture, task.spec.name).to(workspace.device)
-        phase = Phase((name, number), config.seed, folder / f"candidate-{number}.pt", str(architecture))
-        student = distil(
-            workspace,
-            model,
-            settings,
-            phase,
-            after_epoch=lambda epoch: score(workspace, lambda batch: model.trace(*model_inputs(batch)).logits, task),
-            on_step=on_step,
-        )
-        attrs = {
-            "parameters": count_parameters(architecture, model.config).total_with_projection,
-            "seconds": student.seconds,
-            "tokens": student.tokens,
-        }
-        if student.diverged:
-            return Outcome(None, attrs, student.diverged, student.phases)
-        best = max(range(len(student.epochs)), key=lambda epoch: student.epochs[epoch][metric])
-        attrs |= {"scores": student.epochs[best], "epochs": student.epochs, "best_epoch": best}
-        return Outcome(student.epochs[best][metric], attrs, phases=student.phases)
-
-    return evaluate
+def _show(stage: StageStudy, line: StageLine, outcome: Outcome) -> None:
+    best = stage.best()
+    line.advance(
+        f"{outcome.diverged or f'{outcome.value:.4f}'}  {outcome.attrs['parameters']:,} parameters",
+        "none" if best is None else f"{best.value:.4f} (candidate {best.number})",
+    )
 
 
-def shared_candidate(workspace: Workspace, supernet: Supernet) -> Evaluate:
+def comparison(evaluations: Sequence[Evaluation], best: Evaluation) -> str:
+    """The best candidate beside the second best, row by row where their answers are known."""
+    others = [e for e in evaluations if e.state == "complete" and e.number != best.number]
+    text = f"candidate {best.number} is best with {best.value:.4f}"
+    if not others:
+        return text
+    second = max(others, key=lambda e: (e.value, -e.number))
+    text += f", candidate {second.number} second with {second.value:.4f}"
+    if "hits" in best.attrs and "hits" in second.attrs:
+        text += f"; difference in accuracy {paired_difference(best.attrs['hits'], second.attrs['hits'])}"
+    return text
+
+
+def shared_candidates(workspace: Workspace, supernet: Supernet) -> Evaluate:
     """Evaluation of stage 3: the shared weights' score on the whole ranking split, without training."""
     task = workspace.main_task
 
-    def evaluate(number: int, architecture: Architecture) -> Outcome:
-        scores = score(
-            workspace,
+    def score(architecture: Architecture) -> dict:
+        return evaluate_rows(
             lambda batch: supernet.trace(*model_inputs(batch), architecture, task.spec.name).logits,
             task,
+            pad_token_id=workspace.pad_token_id,
+            device=workspace.device,
         )
-        parameters = count_parameters(architecture, supernet.config).total_with_projection
-        return Outcome(scores[task.spec.metrics[0]], {"parameters": parameters, "scores": scores})
+
+    def evaluate(members: Sequence[Member], share: float) -> Iterator[tuple[int, Outcome]]:
+        for number, architecture in members:
+            scores = score(architecture)
+            attrs = {"parameters": count_parameters(architecture, supernet.config).total_with_projection}
+            if "hits" in scores:
+                attrs["hits"] = scores.pop("hits")
+            yield number, Outcome(scores[task.spec.metrics[0]], attrs | {"scores": scores})
 
     return evaluate
 
@@ -163,8 +205,7 @@ def warm_supernet(workspace: Workspace, reporter: Reporter) -> Supernet:
         result = train(
             supernet,
             lambda epoch: workspace.general_plan(1.0, config.supernet.per_device_train_batch_size, epoch),
-            general_loss(
-                workspace,
+            general_lesson(workspace).loss(
                 lambda batch, number, targets: supernet.trace(*model_inputs(batch), targets=targets),
                 supernet.effbert.fit_dense,
             ),
@@ -209,14 +250,16 @@ def shared_supernet(
         result = train(
             warm,
             lambda epoch: workspace.general_plan(settings.general_share, general.per_device_train_batch_size, epoch),
-            general_loss(workspace, trace_of("general"), fit_dense),
+            general_lesson(workspace).loss(trace_of("general"), fit_dense),
             general,
             phases[0],
             device=workspace.device,
             on_step=on_step,
         )
         must_finish(result, "stage 3's general distillation", "--stage3.general_phase.learning_rate")
-        losses = {name: task_loss(workspace, name, trace_of("tasks", name), fit_dense) for name in workspace.tasks}
+        losses = {
+            name: task_lesson(workspace, name).loss(trace_of("tasks", name), fit_dense) for name in workspace.tasks
+        }
         tasks_result = train(
             warm,
             lambda epoch: mixed_tasks(workspace, settings, epoch),

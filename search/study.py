@@ -1,9 +1,9 @@
 """The study on disk: what a search has evaluated, and the folder it lives in.
 
-One Optuna study per stage, in SQLite (`<output_dir>/study.db`). A candidate is one
-trial: its architecture text is committed, in the transaction that creates the trial, before its evaluation begins, and
-its value before the next candidate begins. So a process killed anywhere leaves at most one candidate without a value,
-and the next run evaluates that one again under the same number.
+One Optuna study per stage, in SQLite (`<output_dir>/study.db`). A candidate is one trial: its architecture text is
+committed, in the transaction that creates the trial, before its evaluation begins, and each value as soon as it is
+there. So a process killed anywhere leaves candidates that were begun and not finished, and the next run goes on with
+those under the same numbers.
 """
 
 import fcntl
@@ -26,7 +26,8 @@ LOCK_FILE = ".lock"
 
 _CONFIG_KEY = "effbert_run"
 _MAX_DIFFERENCES = 5
-_NUMBER, _ARCHITECTURE, _KEY, _REASON = "number", "architecture", "key", "reason"
+_NUMBER, _ARCHITECTURE, _KEY, _REASON, _RUNGS = "number", "architecture", "key", "reason", "rungs"
+_KEPT = (_NUMBER, _ARCHITECTURE, _KEY, _RUNGS)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Evaluation:
     """One candidate of a stage.
 
     number: the candidate's number in its stage, from 0. architecture: its text. state: "complete" (with a finite
-    value), "failed" (attrs["reason"] says why) or "running". attrs: JSON values kept beside it.
+    value), "pruned" (it did not get the whole budget), "failed" (attrs["reason"] says why) or "running". attrs: JSON
+    values kept beside it; attrs["rungs"] its values on the rungs it was evaluated on, in their order.
     """
 
     number: int
@@ -78,57 +80,67 @@ class Study:
 
 
 class StageStudy:
-    """The candidates of one stage, one at a time: begin, then complete or fail, then the next."""
+    """The candidates of one stage: each is begun, may report values on rungs, and is completed, pruned or failed."""
 
     def __init__(self, study, where: str | Path):
         self._study, self._where = study, where
 
     def evaluations(self) -> list[Evaluation]:
-        """The finished candidates, by number."""
-        return [evaluation for evaluation in self._all() if evaluation.state != "running"]
-
-    def pending(self) -> Evaluation | None:
-        """The candidate that was begun and not finished; run it again, then `complete` or `fail` its number."""
-        return next((evaluation for evaluation in self._all() if evaluation.state == "running"), None)
+        """All candidates, by number."""
+        return sorted((_evaluation(trial) for trial in self._trials()), key=lambda evaluation: evaluation.number)
 
     def best(self) -> Evaluation | None:
         """The complete candidate with the highest value, the first of equals; None if there is none."""
-        complete = [evaluation for evaluation in self._all() if evaluation.state == "complete"]
+        complete = [evaluation for evaluation in self.evaluations() if evaluation.state == "complete"]
         return max(complete, key=lambda evaluation: (evaluation.value, -evaluation.number), default=None)
 
     def begin(self, number: int, architecture_text: str, key: str) -> None:
-        """Commit a candidate before its evaluation starts. ValueError if the number is taken or another one is open."""
-        for other in self._all():
-            if other.number == number or other.state == "running":
-                raise ValueError(f"{self._where}: cannot begin candidate {number}: {other.number} is {other.state}")
+        """Commit a candidate before its evaluation starts. ValueError if the number is taken."""
+        for other in self.evaluations():
+            if other.number == number:
+                raise ValueError(f"{self._where}: cannot begin candidate {number}: it is {other.state}")
         import optuna
 
         attrs = {_NUMBER: number, _ARCHITECTURE: architecture_text, _KEY: key}
         with _errors_in_one_line(self._where):
             self._study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, user_attrs=attrs))
 
-    def complete(self, number: int, value: float, **attrs) -> None:
-        """Commit the value of the open candidate, finite, higher is better; attrs are JSON values to keep beside it."""
-        if not math.isfinite(value):
-            raise ValueError(f"candidate {number}: its value is {value}; a candidate without a finite value has failed")
-        self._finish(number, attrs, float(value))
-
-    def fail(self, number: int, reason: str, **attrs) -> None:
-        """Commit that the open candidate gave no value, and why."""
-        self._finish(number, {**attrs, _REASON: reason}, None)
-
-    def _finish(self, number: int, attrs: dict, value: float | None) -> None:
-        from optuna.trial import TrialState
-
-        for name, attr in attrs.items():
-            if name in (_NUMBER, _ARCHITECTURE, _KEY):
-                raise ValueError(f"candidate {number}: {name!r} is kept already; name the attribute otherwise")
-            json.dumps(attr)
+    def report(self, number: int, rung: int, value: float, **attrs) -> None:
+        """Commit the value of an open candidate on a rung, finite, higher is better, and JSON values beside it."""
+        _check_finite(number, value)
         trial = self._running_trial(number)
         with _errors_in_one_line(self._where):
-            for name, attr in attrs.items():
-                self._study._storage.set_trial_user_attr(trial._trial_id, name, attr)
-            self._study.tell(trial.number, value, state=TrialState.FAIL if value is None else TrialState.COMPLETE)
+            self._set(trial, number, attrs)
+            self._study._storage.set_trial_intermediate_value(trial._trial_id, rung, float(value))
+
+    def complete(self, number: int, value: float, **attrs) -> None:
+        """Commit the value of an open candidate, finite, higher is better; attrs are JSON values to keep beside it."""
+        _check_finite(number, value)
+        self._finish(number, "COMPLETE", attrs, float(value))
+
+    def prune(self, number: int, **attrs) -> None:
+        """Commit that an open candidate gets no more budget."""
+        self._finish(number, "PRUNED", attrs)
+
+    def fail(self, number: int, reason: str, **attrs) -> None:
+        """Commit that an open candidate gave no value, and why."""
+        self._finish(number, "FAIL", {**attrs, _REASON: reason})
+
+    def _finish(self, number: int, state: str, attrs: dict, value: float | None = None) -> None:
+        from optuna.trial import TrialState
+
+        trial = self._running_trial(number)
+        with _errors_in_one_line(self._where):
+            self._set(trial, number, attrs)
+            self._study.tell(trial.number, value, state=TrialState[state])
+
+    def _set(self, trial, number: int, attrs: dict) -> None:
+        for name, attr in attrs.items():
+            if name in _KEPT:
+                raise ValueError(f"candidate {number}: {name!r} is kept already; name the attribute otherwise")
+            json.dumps(attr)
+        for name, attr in attrs.items():
+            self._study._storage.set_trial_user_attr(trial._trial_id, name, attr)
 
     def _running_trial(self, number: int):
         for trial in self._trials():
@@ -139,9 +151,6 @@ class StageStudy:
     def _trials(self) -> list:
         with _errors_in_one_line(self._where):
             return self._study.get_trials(deepcopy=False)
-
-    def _all(self) -> list[Evaluation]:
-        return sorted((_evaluation(trial) for trial in self._trials()), key=lambda evaluation: evaluation.number)
 
 
 class RunFolder:
@@ -213,10 +222,17 @@ class RunFolder:
             )
 
 
+def _check_finite(number: int, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"candidate {number}: its value is {value}; a candidate without a finite value has failed")
+
+
 def _evaluation(trial) -> Evaluation:
-    attrs = {name: attr for name, attr in trial.user_attrs.items() if name not in (_NUMBER, _ARCHITECTURE, _KEY)}
-    state = {"COMPLETE": "complete", "FAIL": "failed", "RUNNING": "running"}[trial.state.name]
+    attrs = {name: attr for name, attr in trial.user_attrs.items() if name not in _KEPT}
+    state = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}[trial.state.name]
     value = trial.value if state == "complete" else None
+    rungs = [trial.intermediate_values[rung] for rung in sorted(trial.intermediate_values)]
+    attrs[_RUNGS] = rungs + [value] * (value is not None)
     return Evaluation(trial.user_attrs[_NUMBER], trial.user_attrs[_ARCHITECTURE], value, state, attrs)
 
 

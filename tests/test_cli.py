@@ -63,7 +63,7 @@ def test_an_architecture_that_is_none(capsys, text, words):
 @pytest.mark.parametrize(
     "arguments,words",
     [
-        (("nonsense",), "search, arch"),
+        (("nonsense",), "one of search, "),
         (("kernels",), "a word is missing: one of show"),
         (("kernels", "sow"), "unknown 'sow': one of show"),
         (("kernels", "show", "x"), "height"),

@@ -14,7 +14,7 @@ from torch import nn
 
 from effbert import checkpoint, files
 from effbert.data.batches import BatchPlan
-from effbert.engine import Phase, forget, train
+from effbert.engine import Phase, Trainee, forget, train, train_together
 from effbert.kernels import philox
 from effbert.optim import TrainingArguments
 
@@ -153,6 +153,95 @@ def test_other_seeds_and_names_train_differently():
     base = next(run(Phase(("p", 1), 3))[0].parameters())
     for phase in (Phase(("p", 2), 3), Phase(("p", 1), 4)):
         assert not torch.equal(base, next(run(phase)[0].parameters()))
+
+
+def together(names, arguments=ARGUMENTS, folder=None, on_step=None, spoil=None):
+    """Several Tiny models in step; `spoil(name, number)` gives a factor for the loss."""
+    models = {name: Tiny() for name in names}
+    shared = []
+
+    def trainee(name):
+        def loss_of(batch, number, numbers):
+            assert numbers == batch.indices.tolist()
+            factor = spoil(name, number) if spoil else 1.0
+            return models[name](batch) * factor
+
+        phase = Phase(("p", name), 3, folder and folder / f"{name}.pt", save_seconds=-1.0)
+        return Trainee(models[name], loss_of, phase, lambda epoch: {"epoch": epoch})
+
+    def share(batch):
+        shared.append(batch.indices.tolist())
+        return shared[-1]
+
+    results = train_together([trainee(name) for name in names], plan_of, arguments, share=share, on_step=on_step)
+    return models, dict(zip(names, results, strict=True)), shared
+
+
+def assert_same(models, others):
+    for mine, theirs in zip(models.parameters(), others.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_models_trained_together_are_the_same_as_alone_and_share_one_look_at_each_batch():
+    models, results, shared = together([1, 2, 3])
+    assert len(shared) == 3 * len(plan_of(0))
+    for name, model in models.items():
+        alone, expected = run(Phase(("p", name), 3))
+        assert_same(model, alone)
+        assert (results[name].loss, results[name].epochs) == (expected.loss, expected.epochs)
+    assert not torch.equal(models[1].out.weight, models[2].out.weight)
+
+
+@pytest.mark.parametrize("moment", [3, 7, 12])
+def test_models_that_were_saved_at_different_steps_catch_up(tmp_path, moment):
+    def kill(step, total):
+        if step == moment:
+            raise Killed
+
+    with pytest.raises(Killed):
+        together([1, 2], folder=tmp_path, on_step=kill)
+    (tmp_path / "2.pt").unlink(missing_ok=True)
+    models, results, _ = together([1, 2], folder=tmp_path)
+    for name in (1, 2):
+        alone, expected = run(Phase(("p", name), 3))
+        assert_same(models[name], alone)
+        assert (results[name].steps, results[name].tokens) == (expected.steps, expected.tokens)
+
+
+def test_one_that_diverges_stops_and_the_others_go_on():
+    arguments = TrainingArguments(learning_rate=0.001, num_train_epochs=9)
+    for factor, reason in ((float("nan"), "loss not finite"), (1e3, "loss grown from")):
+        models, results, _ = together(
+            [1, 2], arguments, spoil=lambda name, number, f=factor: f if number > 14 and name == 1 else 1.0
+        )
+        assert not results[1].finished and results[1].steps <= 15 + 20 and results[1].diverged.startswith(reason)
+        alone, _ = run(Phase(("p", 2), 3), arguments)
+        assert results[2].finished
+        assert_same(models[2], alone)
+
+
+def test_where_memory_does_not_hold_all_half_of_them_go_first():
+    failed = []
+
+    def spoil(name, number):
+        if number == 5 and name == 3 and not failed:
+            failed.append(number)
+            raise torch.OutOfMemoryError("out of memory")
+        return 1.0
+
+    models, results, shared = together([1, 2, 3, 4], spoil=spoil)
+    assert failed and all(result.finished for result in results.values())
+    for name, model in models.items():
+        assert_same(model, run(Phase(("p", name), 3))[0])
+    assert len(shared) > 3 * len(plan_of(0))
+
+
+def test_one_that_does_not_fit_alone_is_an_error():
+    def spoil(name, number):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        together([1, 2], spoil=spoil)
 
 
 def saved(tmp_path):

@@ -49,7 +49,7 @@ def outcome(folder: Path) -> dict:
     results = json.loads((folder / "results.json").read_text())
     study = Study(folder)
     stages = {
-        name: [(e.number, e.architecture, e.value, e.state) for e in study.stage(name).evaluations()]
+        name: [(e.number, e.architecture, e.value, e.state, e.attrs["rungs"]) for e in study.stage(name).evaluations()]
         for name in ("stage1", "stage2", "stage3")
     }
     final = [(row["row"], row["repeat"], row["architecture"], row["scores"]) for row in results["results"]]
@@ -75,22 +75,32 @@ def test_the_table_has_every_row_and_the_budgets_were_kept(undisturbed):
         assert line["parameters"] > 0 and line["flops"] > 0 and line["latency_ms"] > 0
         assert line["row"] in output
     stages = outcome(folder)["stages"]
-    assert [len(stages[name]) for name in ("stage1", "stage2", "stage3")] == [2, 2, 4]
+    assert [len(stages[name]) for name in ("stage1", "stage2", "stage3")] == [3, 3, 4]
     winner, plain = (next(line for line in results["table"] if line["row"] == row) for row in ("winner", "plain BERT"))
     assert plain["parameters"] == pytest.approx(winner["parameters"], rel=0.01)
+
+
+def test_halving_gives_the_whole_budget_to_the_best_of_each_cohort(undisturbed):
+    for name in ("stage1", "stage2"):
+        first, second, third = outcome(undisturbed[0])["stages"][name]
+        assert sorted([first[3], second[3]]) == ["complete", "pruned"] and third[3] == "complete"
+        kept, stopped = sorted([first, second], key=lambda e: e[3])
+        assert kept[4][0] >= stopped[4][0] and len(kept[4]) == 2 and len(stopped[4]) == 1
+        assert len(third[4]) == 1  # alone in its cohort: nothing to halve
 
 
 def test_stages_hand_over_what_they_found(undisturbed):
     from effbert.architecture import Architecture
 
     stages = outcome(undisturbed[0])["stages"]
-    best = {name: max(found, key=lambda e: e[2])[1] for name, found in stages.items()}
+    complete = {name: [e for e in found if e[3] == "complete"] for name, found in stages.items()}
+    best = {name: max(found, key=lambda e: e[2])[1] for name, found in complete.items()}
     assert stages["stage2"][0][1] == best["stage1"] and stages["stage3"][0][1] == best["stage2"]
     coarse = Architecture.parse(best["stage1"])
-    for _, text, _, _ in stages["stage2"]:
+    for _, text, *_ in stages["stage2"]:
         assert Architecture.parse(text).structures == coarse.structures
     chosen = [layer.without_structure().key for layer in Architecture.parse(best["stage2"]).layers]
-    for _, text, _, _ in stages["stage3"]:
+    for _, text, *_ in stages["stage3"]:
         assert [layer.without_structure().key for layer in Architecture.parse(text).layers] == chosen
 
 

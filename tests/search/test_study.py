@@ -25,14 +25,22 @@ def value_of(number):
     return 0.1 + (number * 7 % 5) / 3
 
 
+def finished(stage):
+    return [evaluation for evaluation in stage.evaluations() if evaluation.state != "running"]
+
+
+def pending(stage):
+    return [evaluation for evaluation in stage.evaluations() if evaluation.state == "running"]
+
+
 def run_stage(stage, count):
-    """A stage's loop: the pending candidate first, then new ones; candidate 2 fails."""
-    for number in range(len(stage.evaluations()), count):
-        pending = stage.pending()
-        if pending is None:
+    """A stage's loop: an open candidate first, then new ones; candidate 2 fails."""
+    for number in range(len(finished(stage)), count):
+        if not pending(stage):
             stage.begin(number, f"text {number}", f"key {number}")
         else:
-            assert pending == Evaluation(number, f"text {number}", None, "running", pending.attrs)
+            (there,) = pending(stage)
+            assert there == Evaluation(number, f"text {number}", None, "running", there.attrs)
         if number == 2:
             stage.fail(number, "diverged")
         else:
@@ -45,20 +53,41 @@ def test_evaluations_come_back_in_order_with_exact_values_and_attributes(tmp_pat
     assert [evaluation.number for evaluation in evaluations] == [0, 1, 2, 3]
     assert [evaluation.state for evaluation in evaluations] == ["complete", "complete", "failed", "complete"]
     assert [evaluation.value for evaluation in evaluations] == [value_of(0), value_of(1), None, value_of(3)]
-    assert evaluations[1].attrs == {"epochs": [{"accuracy": value_of(1)}], "parameters": 7}
-    assert evaluations[2].attrs == {"reason": "diverged"}
+    assert evaluations[1].attrs == {"epochs": [{"accuracy": value_of(1)}], "parameters": 7, "rungs": [value_of(1)]}
+    assert evaluations[2].attrs == {"reason": "diverged", "rungs": []}
     assert evaluations[3].architecture == "text 3"
 
 
 def test_a_candidate_is_pending_from_begin_until_it_has_a_value(tmp_path):
     stage = Study(tmp_path).stage("stage1")
-    assert stage.pending() is None and stage.evaluations() == [] and stage.best() is None
+    assert stage.evaluations() == [] and stage.best() is None
     stage.begin(0, "text", "key")
     reopened = Study(tmp_path).stage("stage1")
-    assert reopened.pending() == Evaluation(0, "text", None, "running", {})
-    assert reopened.evaluations() == [] and reopened.best() is None
+    assert pending(reopened) == [Evaluation(0, "text", None, "running", {"rungs": []})]
+    assert reopened.best() is None
     reopened.complete(0, 0.5)
-    assert Study(tmp_path).stage("stage1").pending() is None
+    assert pending(Study(tmp_path).stage("stage1")) == []
+
+
+def test_several_are_open_and_their_rungs_are_kept_as_they_come(tmp_path):
+    stage = Study(tmp_path).stage("stage1")
+    for number in range(3):
+        stage.begin(number, f"text {number}", f"key {number}")
+        stage.report(number, 0, number / 10, seconds=1.5)
+    stage.prune(1)
+    stage.complete(2, 0.7)
+    reopened = Study(tmp_path).stage("stage1").evaluations()
+    assert [evaluation.state for evaluation in reopened] == ["running", "pruned", "complete"]
+    assert [evaluation.attrs["rungs"] for evaluation in reopened] == [[0.0], [0.1], [0.2, 0.7]]
+    assert [evaluation.value for evaluation in reopened] == [None, None, 0.7]
+    assert reopened[1].attrs["seconds"] == 1.5 and stage.best().number == 2
+
+
+def test_a_rung_value_that_is_not_finite_is_refused(tmp_path):
+    stage = Study(tmp_path).stage("stage1")
+    stage.begin(0, "text", "key")
+    with pytest.raises(ValueError, match="its value is nan"):
+        stage.report(0, 0, float("nan"))
 
 
 def test_best_is_the_first_of_the_highest(tmp_path):
@@ -85,19 +114,19 @@ def test_a_folder_may_have_any_name(tmp_path):
 def test_misuse_is_refused_and_changes_nothing(tmp_path):
     stage = Study(tmp_path).stage("stage1")
     stage.begin(0, "text", "key")
-    with pytest.raises(ValueError, match="0 is running"):
-        stage.begin(1, "text", "key")
+    with pytest.raises(ValueError, match="cannot begin candidate 0: it is running"):
+        stage.begin(0, "text", "key")
     with pytest.raises(ValueError, match="candidate 1 is not open"):
         stage.complete(1, 0.5)
     with pytest.raises(ValueError, match="finite"):
         stage.complete(0, float("nan"))
     with pytest.raises(ValueError, match="'key' is kept already"):
         stage.complete(0, 0.5, key="other")
-    assert stage.pending().number == 0
+    assert [evaluation.number for evaluation in pending(stage)] == [0]
     stage.complete(0, 0.5)
     with pytest.raises(ValueError, match="candidate 0 is not open"):
         stage.complete(0, 0.6)
-    with pytest.raises(ValueError, match="0 is complete"):
+    with pytest.raises(ValueError, match="it is complete"):
         stage.begin(0, "text", "key")
 
 
@@ -140,7 +169,7 @@ def kill_at(folder, commits):
 def assert_same_study(folder, undisturbed):
     stage = Study(folder).stage("stage1")
     run_stage(stage, COUNT)
-    assert stage.evaluations() == undisturbed and stage.pending() is None
+    assert stage.evaluations() == undisturbed and pending(stage) == []
 
 
 @pytest.fixture(scope="module")
@@ -165,10 +194,10 @@ def test_kill_9_at_any_commit_leaves_a_study_that_resumes(tmp_path, undisturbed)
         folder = shutil.copytree(made, tmp_path / str(commits))
         died = kill_at(folder, commits)
         stage = Study(folder).stage("stage1")
-        left.add((len(stage.evaluations()), stage.pending() is not None))
+        left.add((len(finished(stage)), bool(pending(stage))))
         assert_same_study(folder, undisturbed)
         commits += 1
-    assert left == {(done, pending) for done in range(COUNT) for pending in (False, True)} | {(COUNT, False)}
+    assert left == {(done, open_) for done in range(COUNT) for open_ in (False, True)} | {(COUNT, False)}
 
 
 def test_kill_9_again_and_again_in_the_same_folder_still_ends_the_same(tmp_path, undisturbed):
@@ -201,7 +230,7 @@ def test_a_full_disk_is_one_line_and_the_candidate_stays_pending(tmp_path, monke
         Study(tmp_path).stage("stage1").complete(0, 0.5, log="x" * 1_000_000)
     assert "\n" not in str(caught.value)
     monkeypatch.undo()
-    assert Study(tmp_path).stage("stage1").pending() == Evaluation(0, "text", None, "running", {})
+    assert pending(Study(tmp_path).stage("stage1")) == [Evaluation(0, "text", None, "running", {"rungs": []})]
 
 
 @pytest.mark.parametrize("module", ["study", "sampler", "partition"])

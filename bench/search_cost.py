@@ -1,0 +1,259 @@
+"""What a candidate costs: the published procedure, what a good engineer would write today, and ours, side by side.
+
+    effbert bench search-cost --preset demo --output_dir runs/cost --candidates 24
+
+The one idea: all procedures are modes of the same engine, run on one list of candidates from one warm supernet, with
+one teacher, data and machine, scored on the whole official validation split; each in a process of its own, for its
+memory. Cost is the wall time for the list over its length. The settings are those of `effbert search`, the budget that
+of --stage1. Agreement is Kendall's tau of the values at full budget: first the published procedure against itself at
+another seed, which is the ceiling, then ours against it. A mode that is done is not run again.
+"""
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from effbert import random
+from effbert.architecture import Architecture
+from effbert.bench.measure import machine
+from effbert.config import PRESETS, SearchConfig, as_dict, published
+from effbert.data.encode import EncodedTask
+from effbert.files import write_atomic
+from effbert.flags import parse, preset, quiet_libraries, take_flag
+from effbert.kernels import dispatch, use_backend
+from effbert.search.agreement import kendall
+from effbert.search.population import trained_candidates
+from effbert.search.progress import Reporter
+from effbert.search.run import coarse_space
+from effbert.search.stages import run_cohort, warm_supernet
+from effbert.search.study import Study
+from effbert.workspace import Workspace, open_teachers, open_workspace
+
+dispatch.BACKENDS |= {"modern": "effbert.bench.modern", "published": "effbert.bench.published"}
+PLAN, RESULT = "plan.json", "search-cost.json"
+GPU = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A procedure. what: in words. backend: of the ops. together: candidates share batches and the teacher's pass.
+    bf16: autocast. tf32: PyTorch's switch. buckets: batches of like length. rungs: of the budget; published: as
+    published, also in its loss over padding. seed: added to the run's. gpu: makes sense on a GPU only."""
+
+    what: str
+    backend: str = "auto"
+    together: bool = True
+    bf16: bool = GPU
+    tf32: bool = False
+    buckets: bool = True
+    halving: bool = False
+    published: bool = False
+    seed: int = 0
+    gpu: bool = False
+
+
+PUBLISHED = Mode("the published procedure", "published", False, False, buckets=False, published=True)
+MODERN = Mode("bf16 on a GPU, fused attention, dynamic padding; one at a time", "modern", together=False)
+OURS = Mode("ours", halving=True)
+FULL = dataclasses.replace(OURS, what="ours, all at full budget", halving=False)
+MODES = {
+    "published": PUBLISHED,
+    "published again": dataclasses.replace(PUBLISHED, what="the published procedure at another seed", seed=1),
+    "published tf32": dataclasses.replace(PUBLISHED, what="the published procedure with TF32", tf32=True, gpu=True),
+    "modern": MODERN,
+    "ours": OURS,
+    "ours full": FULL,
+    "ours full, one at a time": dataclasses.replace(FULL, what="without the shared teacher", together=False),
+    "ours full, padded": dataclasses.replace(FULL, what="without buckets", buckets=False),
+    "ours full, eager": dataclasses.replace(FULL, what="without kernels", backend="modern", gpu=True),
+    "ours full, fp32": dataclasses.replace(FULL, what="without bf16", bf16=False, gpu=True),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run what is missing, write <output_dir>/search-cost.json, print the table."""
+    mode, arguments = take_flag(arguments, "mode")
+    name, arguments = take_flag(arguments, "preset")
+    count, arguments = take_flag(arguments, "candidates")
+    if count is not None and (not count.isdecimal() or int(count) < 2):
+        raise ValueError(f"--candidates {count}: give a number of at least 2")
+    config = parse(
+        SearchConfig, arguments, "effbert bench search-cost", default=preset(name, PRESETS, SearchConfig(""))
+    )
+    if not config.output_dir:
+        raise ValueError("bench search-cost needs --output_dir, the folder that results are kept in")
+    quiet_libraries()
+    if mode is not None:
+        run_mode(config, mode)
+        return 0
+    folder = Path(config.output_dir)
+    prepare(config, folder, int(count or 24))
+    for mode, settings in MODES.items():
+        if GPU or not settings.gpu:
+            _in_own_process(mode, folder, arguments, name)
+    result = summarise(folder, config)
+    write_atomic(folder / RESULT, json.dumps(result, indent=1))
+    print("\n".join(table(result)))
+    return 0
+
+
+def prepare(config: SearchConfig, folder: Path, count: int) -> None:
+    """Teacher, warm supernet and the list of candidates, made once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with Reporter() as reporter:
+        workspace = open_workspace(config, folder, reporter.say)
+        space = coarse_space(workspace, reporter)
+        open_teachers(workspace, reporter.say, reporter.steps)
+        warm_supernet(workspace, reporter)
+    drawn = [space.sample(random.generator(config.seed, "search cost", number)) for number in range(count - 1)]
+    plan = {
+        "configuration": as_dict(config),
+        "candidates": [str(architecture) for architecture in (published(space.num_layers), *drawn)],
+    }
+    path = folder / PLAN
+    if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(plan)):
+        raise ValueError(
+            f"{folder} holds a comparison with other settings: use another --output_dir or the same settings"
+        )
+    write_atomic(path, json.dumps(plan, indent=1))
+
+
+def _in_own_process(mode: str, folder: Path, arguments: Sequence[str], preset_name: str | None) -> None:
+    if _file(folder, mode).exists():
+        return
+    more = ["--preset", preset_name] if preset_name else []
+    command = [sys.executable, "-m", "effbert", "bench", "search-cost", "--mode", mode, *more, *arguments]
+    done = subprocess.run(command, env=os.environ, check=False)
+    if done.returncode:
+        raise ValueError(f"mode {mode!r} ended with exit status {done.returncode}; what it printed stands above")
+
+
+def _file(folder: Path, mode: str) -> Path:
+    return folder / "modes" / f"{mode.replace(', ', '-').replace(' ', '-')}.json"
+
+
+def run_mode(config: SearchConfig, name: str) -> None:
+    """All candidates by one mode: values, wall seconds, peak memory."""
+    folder, mode = Path(config.output_dir), MODES[name]
+    texts = json.loads((folder / PLAN).read_text())["candidates"]
+    candidates = [Architecture.parse(text) for text in texts]
+    changed = configured(config, mode)
+    target = _file(folder, name)
+    scratch = target.with_suffix("")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    if mode.tf32:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    with Reporter() as reporter, use_backend(mode.backend):
+        workspace = open_workspace(changed, folder, reporter.say)
+        space = coarse_space(workspace, reporter)
+        open_teachers(workspace, reporter.say)
+        supernet = warm_supernet(workspace, reporter)
+        workspace = dataclasses.replace(on_held_out(workspace), folder=scratch)
+        stage = Study(scratch).stage("stage1")
+        for number, architecture in enumerate(candidates):
+            stage.begin(number, str(architecture), space.key(architecture))
+        evaluate = trained_candidates(workspace, supernet, "stage1", changed.stage1, reporter)
+        reporter.say(f"{name}: {mode.what}, {len(candidates)} candidates")
+        line = reporter.stage(name, len(candidates), 0)
+        begun = time.perf_counter()
+        run_cohort(stage, list(enumerate(candidates)), space, changed.stage1, evaluate, line)
+        seconds = time.perf_counter() - begun
+    result = {
+        "mode": name,
+        **asdict(mode),
+        "seconds": seconds,
+        "seconds_each": seconds / len(candidates),
+        "peak_memory": peak_memory(),
+        "values": [evaluation.value for evaluation in stage.evaluations()],
+        "rungs": [evaluation.attrs["rungs"] for evaluation in stage.evaluations()],
+        "tokens": sum(evaluation.attrs["tokens"] for evaluation in stage.evaluations()),
+    }
+    write_atomic(target, json.dumps(result, indent=1))
+
+
+def configured(config: SearchConfig, mode: Mode) -> SearchConfig:
+    """The settings under which stage 1 does what `mode` says."""
+    phases = {
+        name: dataclasses.replace(getattr(config.stage1, name), bf16=mode.bf16)
+        for name in ("general_phase", "task_phase")
+    }
+    rungs = config.stage1.rungs if mode.halving else (1.0,)
+    loss = config.loss
+    if mode.published:
+        loss = dataclasses.replace(loss, loss_mask="released", score_form="direct")
+    return dataclasses.replace(
+        config,
+        seed=config.seed + mode.seed,
+        population=0 if mode.together else 1,
+        pad_to_max_length=not mode.buckets,
+        loss=loss,
+        stage1=dataclasses.replace(config.stage1, rungs=rungs, **phases),
+    )
+
+
+def on_held_out(workspace: Workspace) -> Workspace:
+    """The workspace with the official validation split as the rows that rank."""
+    name, task = workspace.main_task.spec.name, workspace.main_task
+    held_out = workspace.held_out[name]
+    raw = dataclasses.replace(task.raw, validation=held_out.raw.validation)
+    return dataclasses.replace(workspace, tasks={name: EncodedTask(raw, task.train, held_out.validation)})
+
+
+def peak_memory() -> int:
+    """Bytes at the peak: of the GPU's memory where there is one, else of the process."""
+    if GPU:
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def summarise(folder: Path, config: SearchConfig) -> dict:
+    """All modes that ran, the ratios between them, and how far they agree."""
+    modes = {name: json.loads(_file(folder, name).read_text()) for name in MODES if _file(folder, name).exists()}
+    base = modes["published"]
+    agreement = {}
+    for name, mode in modes.items():
+        if name != "published" and not mode["halving"]:
+            agreement[name] = _agreement(base["values"], mode["values"])
+    first = [rungs[0] for rungs in modes["ours"]["rungs"] if rungs]
+    if len(first) == len(base["values"]):
+        agreement["ours, first rung"] = _agreement(base["values"], first)
+        agreement["first rung against our full budget"] = _agreement(modes["ours full"]["values"], first)
+    return {
+        "machine": machine(torch.device("cuda" if GPU else "cpu")),
+        "configuration": as_dict(config),
+        "candidates": json.loads((folder / PLAN).read_text())["candidates"],
+        "modes": modes,
+        "ratios": {name: base["seconds"] / mode["seconds"] for name, mode in modes.items()},
+        "agreement": agreement,
+    }
+
+
+def _agreement(first: list, second: list) -> dict | None:
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    return asdict(kendall(*zip(*pairs, strict=True))) if len(pairs) > 1 else None
+
+
+def table(result: dict) -> list[str]:
+    """Seconds a candidate, ratio to the published procedure, memory, agreement."""
+    lines = [f"{'mode':28}{'s each':>9}{'times':>8}{'MiB':>8}  agreement with the published values"]
+    for name, mode in result["modes"].items():
+        agreement = result["agreement"].get(name)
+        lines.append(
+            f"{name:28}{mode['seconds_each']:9.2f}{result['ratios'][name]:8.1f}{mode['peak_memory'] / 2**20:8.0f}  "
+            + ("" if agreement is None else "{estimate:.2f} ({low:.2f} to {high:.2f})".format(**agreement))
+        )
+    for name in ("ours, first rung", "first rung against our full budget"):
+        if result["agreement"].get(name):
+            lines.append(f"{name}: {'{estimate:.2f} ({low:.2f} to {high:.2f})'.format(**result['agreement'][name])}")
+    return lines

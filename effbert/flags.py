@@ -1,0 +1,58 @@
+"""Reading a command line: what every command that takes settings shares."""
+
+import os
+
+
+def take_flag(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of --name (as `--name value` or `--name=value`) and the other arguments."""
+    rest, value = [], None
+    items = iter(arguments)
+    for item in items:
+        if item == f"--{name}":
+            value = next(items, None)
+            if value is None:
+                raise ValueError(f"--{name} needs a value")
+        elif item.startswith(f"--{name}="):
+            value = item.split("=", 1)[1]
+        else:
+            rest.append(item)
+    return value, rest
+
+
+def preset(name: str | None, presets: dict, default):
+    """The value a preset stands for; `default` where none is named."""
+    if name is None:
+        return default
+    if name not in presets:
+        raise ValueError(f"unknown preset {name!r}: one of {', '.join(presets)}")
+    return presets[name]()
+
+
+def parse(kind: type, arguments: list[str], program: str, **options):
+    """Read a dataclass from the command line with tyro; its error box becomes one line."""
+    import contextlib
+    import io
+
+    import tyro
+
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(kind, args=arguments, use_underscores=True, prog=program, **options)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        lines = [line.strip("│ ─").strip() for line in box.getvalue().splitlines() if line[:1] not in "╭╰├"]
+        text = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
+        raise ValueError(f"{text or 'the arguments cannot be read'} ({program} --help lists the flags)") from None
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of the libraries below would tear our own lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()

@@ -1,0 +1,118 @@
+"""Training many candidates at once: each has its own copy of the warm supernet's weights it uses, all take the same
+batches in step, and the teacher reads each batch once for all of them.
+
+Because the batches are the same, so are the rows that candidates are scored on: `hits` keeps which of them each one
+answers rightly, and two candidates are compared row by row (effbert.search.agreement).
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from effbert.architecture import Architecture, count_parameters
+from effbert.config import SearchStage
+from effbert.engine import Phase
+from effbert.evaluate import evaluate_rows
+from effbert.search.budget import cut
+from effbert.search.progress import Reporter
+from effbert.student import Distillation, Student, distil
+from effbert.supernet import Supernet
+from effbert.workspace import Workspace, model_inputs
+
+BYTES_A_PARAMETER = 16  # fp32 weight, gradient and both moments of AdamW
+MEMORY_SHARE = 0.5  # of what is free, for weights and optimiser; activations, data and caches need the rest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A candidate's value, or None and why it diverged; attrs are JSON values kept beside it. phases: whose checkpoints
+    can go once the outcome is in the study."""
+
+    value: float | None
+    attrs: dict = field(default_factory=dict)
+    diverged: str = ""
+    phases: tuple[Phase, ...] = ()
+
+
+Member = tuple[int, Architecture]  # a candidate's number and architecture
+Evaluate = Callable[[Sequence[Member], float], Iterator[tuple[int, Outcome]]]  # with a share of the budget
+
+
+def trained_candidates(
+    workspace: Workspace, supernet: Supernet, name: str, settings: SearchStage, reporter: Reporter
+) -> Evaluate:
+    """Evaluation of stages 1 and 2: extract, distil together with a share of the stage's budget; the value is that of
+    the best epoch. Outcomes come as each group that memory holds is done."""
+    folder = workspace.folder / name
+    folder.mkdir(exist_ok=True)
+
+    def evaluate(members: Sequence[Member], share: float) -> Iterator[tuple[int, Outcome]]:
+        budget = cut(settings, share)
+        size = population_size(workspace, supernet, [architecture for _, architecture in members])
+        for first in range(0, len(members), size):
+            group = members[first : first + size]
+            students = [_student(workspace, supernet, name, member, share, folder) for member in group]
+            on_step = reporter.steps(f"{name} candidates, {len(group)} at once")
+            distilled = distil(workspace, students, budget, on_step)
+            for (number, architecture), student, result in zip(group, students, distilled, strict=True):
+                parameters = count_parameters(architecture, student.model.config).total_with_projection
+                yield number, outcome(result, workspace.main_task.spec.metrics[0], parameters)
+
+    return evaluate
+
+
+def _student(workspace: Workspace, supernet: Supernet, name: str, member: Member, share: float, folder) -> Student:
+    (number, architecture), task = member, workspace.main_task
+    model = supernet.extract(architecture, task.spec.name).to(workspace.device)
+    part = f"{share:.4g}"
+    phase = Phase(
+        (name, number, part), workspace.config.seed, folder / f"candidate-{number}-{part}.pt", str(architecture)
+    )
+
+    def after_epoch(epoch: int) -> dict:
+        return evaluate_rows(
+            lambda batch: model.trace(*model_inputs(batch)).logits,
+            task,
+            pad_token_id=workspace.pad_token_id,
+            device=workspace.device,
+        )
+
+    return Student(model, phase, after_epoch)
+
+
+def outcome(result: Distillation, metric: str, parameters: int) -> Outcome:
+    """What a distillation says of a candidate: its best epoch by `metric`, the first of equals."""
+    attrs = {"parameters": parameters, "seconds": result.seconds, "tokens": result.tokens}
+    if result.diverged:
+        return Outcome(None, attrs, result.diverged, result.phases)
+    epochs = [{name: value for name, value in epoch.items() if name != "hits"} for epoch in result.epochs]
+    best = max(range(len(epochs)), key=lambda epoch: epochs[epoch][metric])
+    attrs |= {"scores": epochs[best], "epochs": epochs, "best_epoch": best}
+    if "hits" in result.epochs[best]:
+        attrs["hits"] = result.epochs[best]["hits"]
+    return Outcome(epochs[best][metric], attrs, phases=result.phases)
+
+
+def population_size(workspace: Workspace, supernet: Supernet, architectures: Sequence[Architecture]) -> int:
+    """How many of them train at once: --population, or as many as MEMORY_SHARE of the free memory holds; at least one.
+
+    Where a GPU's memory does not suffice after all, the training loop goes on with half of them.
+    """
+    wanted = workspace.config.population or len(architectures)
+    largest = max(count_parameters(a, supernet.config).total_with_projection for a in architectures)
+    room = int(MEMORY_SHARE * free_memory(workspace.device) / (BYTES_A_PARAMETER * largest))
+    return max(1, min(len(architectures), wanted, room))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process may still take on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = dict(line.split(":") for line in file)
+        return 1024 * int(found["MemAvailable"].split()[0])
+    except (OSError, KeyError):  # no Linux: what no process and no cache holds
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,90 @@
+"""The comparison of procedures: modes differ in what they say and in nothing else; a small one runs to its table."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from effbert.bench import modern, published, search_cost
+from effbert.bench.search_cost import MODES, configured
+from effbert.config import PRESETS
+from effbert.kernels import eager
+
+SHAPE = (2, 3, 7, 5)
+
+
+@pytest.mark.parametrize("backend", [modern, published])
+def test_backends_compute_what_eager_does(backend):
+    torch.manual_seed(0)
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[1, 4:] = 0
+    query, key, value, teacher_query, teacher_key = (torch.randn(SHAPE) for _ in range(5))
+    ours = backend.distill_attention(query, key, value, teacher_query, teacher_key, mask, None, "real")
+    expected = eager.distill_attention(query, key, value, teacher_query, teacher_key, mask, None, "real")
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_modes_change_the_settings_they_name():
+    config = PRESETS["smoke"]()
+    published_config = configured(config, MODES["published"])
+    assert published_config.population == 1 and published_config.pad_to_max_length
+    assert published_config.loss.loss_mask == "released" and published_config.stage1.rungs == (1.0,)
+    assert not published_config.stage1.task_phase.bf16
+    again = configured(config, MODES["published again"])
+    assert again.seed == config.seed + 1 and dataclasses.replace(again, seed=config.seed) == published_config
+    ours = configured(config, MODES["ours"])
+    assert ours.population == 0 and not ours.pad_to_max_length and ours.stage1.rungs == config.stage1.rungs
+    assert dataclasses.replace(ours, stage1=configured(config, MODES["ours full"]).stage1) == configured(
+        config, MODES["ours full"]
+    )
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Three modes, in this process, at the smallest sizes."""
+    base = PRESETS["smoke"]()
+    stage = dataclasses.replace(base.stage1, general_share=0.1, task_share=0.2)
+    monkeypatch.setitem(PRESETS, "quick", lambda: dataclasses.replace(base, tasks=(), stage1=stage))
+    monkeypatch.setattr(search_cost, "MODES", {name: MODES[name] for name in ("published", "ours", "ours full")})
+
+    def here(mode, folder, arguments, preset):
+        if not search_cost._file(folder, mode).exists():
+            search_cost.main(["--mode", mode, "--preset", preset, *arguments])
+
+    monkeypatch.setattr(search_cost, "_in_own_process", here)
+
+
+def test_it_runs_to_its_table_and_runs_nothing_twice(quick, tmp_path, capsys):
+    command = ["--preset", "quick", "--candidates", "3", "--output_dir", str(tmp_path / "run")]
+    assert search_cost.main(command) == 0
+    path = tmp_path / "run" / "search-cost.json"
+    result = json.loads(path.read_text())
+    assert list(result["modes"]) == ["published", "ours", "ours full"] and len(result["candidates"]) == 3
+    for mode in result["modes"].values():
+        assert mode["seconds_each"] == pytest.approx(mode["seconds"] / 3) and mode["peak_memory"] > 0
+    values = {name: mode["values"] for name, mode in result["modes"].items()}
+    assert None not in values["published"] and None not in values["ours full"] and None in values["ours"]
+    for full, halved in zip(values["ours full"], values["ours"], strict=True):
+        assert halved is None or halved == full  # what reaches the last rung is trained as without halving
+    assert [len(rungs) for rungs in result["modes"]["ours full"]["rungs"]] == [1, 1, 1]
+    assert sorted(len(rungs) for rungs in result["modes"]["ours"]["rungs"]) == [1, 2, 2]
+    assert result["ratios"]["published"] == 1 and set(result["agreement"]) >= {"ours full"}
+    assert "agreement with the published values" in capsys.readouterr().out
+    before = path.stat().st_mtime_ns, (tmp_path / "run" / "modes" / "ours.json").stat().st_mtime_ns
+    assert search_cost.main(command) == 0
+    assert (tmp_path / "run" / "modes" / "ours.json").stat().st_mtime_ns == before[1]
+    with pytest.raises(ValueError, match="holds a comparison with other settings"):
+        search_cost.main([*command, "--seed", "3"])
+
+
+@pytest.mark.parametrize("count", ["1", "x", "-3"])
+def test_a_senseless_number_of_candidates_is_refused(count):
+    with pytest.raises(ValueError, match=f"--candidates {count}: give a number of at least 2"):
+        search_cost.main(["--preset", "smoke", "--candidates", count, "--output_dir", "nowhere"])
+
+
+def test_without_a_folder_it_says_so():
+    with pytest.raises(ValueError, match="needs --output_dir"):
+        search_cost.main(["--preset", "smoke"])

@@ -1,0 +1,108 @@
+"""Halving: who goes on depends on values and keys alone; what samplers are told; agreement and paired differences."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from effbert.config import SearchStage
+from effbert.evaluate import pack_hits, unpack_hits
+from effbert.search.agreement import kendall, paired_difference
+from effbert.search.budget import Rung, cut, fitness, ladder, survivors
+from effbert.search.study import Evaluation
+
+NINTHS = SearchStage(cohort=27, rungs=(1 / 9, 1 / 3, 1.0), general_share=0.02, task_share=0.1)
+
+
+def test_every_rung_costs_the_same_and_one_that_drops_nobody_is_left_out():
+    assert ladder(NINTHS, 27) == [Rung(1 / 9, 27), Rung(1 / 3, 9), Rung(1.0, 3)]
+    assert ladder(NINTHS, 3) == [Rung(1 / 9, 3), Rung(1.0, 1)]
+    assert ladder(NINTHS, 1) == [Rung(1.0, 1)]
+    assert ladder(SearchStage(cohort=5), 5) == [Rung(1.0, 5)]
+
+
+@given(st.integers(1, 60), st.lists(st.floats(0.01, 0.99), max_size=4, unique=True))
+def test_a_ladder_ends_with_the_whole_budget_and_loses_candidates_on_every_rung(cohort, shares):
+    rungs = ladder(dataclasses.replace(NINTHS, rungs=(*sorted(shares), 1.0)), cohort)
+    assert rungs[-1].share == 1 and rungs[0].places <= cohort and rungs[-1].places >= 1
+    assert all(first.places > second.places for first, second in itertools.pairwise(rungs))
+
+
+def test_both_phases_shrink_and_the_schedules_do_not_change():
+    small = cut(NINTHS, 1 / 3)
+    assert small.general_share == pytest.approx(0.02 / 3) and small.task_share == pytest.approx(0.1 / 3)
+    assert small.task_phase == NINTHS.task_phase and small.general_phase == NINTHS.general_phase
+
+
+@given(st.permutations(range(9)), st.lists(st.sampled_from([0.1, 0.2, 0.3]), min_size=9, max_size=9))
+def test_survivors_do_not_depend_on_the_order_of_reporting(order, scores):
+    keys = {number: f"key {7 * number % 9}" for number in range(9)}
+    kept = survivors({number: scores[number] for number in order}, keys, 3)
+    assert kept == survivors(dict(enumerate(scores)), keys, 3) and len(kept) == 3
+    worst = min(scores[number] for number in kept)
+    for number in set(range(9)) - set(kept):
+        assert scores[number] <= worst
+        if scores[number] == worst:
+            assert keys[number] > min(keys[other] for other in kept if scores[other] == worst)
+
+
+def evaluation(number, state, rungs):
+    return Evaluation(number, "text", rungs[-1] if state == "complete" else None, state, {"rungs": rungs})
+
+
+def test_a_stopped_candidate_is_told_with_the_mean_gain_of_those_that_went_on():
+    cohort = [
+        evaluation(0, "complete", [0.5, 0.6, 0.8]),
+        evaluation(1, "pruned", [0.5, 0.55]),
+        evaluation(2, "pruned", [0.2]),
+        evaluation(3, "failed", []),
+    ]
+    told = fitness(cohort, 3)
+    assert told == {0: 0.8, 1: pytest.approx(0.55 + 0.2), 2: pytest.approx(0.2 + 0.075 + 0.2), 3: None}
+
+
+@pytest.mark.parametrize("rungs", [(), (0.5,), (0.5, 0.5, 1.0), (0.0, 1.0), (1.0, 0.5), (0.5, 2.0)])
+def test_rungs_that_make_no_ladder_are_refused(rungs):
+    with pytest.raises(ValueError, match=r"rungs is .* it should rise"):
+        SearchStage(rungs=rungs)
+
+
+def test_an_empty_cohort_is_refused():
+    with pytest.raises(ValueError, match="cohort is 0"):
+        SearchStage(cohort=0)
+
+
+def test_agreement_is_one_for_equal_ranks_and_its_interval_holds_the_estimate():
+    scores = list(np.random.default_rng(0).normal(size=20))
+    assert kendall(scores, [value * 2 + 1 for value in scores]).estimate == pytest.approx(1)
+    assert kendall(scores, [-value for value in scores]).estimate == pytest.approx(-1)
+    noisy = kendall(scores, scores + np.random.default_rng(1).normal(size=20))
+    assert -1 < noisy.low < noisy.estimate < noisy.high < 1 and noisy.count == 20
+    assert noisy == kendall(scores, scores + np.random.default_rng(1).normal(size=20))
+
+
+def test_agreement_of_one_candidate_is_refused():
+    with pytest.raises(ValueError, match="at least 2 candidates, not 1 and 1"):
+        kendall([1.0], [1.0])
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=50))
+def test_hits_come_back(hits):
+    assert unpack_hits(pack_hits(np.array(hits))).tolist() == hits
+
+
+def test_paired_differences_are_surer_than_bare_ones():
+    rng = np.random.default_rng(0)
+    first = rng.random(400) < 0.7
+    second = first.copy()
+    second[:20] = False  # the same answers but for a few rows
+    difference = paired_difference(pack_hits(first), pack_hits(second))
+    lost = first[:20].mean() / 20
+    assert difference.estimate == pytest.approx(lost) and difference.low > 0
+    unpaired = 1.96 * (2 * 0.7 * 0.3 / 400) ** 0.5
+    assert difference.high - difference.low < unpaired
+    with pytest.raises(ValueError, match="do not pair"):
+        paired_difference(pack_hits(first), pack_hits(first[:-1]))

@@ -1,0 +1,124 @@
+"""Candidates trained at once: each comes out as it would alone, from one pass of the teacher, in groups that fit."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from effbert import random
+from effbert.config import PRESETS
+from effbert.engine import Phase
+from effbert.evaluate import unpack_hits
+from effbert.search import population
+from effbert.search.progress import Reporter
+from effbert.search.run import coarse_space
+from effbert.student import Distillation, Student, distil
+from effbert.supernet import Supernet, supernet_config
+from effbert.workspace import open_teachers, open_workspace
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """Data, a teacher of a few steps and nothing else of a smoke run."""
+    folder = tmp_path_factory.mktemp("run")
+    config = dataclasses.replace(PRESETS["smoke"](), output_dir=str(folder), tasks=())
+    found = open_workspace(config, folder, lambda text: None)
+    open_teachers(found, lambda text: None)
+    return found
+
+
+@pytest.fixture(scope="module")
+def supernet(workspace):
+    torch.manual_seed(0)
+    base = supernet_config(workspace.student_config(), workspace.config.student.num_hidden_layers)
+    return Supernet(base, [workspace.main_task.spec]).eval()
+
+
+@pytest.fixture(scope="module")
+def architectures(workspace):
+    space = coarse_space(workspace, Reporter())
+    return [space.sample(random.generator(0, "test", number)) for number in range(3)]
+
+
+@pytest.fixture
+def budget(workspace):
+    return dataclasses.replace(workspace.config.stage1, general_share=0.5, task_share=0.6)
+
+
+def student(workspace, supernet, architecture, number):
+    model = supernet.extract(architecture, workspace.main_task.spec.name)
+    return Student(model, Phase(("test", number), workspace.config.seed))
+
+
+def test_a_candidate_trained_in_a_population_is_the_one_trained_alone(workspace, supernet, architectures, budget):
+    assert workspace.config.student.hidden_dropout_prob == 0.1
+    numbered = list(enumerate(architectures))
+    calls, encoder = [], workspace.general_teacher.encoder
+    hook = encoder.register_forward_hook(lambda *_: calls.append(1))
+    together = [student(workspace, supernet, architecture, number) for number, architecture in numbered]
+    results = distil(workspace, together, budget)
+    shared_passes = len(calls)
+    for (number, architecture), mine, result in zip(numbered, together, results, strict=True):
+        calls.clear()
+        alone = student(workspace, supernet, architecture, number)
+        (expected,) = distil(workspace, [alone], budget)
+        assert len(calls) == shared_passes
+        assert result.tokens == expected.tokens and not result.diverged
+        for name, weight in alone.model.state_dict().items():
+            torch.testing.assert_close(mine.model.state_dict()[name], weight, rtol=0, atol=1e-6, msg=name)
+    hook.remove()
+    steps = len(workspace.general_plan(0.5, 32, 0)) + len(workspace.plan(range_of(workspace, 0.6), 16, "task", 0))
+    assert steps >= 20
+
+
+def range_of(workspace, share):
+    return workspace.main_task.train.select(range(round(share * len(workspace.main_task.train))))
+
+
+def test_students_of_different_seeds_cannot_share_batches(workspace, supernet, architectures, budget):
+    one, other = (student(workspace, supernet, architectures[0], 0) for _ in range(2))
+    other = dataclasses.replace(other, phase=Phase(("test", 0), 7))
+    with pytest.raises(ValueError, match=r"need one seed, not \[0, 7\]"):
+        distil(workspace, [one, other], budget)
+
+
+def evaluated(workspace, supernet, architectures, **changes):
+    workspace = dataclasses.replace(workspace, config=dataclasses.replace(workspace.config, **changes))
+    evaluate = population.trained_candidates(workspace, supernet, "stage1", workspace.config.stage1, Reporter())
+    return dict(evaluate(list(enumerate(architectures)), 0.5))
+
+
+def test_values_do_not_depend_on_how_many_train_at_once(workspace, supernet, architectures):
+    expected = evaluated(workspace, supernet, architectures)
+    assert list(expected) == [0, 1, 2]
+    for size in (1, 2):
+        found = evaluated(workspace, supernet, architectures, population=size)
+        for number, outcome in expected.items():
+            assert found[number].value == outcome.value
+            assert found[number].attrs["hits"] == outcome.attrs["hits"]
+    for outcome in expected.values():
+        assert outcome.attrs["scores"]["accuracy"] == outcome.value
+        assert unpack_hits(outcome.attrs["hits"]).mean() == pytest.approx(outcome.value)
+        assert outcome.attrs["tokens"] > 0 and outcome.attrs["seconds"] > 0 and len(outcome.phases) == 2
+
+
+def test_the_population_is_what_was_asked_for_or_what_memory_holds(workspace, supernet, architectures, monkeypatch):
+    def size(count, free, asked=0):
+        monkeypatch.setattr(population, "free_memory", lambda device: free)
+        config = dataclasses.replace(workspace.config, population=asked)
+        return population.population_size(
+            dataclasses.replace(workspace, config=config), supernet, architectures[:1] * count
+        )
+
+    enough = 10**12
+    each = 2 * 16 * 78_751
+    assert size(8, enough) == 8 and size(8, enough, asked=3) == 3
+    assert 2 <= size(8, 3 * each) <= 3  # K larger than memory: as many as fit
+    assert size(8, 3 * each, asked=8) == size(8, 3 * each)
+    assert size(8, 10) == 1
+
+
+def test_a_candidate_that_diverged_has_no_value():
+    result = Distillation("loss not finite at step 20 of task distillation", [], 1.0, 5, ())
+    outcome = population.outcome(result, "accuracy", 7)
+    assert outcome.value is None and outcome.diverged == result.diverged and outcome.attrs["parameters"] == 7

@@ -1,0 +1,448 @@
+"""The report page: it shows what the run's folder holds, says what is not there yet, and changes nothing."""
+
+import dataclasses
+import json
+import re
+import shutil
+import sqlite3
+import subprocess
+from html.parser import HTMLParser
+from itertools import pairwise
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from effbert.__main__ import main
+from effbert.architecture import PUBLISHED, Architecture, Dimensions
+from effbert.search import figures, report_html
+from effbert.search.record import STAGES, read_record
+from effbert.search.space import ArchitectureSpace
+from effbert.search.study import Study
+
+NASTY = "</title></svg><script>alert(1)</script> & \"'\x00\ud800"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+NAMESPACE = "{http://www.w3.org/2000/svg}"
+FINAL = {"parameters": 900, "flops": 5_000_000, "latency_ms": 2.5, "latency_spread_ms": 0.1, "architecture": PUBLISHED}
+
+
+def make_config(folder, **more):
+    stage = {"num_candidates": 6, "cohort": 3, "rungs": [1 / 3, 1.0]}
+    student = {"hidden_size": 540, "intermediate_size": 540}
+    config = {"task": "builtin-topic", "seed": 3, "student": student, "stage1": stage, "stage2": stage, **more}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"effbert_run": config}))
+
+
+def make_study(folder):
+    """Stage 1 with every state: two cohorts of three, in each of which one goes on; stage 2 with two of one size."""
+    study = Study(folder)
+    stage = study.stage("stage1")
+    for number in range(6):
+        stage.begin(number, PUBLISHED, f"key {number}")
+    for number, low in enumerate((0.50, 0.40, None, 0.55, 0.45, 0.60)):
+        if low is not None:
+            stage.report(number, 0, low, parameters=1000 + number, seconds=1.0, tokens=10)
+    for number, value in ((0, 0.70), (3, 0.65)):
+        epochs = [{"loss": 3.0, "accuracy": value - 0.2}, {"loss": 2.0, "accuracy": value}]
+        costs = {"parameters": 1000 + number, "flops": 2000 - number, "seconds": 4.0, "tokens": 40}
+        stage.complete(number, value, scores=epochs[-1], epochs=epochs, best_epoch=1, hits="0101", **costs)
+    stage.prune(1)
+    stage.prune(4)
+    stage.fail(2, NASTY.replace("\ud800", ""), seconds=0.5)
+    stage = study.stage("stage2")
+    for number in range(2):
+        stage.begin(number, PUBLISHED, f"key {number}")
+        stage.complete(number, 0.7 + number / 10, parameters=1000, scores={"accuracy": 0.7 + number / 10})
+
+
+def make_results(folder):
+    scores = {"teacher": 0.9, "winner": 0.8, "published": 0.75}
+    spreads = {"teacher": None, "winner": 0.01, "published": 0.02}
+    rows = [{"row": n, "score": s, "spread": spreads[n], "repeats": 2, **FINAL} for n, s in scores.items()]
+    results = {
+        "task": "builtin-topic",
+        "metric": "accuracy",
+        "winner": PUBLISHED,
+        "table": rows,
+        "results": [
+            {"row": row["row"], "repeat": 0, "scores": {"accuracy": row["score"]}, "seconds": 7} for row in rows
+        ],
+        "device": "abacus, 2 threads",
+        "versions": {"effbert": "0.1.0"},
+        "finished": "2026-11-22 19:00:00",
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    agreement = {"stage": "stage1", "what": "rung 33% against full budget", "kendall": 0.5, "low": 0.1, "high": 0.8}
+    unknown = {**agreement, "what": "all equal", "kendall": float("nan"), "low": float("nan"), "high": float("nan")}
+    (folder / "agreement.json").write_text(json.dumps([{**agreement, "candidates": 12}, unknown]))
+    (folder / "supernet").mkdir()
+    (folder / "supernet" / "training.json").write_text('{"seconds": 60.0, "tokens": 1000}')
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run ?#{}"
+    make_config(folder)
+    make_study(folder)
+    make_results(folder)
+    return folder
+
+
+class Page(HTMLParser):
+    """A page whose tags are closed in order: its ids, and the text in each section, table and article."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.text, self.ids, self.open, self.tags, self.words = text, [], [], [], {}
+        self.feed(text)
+        self.close()
+        assert self.open == []
+        drawn = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
+        self.figures = {svg[0].get("id").removesuffix("-title"): svg for svg in drawn}
+        assert len(self.figures) == len(drawn)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.tags.append((tag, attributes))
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        if tag not in ("meta", "link", "br"):
+            self.open.append((tag, attributes.get("id")))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        for tag, name in self.open:
+            if tag == "section":
+                self.words[name] = self.words.get(name, "") + data + " "
+            elif tag == "header":
+                self.words["header"] = self.words.get("header", "") + data + " "
+
+
+def read(folder) -> Page:
+    return Page(report_html.write_report(folder).read_text(encoding="utf-8"))
+
+
+def groups(svg, kind, tag):
+    return [
+        item
+        for group in svg.iter(f"{NAMESPACE}g")
+        if group.get("class") == kind
+        for item in group.iter(NAMESPACE + tag)
+    ]
+
+
+def labels(svg, kind):
+    return [item.text for item in svg.iter(f"{NAMESPACE}text") if item.get("class") == kind]
+
+
+def test_the_page_needs_nothing_else_and_every_figure_says_what_it_shows(whole):
+    page = read(whole)
+    assert not re.search(r"<script|<link|<img|@import|url\(|src=", page.text)
+    assert all(found.startswith("#") for found in re.findall(r'href="([^"]*)"', page.text))
+    assert len(page.ids) == len(set(page.ids))
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
+    assert "prefers-color-scheme:dark" in page.text
+    assert len(page.figures) >= 14
+    for name, svg in page.figures.items():
+        assert svg.get("viewBox") and svg.get("aria-labelledby") == f"{name}-title {name}-desc"
+        assert len(svg[0].text) > 3 and len(svg[1].text) > 3 and len(svg) > 2
+    for tag, attributes in page.tags:
+        assert tag != "th" or attributes["scope"] in ("col", "row")
+
+
+def test_every_candidate_and_the_best_so_far_are_drawn(whole):
+    svg = read(whole).figures["stage1-progress"]
+    counts = {kind: len(groups(svg, kind, "circle")) for kind in ("complete", "pruned", "running")}
+    assert counts == {"complete": 2, "pruned": 2, "running": 1}
+    assert len(groups(svg, "failed", "path")) == 1
+    hints = [title.text for title in groups(svg, "pruned", "title")]
+    assert hints[0] == "candidate 1: 0.4000 at 33% of the budget, 1,001 parameters"
+    (line,) = groups(svg, "best", "polyline")
+    heights = [float(point.split(",")[1]) for point in line.get("points").split()]
+    assert heights == sorted(heights, reverse=True)
+    assert heights[-1] == min(float(dot.get("cy")) for dot in groups(svg, "complete", "circle"))
+    assert labels(svg, "mark") == ["0.7000"]
+
+
+def test_the_front_is_marked_and_equal_costs_are_told(whole):
+    page = read(whole)
+    parameters, flops = (page.figures[f"stage1-front-{cost}"] for cost in ("parameters", "flops"))
+    assert len(groups(parameters, "front", "circle")) == 1 and len(groups(parameters, "dominated", "circle")) == 1
+    assert len(groups(flops, "front", "circle")) == 2 and not groups(flops, "dominated", "circle")
+    assert labels(parameters, "mark") == ["0"] and sorted(labels(flops, "mark")) == ["0", "3"]
+    assert "The same for all 2 candidates: 1,000 parameters." in page.words["front"]
+    assert "stage2-front-parameters" not in page.figures
+
+
+def test_rungs_count_who_reached_them(whole):
+    page = read(whole)
+    bars = page.figures["stage1-rungs"]
+    assert labels(bars, "name") == ["33%", "100%"]
+    assert [text.split(" ·")[0] for text in labels(bars, "tick")] == ["5 reached it", "2 reached it"]
+    widths = [(rect.get("class"), float(rect.get("width"))) for rect in bars.iter(f"{NAMESPACE}rect")]
+    assert widths == [("bar complete", 144), ("bar pruned", 144), ("bar running", 72), ("bar complete", 144)]
+    values = page.figures["stage1-rung-values"]
+    assert len(groups(values, "complete", "polyline")) == 2 and len(groups(values, "pruned", "circle")) == 2
+    assert "This stage has not begun." in page.words["rungs"]
+
+
+def test_a_rung_that_a_small_cohort_leaves_out_keeps_its_share(tmp_path):
+    make_config(tmp_path, stage1={"num_candidates": 4, "cohort": 3, "rungs": [1 / 3, 1.0]})
+    stage = Study(tmp_path).stage("stage1")
+    for number in range(4):
+        stage.begin(number, PUBLISHED, str(number))
+    stage.complete(3, 0.5)  # alone in its cohort: trained on the whole budget at once
+    found = report_html.candidates(read_record(tmp_path), "stage1", "value")
+    assert [candidate.rungs for candidate in found] == [[], [], [], [(1.0, 0.5)]]
+
+
+def test_agreement_has_intervals_and_a_table(whole):
+    page = read(whole)
+    svg = page.figures["rank-agreement"]
+    (bar,) = (path for path in svg.iter(f"{NAMESPACE}path") if path.get("class") == "interval")
+    low, high = map(float, re.fullmatch(r"M([\d.]+) \d+H([\d.]+)", bar.get("d")).groups())
+    (dot,) = svg.iter(f"{NAMESPACE}circle")
+    assert (float(dot.get("cx")) - low) / (high - low) == pytest.approx((0.5 - 0.1) / (0.8 - 0.1), abs=0.01)
+    assert "0.500 0.100 0.800 12" in page.words["agreement"] and "all equal – – – –" in page.words["agreement"]
+
+
+def test_learning_curves_follow_the_metric(whole):
+    page = read(whole)
+    svg = page.figures["stage1-curves"]
+    assert len(groups(svg, "thin complete", "polyline")) == 2 and len(groups(svg, "best", "circle")) == 2
+    assert svg[1].text.endswith("candidate 0: 0.5000, 0.7000")
+    assert "No score after an epoch is recorded" in page.words["curves"]
+
+
+def test_costs_add_up(whole):
+    page = read(whole)
+    assert labels(page.figures["cost-parts"], "name") == ["supernet", "stage1 candidates", "final rows"]
+    # supernet 60, candidates 4 + 4 whole, 1 + 1 stopped, 0.5 failed, 1 under way, final 3 x 7
+    assert "stage1 candidates 11.5 12% 2 0 110" in page.words["cost"] and "all 92.5 100%" in page.words["cost"]
+    assert "92 s" in page.words["header"]
+
+
+def test_the_final_table_and_the_settings(whole):
+    page = read(whole)
+    assert "winner 0.8000 ± 0.0100 900 5.0 2.50" in page.words["final"]
+    assert "The winner's accuracy: -0.1000 against teacher, +0.0500 against published." in page.words["final"]
+    assert len(list(page.figures["final-scores"].iter(f"{NAMESPACE}circle"))) == 3
+    assert "Finished 2026-11-22 19:00:00." in page.words["header"]
+    for words in ("seed 3", "abacus, 2 threads", "effbert 0.1.0", '"hidden_size": 540'):
+        assert words in page.words["settings"]
+
+
+def test_the_winner_is_drawn_layer_by_layer(whole):
+    page = read(whole)
+    layers = Architecture.parse(PUBLISHED).layers
+    trees = [page.figures[f"layer-{number}"] for number in range(1, 7)]
+    for layer, svg in zip(layers, trees, strict=True):
+        nodes = [node for node in svg.iter(f"{NAMESPACE}g") if node.get("class", "").startswith("node")]
+        edges = [path for path in svg.iter(f"{NAMESPACE}path") if path.get("class") == "edge"]
+        sheets = [rect for rect in svg.iter(f"{NAMESPACE}rect") if rect.get("class") == "sheet"]
+        assert len(nodes) == len(layer.nodes) - 2 == len(edges) + 1  # a weight is drawn with its linear
+        assert len(sheets) == layer.structure.stacks
+    assert labels(trees[0], "name") == ["tanh", "W2  270→540", "gelu", "W1  540→270", "x"]
+    assert labels(trees[3], "name") == ["W2  270→540", "gelu", "W1  540→270", "max", "x", "tanh", "x"]
+    assert (
+        "4 in a row, inner width 270 of 540, 1,170,720 parameters".replace("1,170,720", f"{4 * 293_490:,}")
+        in (page.words["winner"])
+    )
+
+
+@given(st.integers(0, 10_000))
+def test_nodes_of_a_tree_never_overlap_and_stay_in_the_picture(seed):
+    space = ArchitectureSpace("coarse", Dimensions(), 6, 15_000_000, 16_000_000)
+    layer = space.sample(np.random.default_rng(seed)).layers[seed % 6]
+    svg = ElementTree.fromstring(figures.tree("t", "title", "text", layer, 540, 270))
+    _, _, width, height = map(float, svg.get("viewBox").split())
+    boxes = []
+    for node in svg.iter(f"{NAMESPACE}g"):
+        rect = node.find(f"{NAMESPACE}rect")
+        boxes.append([float(rect.get(key)) for key in ("x", "y", "width", "height")])
+    for x, y, w, h in boxes:
+        assert 0 <= x and x + w <= width and 0 <= y and y + h <= height
+    for index, (x, y, w, h) in enumerate(boxes):
+        for other_x, other_y, *_ in boxes[:index]:
+            assert abs(x - other_x) >= w or abs(y - other_y) >= h
+
+
+points = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=12)
+
+
+@given(points)
+def test_the_front_is_what_no_other_dominates(found):
+    front = report_html.front(found)
+
+    def dominated(point):
+        return any(c <= point[0] and v >= point[1] and (c, v) != point for c, v in found)
+
+    assert {found[index] for index in front} == {point for point in found if not dominated(point)}
+    assert all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(found[index] for index in front))
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e9), st.booleans())
+def test_ticks_are_round_and_their_labels_differ(low, span, whole):
+    high = low + span
+    found = figures.ticks(low, high, 5, whole)
+    assert len(found) <= 6 and (whole or len(found) >= 2)
+    assert all(low - 1e-6 * span <= tick <= high + 1e-6 * span for tick in found)
+    names = figures.tick_labels(found)
+    assert len(set(names)) == len(names)
+    assert span < abs(low) / 1000 or all(len(name) <= 9 for name in names)
+    assert not whole or all(float(tick).is_integer() for tick in found)
+
+
+def test_the_best_so_far_rises_by_steps():
+    points = [(0, 0.5), (1, 0.4), (2, 0.7), (3, 0.7)]
+    assert figures.best_so_far(points) == [(0, 0.5), (0, 0.5), (1, 0.5), (2, 0.5), (2, 0.7), (3, 0.7)][1:]
+
+
+def test_nothing_from_outside_becomes_markup(tmp_path):
+    make_config(tmp_path, task=NASTY, stage1={"cohort": 1, "note": NASTY})
+    make_study(tmp_path)
+    make_results(tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    results |= {"winner": NASTY, "metric": NASTY, "device": NASTY, "table": [{**results["table"][0], "row": NASTY}]}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    page = read(tmp_path)
+    assert "<script" not in page.text and "\x00" not in page.text
+    assert "alert(1)" in page.words["winner"] and "It cannot be drawn" in page.words["winner"]
+    assert "alert(1)" in page.words["final"] and "alert(1)" in page.words["progress"]
+
+
+def test_a_run_that_has_just_begun_says_what_is_not_there(tmp_path):
+    make_config(tmp_path)
+    page = read(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "report.html"]
+    assert not page.figures
+    assert "no candidate has been proposed yet" in page.words["header"]
+    for section in ("final", "winner", "progress", "front", "rungs", "agreement", "curves", "cost"):
+        assert re.search("not begun|not there|none of its|No candidate|No training", page.words[section]), section
+    (tmp_path / "study.db").touch()  # killed before the tables were made
+    assert read(tmp_path).words == page.words
+
+
+def test_a_run_under_way_shows_the_best_so_far(tmp_path):
+    make_config(tmp_path)
+    stage = Study(tmp_path).stage("stage1")
+    stage.begin(0, PUBLISHED, "key")
+    page = read(tmp_path)
+    assert "stage1, 0 of 6 candidates" in page.words["header"] and "none has a value yet" in page.words["progress"]
+    stage.complete(0, 0.6, scores={"accuracy": 0.6}, parameters=1000)
+    (tmp_path / "final").mkdir()
+    row = {"row": "winner", "repeat": 0, "scores": {"accuracy": 0.8}, "seconds": 5, **FINAL}
+    (tmp_path / "final" / "winner-0.json").write_text(json.dumps(row))
+    page = read(tmp_path)
+    assert "1 rows of the final table are done" in page.words["header"]
+    assert "winner 0.8000 900" in page.words["final"] and "rows are missing" in page.words["final"]
+    assert "Best of stage1 so far, candidate 0." in page.words["winner"] and "layer-6" in page.figures
+
+
+def test_reading_agrees_with_the_study_and_changes_nothing(whole):
+    report_html.write_report(whole)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in whole.rglob("*") if path.is_file()}
+    record = read_record(whole)
+    study = Study(shutil.copytree(whole, whole.parent / "copy"))  # Study makes the stage that is missing
+    for name in STAGES:
+        expected = study.stage(name).evaluations()
+        without_hits = [{key: value for key, value in e.attrs.items() if key != "hits"} for e in expected]
+        pairs = zip(expected, without_hits, strict=True)
+        assert record.stages[name] == [dataclasses.replace(e, attrs=attrs) for e, attrs in pairs]
+    assert {e.state for e in record.stages["stage1"]} == {"complete", "pruned", "failed", "running"}
+    report_html.write_report(whole)
+    report = whole / report_html.REPORT_FILE
+    after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in whole.rglob("*") if path.is_file()}
+    assert after.pop(report)[1] == before.pop(report)[1]
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    "name,content,words",
+    [
+        ("config.json", "{}", "is no run"),
+        ("config.json", "{", "config.json: cannot be read as JSON"),
+        ("results.json", "[]", "results.json: holds a list, a dict belongs there"),
+        ("agreement.json", "{}", "agreement.json: holds a dict, a list belongs there"),
+        ("study.db", "no database, and longer than the head of one" * 9, "study.db: cannot be read as a study"),
+    ],
+)
+def test_a_damaged_file_is_one_line(tmp_path, capsys, name, content, words):
+    make_config(tmp_path)
+    (tmp_path / name).write_text(content)
+    assert main(["report", str(tmp_path)]) == 2
+    line = capsys.readouterr().err
+    assert words in line and line.count("\n") == 1 and not (tmp_path / "report.html").exists()
+
+
+def test_the_command_says_where_the_page_is(whole, tmp_path, capsys):
+    where = tmp_path / "page.html"
+    assert main(["report", str(whole), "--output", str(where)]) == 0
+    assert capsys.readouterr().out.strip() == str(where) and len(read(whole).figures) == len(
+        Page(where.read_text()).figures
+    )
+    for arguments, words in (
+        ([str(tmp_path)], "is no run: give the --output_dir of a search"),
+        ([str(tmp_path / "nowhere")], "is no run"),
+        ([str(whole), "--output", str(tmp_path)], "give a file name in a folder that exists"),
+        ([str(whole), "--output", str(tmp_path / "no" / "page.html")], "give a file name in a folder that exists"),
+        ([], "effbert report"),
+    ):
+        assert main(["report", *arguments]) == 2
+        line = capsys.readouterr().err
+        assert words in line and line.count("\n") == 1
+
+
+def test_a_search_may_write_while_the_report_is_read(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    with sqlite3.connect(folder / "study.db") as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        writer.execute("DELETE FROM trials")
+        assert len(read(folder).figures) == len(read(whole).figures)
+        writer.rollback()
+
+
+MEASURE = """<script>
+addEventListener("load", () => {
+  for (const details of document.querySelectorAll("details")) details.open = true;
+  document.body.style.width = "360px";
+  const faults = [];
+  for (const svg of document.querySelectorAll("svg")) {
+    const view = svg.viewBox.baseVal, name = svg.querySelector("title").id, box = svg.getBBox();
+    const shown = svg.getBoundingClientRect();
+    if (!(box.width > 20 && box.height > 20 && shown.width > 100)) faults.push(name + " is empty");
+    for (const text of svg.querySelectorAll("text:not([transform])")) {
+      const own = text.getBBox();
+      if (own.x < -1 || own.y < -1 || own.x + own.width > view.width + 1 || own.y + own.height > view.height + 1)
+        faults.push(name + " cuts " + text.textContent);
+      const space = text.parentNode.querySelector(":scope > rect");
+      if (text.closest(".node") && own.width > space.getBBox().width)
+        faults.push(name + " overfills " + text.textContent);
+    }
+  }
+  for (const part of document.querySelectorAll("p, h2, article, figure, .tiles, .scroll"))
+    if (part.getBoundingClientRect().right > document.body.getBoundingClientRect().right) faults.push("wider than a phone: " + part.outerHTML.slice(0, 60));
+  document.title = document.querySelectorAll("svg").length + " figures; " + faults.join("; ");
+});
+</script>"""
+
+
+def test_a_browser_draws_every_figure_on_a_phone(whole, tmp_path):
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no browser here: none of {', '.join(BROWSERS)} in PATH")
+    page = read(whole)
+    file = tmp_path / "page.html"
+    file.write_text(page.text.replace("</body>", MEASURE + "</body>"), encoding="utf-8")
+    flags = ("--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}")
+    more = ("--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom", file.as_uri())
+    done = subprocess.run([browser, *flags, *more], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert ":CONSOLE:" not in done.stderr
+    (title,) = re.findall(r"<head>.*?<title>(.*?)</title>", done.stdout, re.DOTALL)
+    assert title == f"{len(page.figures)} figures; "
