@@ -10,8 +10,8 @@ from effbert.flags import parse, preset, quiet_libraries, take_flag
 USAGE = """usage: effbert COMMAND ...
 
   search   find a small BERT: effbert search --preset demo --output_dir runs/demo
-  report   one HTML page about a search, finished or under way: effbert report runs/demo
   arch     parameters and FLOPs of an architecture: effbert arch "TEXT" --preset efficientbert
+  report   one HTML page about a search, finished or under way: effbert report runs/demo
   kernels  the code generated for an expression: effbert kernels show "TEXT", with --ptx sm_90 its assembly;
            tile sizes measured on this GPU: effbert kernels tune --output tiles.json
   bench    every kernel built for GPUs that are not here, and its time predicted: effbert bench compile-report, effbert
@@ -24,7 +24,7 @@ effbert COMMAND --help lists a command's flags. EFFBERT_TRACEBACK=1 shows where 
 
 def run(arguments: list[str]) -> int:
     """Run one command; returns the exit status. ValueError and OSError carry one line for the person."""
-    commands = {"search": search, "report": report, "arch": arch, "kernels": kernels, "bench": bench}
+    commands = {"search": search, "arch": arch, "report": report, "kernels": kernels, "bench": bench}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2

@@ -8,6 +8,7 @@ from scipy.stats import kendalltau
 
 from effbert import random
 from effbert.evaluate import unpack_hits
+from effbert.search.study import Evaluation
 
 DRAWS = 1000
 LEVEL = 0.95
@@ -59,3 +60,18 @@ def paired_difference(first: str, second: str) -> Interval:
     half = 1.96 * float(difference.std(ddof=1)) / len(a) ** 0.5 if len(a) > 1 else float("nan")
     mean = float(difference.mean())
     return Interval(mean, mean - half, mean + half, len(a))
+
+
+def of_rungs(evaluations: Sequence[Evaluation]) -> dict[int, Interval]:
+    """By rung, counted from 0: agreement of its values with those at full budget, among candidates that have both.
+
+    Only those that halving let through are among them, the better ones of each rung: their ranks agree less than those
+    of all candidates would. Where a cohort was too small for every rung, its candidates are left out.
+    """
+    complete = [e.attrs["rungs"] for e in evaluations if e.state == "complete"]
+    longest = max(map(len, complete), default=0)
+    whole = [rungs for rungs in complete if len(rungs) == longest]
+    if len(whole) < 2:
+        return {}
+    full = [rungs[-1] for rungs in whole]
+    return {rung: kendall([rungs[rung] for rungs in whole], full) for rung in range(longest - 1)}

@@ -150,7 +150,7 @@ class Chart:
 
     def _drawn_axes(self, x_label: str, y_label: str, across: Sequence[float], names: Sequence[str]) -> str:
         left, right, bottom = _LEFT, WIDTH - _RIGHT, self.height - _BOTTOM
-        up = ticks(*self._y, 4)
+        up = ticks(*self._y)
         parts = [f'<path class="axis" d="M{left} {_TOP}V{bottom}H{right}"/>']
         for value, text in zip(up, tick_labels(up), strict=True):
             _, y = self.at((self._x[0], value))

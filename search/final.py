@@ -8,7 +8,9 @@ JSON file in <run>/final, so a resumed run redoes none.
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -61,36 +63,49 @@ def equal_plain_width(architecture: Architecture, config: EffBertConfig) -> int:
     return max(1, round((target / layers - 3 * hidden) / (2 * hidden + 1)))
 
 
-def final_row(workspace: Workspace, supernet: Supernet, row: Row, repeat: int, reporter: Reporter) -> dict:
-    """Distil one row fully with seed `config.seed + repeat` and score it on the held-out rows, or read its result."""
-    config = workspace.config
-    folder, name = workspace.folder / "final", f"{row.name.replace(' ', '-')}-{repeat}"
+def final_rows(
+    workspace: Workspace, supernet: Supernet, lines: Sequence[Row], repeat: int, reporter: Reporter
+) -> list[dict]:
+    """Distil rows fully with seed `config.seed + repeat`, together, and score them on the held-out rows; or read what
+    became of them."""
+    folder = workspace.folder / "final"
     folder.mkdir(exist_ok=True)
-    phase = Phase(("final", row.name, repeat), config.seed + repeat, folder / f"{name}.pt", str(row.architecture))
-    warm, file = phase.sub("warm-up"), folder / f"{name}.json"
-    if not file.exists():
-        on_step = reporter.steps(f"final {row.name}")
-        model, warm_seconds = initial_model(workspace, supernet, row, warm, on_step)
-        (student,) = distil(workspace, [Student(model, phase)], config.final, on_step)
-        if student.diverged:
-            raise ValueError(f"final {row.name}: {student.diverged}: lower the learning rates of --final")
-        result = {
-            "row": row.name,
-            "repeat": repeat,
-            "architecture": str(row.architecture),
-            "plain_width": row.plain_width,
-            "scores": held_out_scores(workspace, model),
-            **costs(model, row.architecture, config.max_length),
-            "seconds": student.seconds + warm_seconds,
-        }
-        if row.name == "winner" and repeat == 0:
-            save_best(workspace, model)
-        write_atomic(file, json.dumps(result, indent=1))
-        seed = config.seed + repeat
-        scores = show(result["scores"])
-        reporter.say(f"final {row.name} (seed {seed}): {scores} held out, {result['parameters']:,} parameters")
-    forget([warm, phase.sub("general"), phase.sub("task")])
-    return json.loads(file.read_text())
+    files = {row.name: folder / f"{row.name.replace(' ', '-')}-{repeat}.json" for row in lines}
+    phases = {row.name: _phase(workspace, row, repeat, files[row.name]) for row in lines}
+    missing = [row for row in lines if not files[row.name].exists()]
+    if missing:
+        on_step = reporter.steps(f"final, {len(missing)} at once")
+        started = [initial_model(workspace, supernet, row, phases[row.name].sub("warm-up"), on_step) for row in missing]
+        students = [Student(model, phases[row.name]) for row, (model, _) in zip(missing, started, strict=True)]
+        distilled = distil(workspace, students, workspace.config.final, on_step)
+        for row, (model, warm_seconds), student in zip(missing, started, distilled, strict=True):
+            if student.diverged:
+                raise ValueError(f"final {row.name}: {student.diverged}: lower the learning rates of --final")
+            result = _result(workspace, row, repeat, model, student.seconds + warm_seconds)
+            if row.name == "winner" and repeat == 0:
+                save_best(workspace, model)
+            write_atomic(files[row.name], json.dumps(result, indent=1))
+            scores, seed = show(result["scores"]), workspace.config.seed + repeat
+            reporter.say(f"final {row.name} (seed {seed}): {scores} held out, {result['parameters']:,} parameters")
+    forget([phase.sub(part) for phase in phases.values() for part in ("warm-up", "general", "task")])
+    return [json.loads(files[row.name].read_text()) for row in lines]
+
+
+def _phase(workspace: Workspace, row: Row, repeat: int, file: Path) -> Phase:
+    seed = workspace.config.seed + repeat
+    return Phase(("final", row.name, repeat), seed, file.with_suffix(".pt"), str(row.architecture))
+
+
+def _result(workspace: Workspace, row: Row, repeat: int, model: EffBertHeadModel, seconds: float) -> dict:
+    return {
+        "row": row.name,
+        "repeat": repeat,
+        "architecture": str(row.architecture),
+        "plain_width": row.plain_width,
+        "scores": held_out_scores(workspace, model),
+        **costs(model, row.architecture, workspace.config.max_length),
+        "seconds": seconds,
+    }
 
 
 def initial_model(workspace: Workspace, supernet: Supernet, row: Row, warm: Phase, on_step):

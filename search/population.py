@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from effbert.architecture import Architecture, count_parameters
+from effbert.architecture import Architecture, Dimensions, count_flops, count_parameters
 from effbert.config import SearchStage
 from effbert.engine import Phase
 from effbert.evaluate import evaluate_rows
@@ -57,8 +57,8 @@ def trained_candidates(
             on_step = reporter.steps(f"{name} candidates, {len(group)} at once")
             distilled = distil(workspace, students, budget, on_step)
             for (number, architecture), student, result in zip(group, students, distilled, strict=True):
-                parameters = count_parameters(architecture, student.model.config).total_with_projection
-                yield number, outcome(result, workspace.main_task.spec.metrics[0], parameters)
+                costs = costs_of(architecture, student.model.config, workspace.config.max_length)
+                yield number, outcome(result, workspace.main_task.spec.metrics[0], costs)
 
     return evaluate
 
@@ -82,9 +82,18 @@ def _student(workspace: Workspace, supernet: Supernet, name: str, member: Member
     return Student(model, phase, after_epoch)
 
 
-def outcome(result: Distillation, metric: str, parameters: int) -> Outcome:
+def costs_of(architecture: Architecture, dims: Dimensions, length: int) -> dict[str, int]:
+    """Parameters as the band counts them, with the projection, without pooler and head; FLOPs of a text of `length`
+    tokens without either."""
+    return {
+        "parameters": count_parameters(architecture, dims).total_with_projection,
+        "flops": count_flops(architecture, dims, length).total,
+    }
+
+
+def outcome(result: Distillation, metric: str, costs: dict[str, int]) -> Outcome:
     """What a distillation says of a candidate: its best epoch by `metric`, the first of equals."""
-    attrs = {"parameters": parameters, "seconds": result.seconds, "tokens": result.tokens}
+    attrs = {**costs, "seconds": result.seconds, "tokens": result.tokens}
     if result.diverged:
         return Outcome(None, attrs, result.diverged, result.phases)
     epochs = [{name: value for name, value in epoch.items() if name != "hits"} for epoch in result.epochs]

@@ -12,7 +12,7 @@ from effbert.search.sampler import RememberingSampler
 from effbert.search.space import Space
 
 MEMBERS = 10
-PENALTY = 1.0
+PENALTY = 0.1
 RANDOM_EVERY = 5
 PARENTS = 10
 CANDIDATES = 64
@@ -82,22 +82,23 @@ class Ensemble:
 
     Each member weighs the evaluations with its own exponential draws (the Bayesian bootstrap), keyed by N alone, so
     that equal evaluations give equal members. Only the order of the values counts: one very bad value moves nothing.
+    The penalty is PENALTY · D, so that it means the same for short and long encodings.
     """
 
     def __init__(self, codes: np.ndarray, values: np.ndarray):
-        from sklearn.linear_model import Ridge
+        from sklearn.kernel_ridge import KernelRidge
 
         self.fitted_on = len(values)
         self._indicators = Indicators(codes)
         features, target = self._indicators(codes), normal_scores(values)
+        kernel, ridge = features @ features.T, KernelRidge(alpha=PENALTY * codes.shape[1], kernel="precomputed")
         weights = generator(len(values), "predictor").exponential(size=(MEMBERS, len(values)))
-        members = [Ridge(alpha=PENALTY).fit(features, target, sample_weight=weight) for weight in weights]
-        self._coefficients = np.array([member.coef_ for member in members])
-        self._intercepts = np.array([member.intercept_ for member in members])
+        dual = [ridge.fit(kernel, target, sample_weight=weight).dual_coef_ for weight in weights]
+        self._coefficients = np.array(dual) @ features
 
     def predict(self, codes: np.ndarray, member: int) -> np.ndarray:
         """[M] halfway between the mean of all members and this one, for codes [M, D]; higher is better."""
-        opinions = self._indicators(codes) @ self._coefficients.T + self._intercepts
+        opinions = self._indicators(codes) @ self._coefficients.T
         return (opinions.mean(axis=1) + opinions[:, member]) / 2
 
 

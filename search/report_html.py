@@ -376,7 +376,7 @@ def _front(name: str, cost: str, complete: list[Candidate], metric: str) -> str:
         said, ("candidate", metric, "parameters", "MFLOPs", "architecture"), [_cells(known[i]) for i in chosen]
     )
     picture = _figures([(chart.svg(f"{name}-front-{cost}", title, said), legend)])
-    return tag("div", picture, _details(f"Those on the front, in numbers: {len(chosen)}", table))
+    return tag("div", picture, _details("The front as a table", table))
 
 
 def survival(name: str, stage: list[Candidate], record: Record, metric: str) -> str:

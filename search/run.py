@@ -12,13 +12,18 @@ from effbert.architecture import Architecture
 from effbert.config import SearchConfig, as_dict
 from effbert.files import remove_partial, write_atomic
 from effbert.search import report
-from effbert.search.final import final_row, rows, teacher_row
+from effbert.search.agreement import of_rungs
+from effbert.search.budget import ladder
+from effbert.search.final import final_rows, rows, teacher_row
 from effbert.search.population import trained_candidates
 from effbert.search.progress import Reporter
+from effbert.search.report_html import write_report
 from effbert.search.space import ArchitectureSpace
 from effbert.search.stages import search_stage, shared_candidates, shared_supernet, warm_supernet
 from effbert.search.study import RunFolder, Study
 from effbert.workspace import Workspace, open_teachers, open_workspace
+
+REFRESH_SECONDS = 30.0  # between two reports while candidates come in
 
 
 def run_search(config: SearchConfig, reporter: Reporter | None = None) -> dict:
@@ -57,9 +62,13 @@ def three_stages(workspace: Workspace, coarse: ArchitectureSpace, study: Study, 
         return ArchitectureSpace(stage, coarse.dims, coarse.num_layers, *config.band(coarse.dims), base)
 
     def run(name: str, settings, where: ArchitectureSpace, evaluate, first) -> Architecture:
-        best = search_stage(study.stage(name), name, where, settings, config.seed, evaluate, first, reporter)
+        stage = study.stage(name)
+        best = search_stage(stage, name, where, settings, config.seed, evaluate, first, reporter, pages.refresh)
+        pages.write()
         reporter.say(f"{name}: {best}")
         return best
+
+    pages = Pages(workspace.folder, study, config)
 
     evaluate = trained_candidates(workspace, supernet, "stage1", config.stage1, reporter)
     found = run("stage1", config.stage1, coarse, evaluate, None)
@@ -70,6 +79,33 @@ def three_stages(workspace: Workspace, coarse: ArchitectureSpace, study: Study, 
     return run("stage3", config.stage3, fine, evaluate, found)
 
 
+class Pages:
+    """report.html and agreement.json, written anew while a search runs, but seldom: they cost time."""
+
+    def __init__(self, folder: Path, study: Study, config: SearchConfig):
+        self.folder, self.study, self.config = folder, study, config
+        self.written = 0.0
+
+    def refresh(self) -> None:
+        """Write where the last time is long enough ago."""
+        if time.monotonic() - self.written > REFRESH_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Write both files."""
+        entries = []
+        for name in ("stage1", "stage2"):
+            settings = getattr(self.config, name)
+            rungs = ladder(settings, settings.cohort)
+            for index, found in of_rungs(self.study.stage(name).evaluations()).items():
+                entry = {"stage": name, "what": f"rung {rungs[index].share:.2g} against full budget"}
+                tau = {"kendall": found.estimate, "low": found.low, "high": found.high, "candidates": found.count}
+                entries.append(entry | tau)
+        write_atomic(self.folder / "agreement.json", json.dumps(entries, indent=1))
+        write_report(self.folder)
+        self.written = time.monotonic()
+
+
 def finish(
     workspace: Workspace, winner: Architecture, space: ArchitectureSpace, study: Study, reporter: Reporter
 ) -> dict:
@@ -77,8 +113,8 @@ def finish(
     config, spec = workspace.config, workspace.main_task.spec
     supernet = warm_supernet(workspace, reporter)
     results = [teacher_row(workspace)]
-    for row in rows(workspace, winner, space):
-        results += [final_row(workspace, supernet, row, repeat, reporter) for repeat in range(config.seeds)]
+    for repeat in range(config.seeds):
+        results += final_rows(workspace, supernet, rows(workspace, winner, space), repeat, reporter)
     metric = spec.metrics[0]
     table = report.summarise(results, metric)
     summary = {
@@ -98,8 +134,9 @@ def finish(
     }
     write_atomic(workspace.folder / "results.json", json.dumps(summary, indent=1))
     write_atomic(workspace.folder / "best" / "README.md", report.model_card(summary))
+    write_report(workspace.folder)
     reporter.console.print(report.as_rich_table(table, metric, config.max_length))
-    reporter.say(f"the winner is in {workspace.folder / 'best'}")
+    reporter.say(f"the winner is in {workspace.folder / 'best'}, a report in {workspace.folder / 'report.html'}")
     return summary
 
 

@@ -68,7 +68,7 @@ def make_sampler(name: str, space: Space, initial: int | None = None, refit_ever
 
 
 class RememberingSampler(ABC):
-    """What all samplers share: what was seen is not proposed again. A kind of sampler says how it proposes and learns."""
+    """What all samplers share: nothing seen is proposed again. Each kind says how it proposes and what it learns."""
 
     def __init__(self, space: Space):
         self.space = space

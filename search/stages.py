@@ -6,13 +6,13 @@ it; stage 3 trains one supernet with a sampled architecture a step and scores ca
 candidate is in the study before it starts, and each of its values as soon as it is there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from effbert import random
-from effbert.architecture import Architecture, count_parameters
+from effbert.architecture import Architecture
 from effbert.checkpoint import own_memory
 from effbert.config import SearchStage
 from effbert.data.batches import subset
@@ -20,7 +20,7 @@ from effbert.engine import Phase, forget, train
 from effbert.evaluate import evaluate_rows
 from effbert.search.agreement import paired_difference
 from effbert.search.budget import fitness, ladder, survivors
-from effbert.search.population import Evaluate, Member, Outcome
+from effbert.search.population import Evaluate, Member, Outcome, costs_of
 from effbert.search.progress import Reporter, StageLine
 from effbert.search.sampler import Sampler, SpaceExhausted, make_sampler
 from effbert.search.space import Space
@@ -39,11 +39,13 @@ def search_stage(
     evaluate: Evaluate,
     first: Architecture | None,
     reporter: Reporter,
+    after_cohort: Callable[[], None] = lambda: None,
 ) -> Architecture:
     """Cohort after cohort, until the study holds settings.num_candidates; returns the best architecture.
 
-    first: the architecture the stage starts from, evaluated as candidate 0. The sampler's state is rebuilt from the
-    study alone. A space with fewer architectures ends the stage early. ValueError where every candidate diverged.
+    first: the architecture the stage starts from, evaluated as candidate 0. after_cohort: called when one is done. The
+    sampler's state is rebuilt from the study alone. A space with fewer architectures ends the stage early. ValueError
+    where every candidate diverged.
     """
     sampler = make_sampler(settings.sampler, space, settings.initial_samples, settings.refit_every)
     finished = sum(evaluation.state != "running" for evaluation in stage.evaluations())
@@ -56,6 +58,7 @@ def search_stage(
         told = fitness(cohort, len(ladder(settings, len(members))))
         for number, architecture in members:
             sampler.tell(architecture, told[number])
+        after_cohort()
         if len(members) < len(numbers):
             break
     line.close()
@@ -184,7 +187,7 @@ def shared_candidates(workspace: Workspace, supernet: Supernet) -> Evaluate:
     def evaluate(members: Sequence[Member], share: float) -> Iterator[tuple[int, Outcome]]:
         for number, architecture in members:
             scores = score(architecture)
-            attrs = {"parameters": count_parameters(architecture, supernet.config).total_with_projection}
+            attrs = costs_of(architecture, supernet.config, workspace.config.max_length)
             if "hits" in scores:
                 attrs["hits"] = scores.pop("hits")
             yield number, Outcome(scores[task.spec.metrics[0]], attrs | {"scores": scores})

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from effbert.config import SearchStage
 from effbert.evaluate import pack_hits, unpack_hits
-from effbert.search.agreement import kendall, paired_difference
+from effbert.search.agreement import kendall, of_rungs, paired_difference
 from effbert.search.budget import Rung, cut, fitness, ladder, survivors
 from effbert.search.study import Evaluation
 
@@ -87,6 +87,15 @@ def test_agreement_is_one_for_equal_ranks_and_its_interval_holds_the_estimate():
 def test_agreement_of_one_candidate_is_refused():
     with pytest.raises(ValueError, match="at least 2 candidates, not 1 and 1"):
         kendall([1.0], [1.0])
+
+
+def test_rungs_agree_with_the_full_budget_among_those_that_reached_it():
+    reached = [[0.1, 0.3, 0.5], [0.2, 0.2, 0.6], [0.3, 0.1, 0.7]]
+    cohort = [evaluation(number, "complete", rungs) for number, rungs in enumerate(reached)]
+    cohort += [evaluation(3, "pruned", [0.0, 0.1]), evaluation(4, "complete", [0.9]), evaluation(5, "failed", [])]
+    found = of_rungs(cohort)
+    assert {rung: interval.estimate for rung, interval in found.items()} == {0: pytest.approx(1), 1: pytest.approx(-1)}
+    assert found[0].count == 3 and of_rungs(cohort[:1]) == {} and of_rungs([]) == {}
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=50))

@@ -99,6 +99,7 @@ def test_values_do_not_depend_on_how_many_train_at_once(workspace, supernet, arc
     for outcome in expected.values():
         assert outcome.attrs["scores"]["accuracy"] == outcome.value
         assert unpack_hits(outcome.attrs["hits"]).mean() == pytest.approx(outcome.value)
+        assert outcome.attrs["flops"] > outcome.attrs["parameters"] > 0
         assert outcome.attrs["tokens"] > 0 and outcome.attrs["seconds"] > 0 and len(outcome.phases) == 2
 
 
@@ -120,5 +121,5 @@ def test_the_population_is_what_was_asked_for_or_what_memory_holds(workspace, su
 
 def test_a_candidate_that_diverged_has_no_value():
     result = Distillation("loss not finite at step 20 of task distillation", [], 1.0, 5, ())
-    outcome = population.outcome(result, "accuracy", 7)
+    outcome = population.outcome(result, "accuracy", {"parameters": 7})
     assert outcome.value is None and outcome.diverged == result.diverged and outcome.attrs["parameters"] == 7

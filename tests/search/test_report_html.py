@@ -426,7 +426,8 @@ addEventListener("load", () => {
     }
   }
   for (const part of document.querySelectorAll("p, h2, article, figure, .tiles, .scroll"))
-    if (part.getBoundingClientRect().right > document.body.getBoundingClientRect().right) faults.push("wider than a phone: " + part.outerHTML.slice(0, 60));
+    if (part.getBoundingClientRect().right > document.body.getBoundingClientRect().right)
+      faults.push("wider than a phone: " + part.outerHTML.slice(0, 60));
   document.title = document.querySelectorAll("svg").length + " figures; " + faults.join("; ");
 });
 </script>"""

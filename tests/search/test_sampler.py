@@ -1,4 +1,4 @@
-"""Samplers: nothing twice, failures, exhaustion, and a resume by telling the study again."""
+"""All samplers: nothing twice, failures, exhaustion, and a resume by telling the study again."""
 
 import numpy as np
 import pytest
@@ -95,8 +95,72 @@ def test_telling_the_same_candidate_twice_is_refused(name):
         sampler.tell((3, 2, 1, 0), 1.0)
 
 
+@given(seed=st.integers(0, 1000), stop=st.integers(0, 12), cohort=st.integers(1, 4), name=st.sampled_from(SAMPLERS))
+@settings(max_examples=24, deadline=None)
+def test_a_resume_with_open_candidates_goes_on_as_the_first_would_have(seed, stop, cohort, name):
+    first, resumed = small(name, Letters()), small(name, Letters())
+    for word, value in run(first, stop, seed):
+        resumed.tell(word, value)
+    members = [first.ask(generator(seed, "cohort", number)) for number in range(cohort)]
+    for word in reversed(members):
+        resumed.asked(word)
+    for number in range(3):
+        assert resumed.ask(generator(seed, "more", number)) == first.ask(generator(seed, "more", number))
+    for number, word in enumerate(members):
+        first.tell(word, value_of(word, number))
+        resumed.tell(word, value_of(word, number))
+    assert resumed.ask(generator(seed, "last")) == first.ask(generator(seed, "last"))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_an_open_candidate_is_not_proposed_and_may_be_named_again_until_it_is_told(name):
+    space = Letters(3, 3)
+    sampler = small(name, space)
+    for word in ((0, 0, 1), (1, 0, 0), (2, 2, 2)):
+        sampler.asked(word)
+    keys = {space.key(sampler.ask(generator(0, "ask", number))) for number in range(16)}
+    assert len(keys) == 16 and not keys & {"(0, 0, 1)", "(2, 2, 2)"}
+    with pytest.raises(SpaceExhausted, match="18 seen"):
+        sampler.ask(generator(0, "no more"))
+    sampler.tell((0, 0, 1), 0.5)
+    with pytest.raises(ValueError, match="asked for after it was told"):
+        sampler.asked((1, 0, 0))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("failed", [None, float("nan"), float("-inf")])
+def test_a_failed_candidate_is_not_proposed_and_teaches_nothing(name, failed):
+    """Failed ones count as random draws only: where they lie makes no difference to what is asked for next."""
+    space, proposals = Letters(), []
+    for words in ([(5, 5, 5, 5), (5, 5, 5, 4)], [(1, 1, 1, 1), (1, 1, 1, 2)]):
+        sampler = small(name, space)
+        run(sampler, 12, seed=3)
+        for word in words:
+            assert word not in sampler.seen
+            sampler.tell(word, failed)
+        proposals.append([sampler.ask(generator(3, "next", number)) for number in range(6)])
+        assert not {space.key(word) for word in words} & {space.key(word) for word in proposals[-1]}
+    assert proposals[0] == proposals[1]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_without_counts_a_sampler_takes_its_own(name):
+    assert make_sampler(name, Letters()).ask(generator(1)) == Letters().sample(generator(1))
+
+
+def test_evolution_takes_initial_as_its_population_and_a_quarter_for_a_tournament():
+    sampler = make_sampler("evolution", Letters(), initial=12)
+    assert (sampler.population, sampler.tournament) == (12, 3)
+
+
+@pytest.mark.parametrize(("name", "initial"), [("evolution", 1), ("lanas", 1), ("predictor", 1)])
+def test_one_random_architecture_is_too_few(name, initial):
+    with pytest.raises(ValueError, match=f"{name} needs"):
+        make_sampler(name, Letters(), initial=initial)
+
+
 def test_an_unknown_sampler_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown sampler 'best'; known: random, lanas"):
+    with pytest.raises(ValueError, match=r"unknown sampler 'best'; known: random, evolution, lanas, predictor"):
         make_sampler("best", Letters())
 
 
