@@ -35,7 +35,7 @@ ROWS = {
     "random": ("random", None),
     "evolution": ("evolution", None),
     "lanas": ("lanas", None),
-    "lanas, initial 16": ("lanas", 16),
+    "lanas, initial 12": ("lanas", 12),
     "predictor": ("predictor", None),
 }
 CHECKPOINTS = (20, 40, 80, 150, 300)

@@ -52,20 +52,41 @@ def search(arguments: list[str]) -> int:
     from effbert.config import PRESETS, SearchConfig
 
     name, arguments = take_flag(arguments, "preset")
+    assumed, arguments = take_flag(arguments, "flops_per_second")
+    dry, arguments = "--dry_run" in arguments, [argument for argument in arguments if argument != "--dry_run"]
     start = preset(name, PRESETS, SearchConfig(output_dir=""))
     about = (
-        f"{SearchConfig.__doc__.splitlines()[0]} --preset NAME, one of {', '.join(PRESETS)}, sets the defaults below."
+        f"{SearchConfig.__doc__.splitlines()[0]} --preset NAME, one of {', '.join(PRESETS)}, sets the defaults below. "
+        "--dry_run forecasts what it costs, from a few real steps or at --flops_per_second, and starts nothing."
     )
     config = parse(SearchConfig, arguments, "effbert search", default=start, description=about)
-    if not config.output_dir:
+    if not config.output_dir and not dry:
         raise ValueError("search needs --output_dir, the folder that the run is kept in")
     if name is None and not config.teacher:
         raise ValueError("search needs --teacher, a BERT-like encoder, or --preset demo, which trains a small one")
     quiet_libraries()
-    from effbert.search.run import run_search
+    from effbert.search.run import dry_run, run_search
 
-    run_search(config)
+    if dry:
+        print("\n".join(dry_run(config, _rate(assumed))))
+    elif assumed is not None:
+        raise ValueError("--flops_per_second is for --dry_run: a search takes the time it takes")
+    else:
+        run_search(config)
     return 0
+
+
+def _rate(text: str | None) -> float | None:
+    """FLOP/s above 0; None stays None."""
+    if text is None:
+        return None
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise ValueError(f"--flops_per_second {text}: give a number above 0, such as 2e14")
+    return rate
 
 
 def report(arguments: list[str]) -> int:

@@ -142,6 +142,9 @@ class SearchConfig:
         min_params: Fewest parameters of a candidate, with the projection, without pooler and head; 0 for the published
             architecture's count at these sizes times 15/15.74.
         max_params: Most parameters of a candidate; 0 for the published architecture's count times 16/15.74.
+        params: Find a sub-network of so many parameters: the published band, 15 to 16 million for 15.74, scaled to it,
+            in place of min_params and max_params.
+        max_flops: Most FLOPs of a candidate for a text of max_length tokens, with the projection; 0 for any.
         population: Candidates trained at once on the same batches; 0 for as many of a cohort as memory holds.
         seed: Of everything random.
         seeds: Repeat the rows of the final table so often, for mean and spread.
@@ -168,6 +171,8 @@ class SearchConfig:
     max_train_rows: int = 0
     min_params: int = 0
     max_params: int = 0
+    params: int = 0
+    max_flops: int = 0
     population: int = 0
     seed: int = 0
     seeds: int = 1
@@ -198,8 +203,10 @@ class SearchConfig:
             raise ValueError(f"validation_share is {self.validation_share}: it must be above 0 and below 1")
 
     def band(self, dims: Dimensions) -> tuple[int, int]:
-        """(min_params, max_params), where unset the published band scaled to these sizes."""
-        count = count_parameters(published(self.student.num_hidden_layers), dims).total_with_projection
+        """(min_params, max_params), where unset the published band scaled to `params`, or else to these sizes."""
+        if self.params and (self.min_params or self.max_params):
+            raise ValueError("--params sets the band of parameters: leave out --min_params and --max_params")
+        count = self.params or count_parameters(published(self.student.num_hidden_layers), dims).total_with_projection
         return (
             self.min_params or round(count * BAND[0] / PUBLISHED_PARAMETERS),
             self.max_params or round(count * BAND[1] / PUBLISHED_PARAMETERS),

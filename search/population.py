@@ -105,14 +105,19 @@ def outcome(result: Distillation, metric: str, costs: dict[str, int]) -> Outcome
 
 
 def population_size(workspace: Workspace, supernet: Supernet, architectures: Sequence[Architecture]) -> int:
-    """How many of them train at once: --population, or as many as MEMORY_SHARE of the free memory holds; at least one.
+    """How many of them train at once: --population, or as many as memory has room for; at least one.
 
     Where a GPU's memory does not suffice after all, the training loop goes on with half of them.
     """
-    wanted = workspace.config.population or len(architectures)
     largest = max(count_parameters(a, supernet.config).total_with_projection for a in architectures)
-    room = int(MEMORY_SHARE * free_memory(workspace.device) / (BYTES_A_PARAMETER * largest))
-    return max(1, min(len(architectures), wanted, room))
+    return min(len(architectures), room_for(workspace.device, largest, workspace.config.population))
+
+
+def room_for(device: torch.device, parameters: int, wanted: int = 0) -> int:
+    """How many models of so many parameters MEMORY_SHARE of the free memory holds in training: at least one, and at
+    most `wanted` unless that is 0."""
+    room = max(1, int(MEMORY_SHARE * free_memory(device) / (BYTES_A_PARAMETER * parameters)))
+    return min(room, wanted or room)
 
 
 def free_memory(device: torch.device) -> int:

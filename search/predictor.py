@@ -26,7 +26,7 @@ class PredictorSampler(RememberingSampler):
     that it ruled out. ValueError unless initial >= 2 and refit_every >= 1.
     """
 
-    def __init__(self, space: Space, initial: int = 16, refit_every: int = 2):
+    def __init__(self, space: Space, initial: int = 12, refit_every: int = 2):
         if initial < 2 or refit_every < 1:
             raise ValueError(f"predictor needs initial >= 2 and refit_every >= 1; got {initial} and {refit_every}")
         super().__init__(space)

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from effbert import __version__
 from effbert.architecture import Architecture
 from effbert.config import SearchConfig, as_dict
 from effbert.files import remove_partial, write_atomic
-from effbert.search import report
+from effbert.search import forecast, report
 from effbert.search.agreement import of_rungs
 from effbert.search.budget import ladder
 from effbert.search.final import final_rows, rows, teacher_row
@@ -45,12 +46,32 @@ def run_search(config: SearchConfig, reporter: Reporter | None = None) -> dict:
         return finish(workspace, winner, coarse, study, reporter)
 
 
+def dry_run(config: SearchConfig, flops_per_second: float | None = None) -> list[str]:
+    """What `run_search` would cost, as text, from a few real steps here or at an assumed rate; nothing is kept."""
+    with tempfile.TemporaryDirectory() as folder, Reporter() as reporter:
+        workspace = open_workspace(config, Path(folder), reporter.say)
+        coarse_space(workspace, reporter)
+        rates = (
+            forecast.measure(workspace) if flops_per_second is None else forecast.assume(workspace, flops_per_second)
+        )
+        return forecast.lines(workspace, forecast.forecast(workspace, rates), rates)
+
+
 def coarse_space(workspace: Workspace, reporter: Reporter) -> ArchitectureSpace:
     """The space of stage 1; ValueError where no architecture is within the parameter band."""
     dims = workspace.student_config()
     low, high = workspace.config.band(dims)
     reporter.say(f"a candidate has {low:,} to {high:,} parameters, with the projection, without pooler and head")
-    return ArchitectureSpace("coarse", dims, workspace.config.student.num_hidden_layers, low, high)
+    config = workspace.config
+    return ArchitectureSpace(
+        "coarse",
+        dims,
+        config.student.num_hidden_layers,
+        low,
+        high,
+        max_flops=config.max_flops,
+        length=config.max_length,
+    )
 
 
 def three_stages(workspace: Workspace, coarse: ArchitectureSpace, study: Study, reporter: Reporter) -> Architecture:
@@ -59,7 +80,10 @@ def three_stages(workspace: Workspace, coarse: ArchitectureSpace, study: Study, 
     supernet = warm_supernet(workspace, reporter)
 
     def space(stage: str, base: Architecture) -> ArchitectureSpace:
-        return ArchitectureSpace(stage, coarse.dims, coarse.num_layers, *config.band(coarse.dims), base)
+        band = config.band(coarse.dims)
+        return ArchitectureSpace(
+            stage, coarse.dims, coarse.num_layers, *band, base, max_flops=coarse.max_flops, length=coarse.length
+        )
 
     def run(name: str, settings, where: ArchitectureSpace, evaluate, first) -> Architecture:
         stage = study.stage(name)

@@ -6,11 +6,12 @@ uniform, never by trial. Expressions are built slot by slot in the grammar, so t
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from effbert.architecture import Architecture, Dimensions, count_parameters, mlp_parameters
+from effbert.architecture import Architecture, Dimensions, count_flops, count_parameters, mlp_parameters
 from effbert.kernels.expression import (
     ACTIVATIONS,
     BINARY,
@@ -26,6 +27,7 @@ from effbert.kernels.expression import (
 
 STAGES = ("coarse", "operations", "fine")
 MAX_NODES = ENCODING_LENGTH
+MAX_DRAWS = 100_000
 
 # How often a drawn expression has height 3 to 7: the published winners have 4 or 5.
 _HEIGHT_WEIGHTS = (0.25, 0.35, 0.22, 0.12, 0.06)
@@ -59,7 +61,8 @@ class ArchitectureSpace:
     - `operations`: the structures are `base`'s; each layer's expression is `base`'s after a few edits.
     - `fine`: the expressions are `base`'s; each layer picks one of the 16 structures.
 
-    Raises ValueError where nothing lies in the band, or `base` does not fit the stage.
+    max_flops: most FLOPs of a text of `length` tokens, as count_flops totals them; 0 for any. Raises ValueError where
+    nothing lies in the band and below it, or `base` does not fit the stage.
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class ArchitectureSpace:
         min_params: int,
         max_params: int,
         base: Architecture | None = None,
+        max_flops: int = 0,
+        length: int = 0,
     ):
         if stage not in STAGES:
             raise ValueError(f"unknown stage {stage!r}; known: {', '.join(STAGES)}")
@@ -77,7 +82,9 @@ class ArchitectureSpace:
         costs = tuple(mlp_parameters(structure, dims) for structure in STRUCTURES)
         smallest = Architecture.uniform(STRUCTURES[0], num_layers)
         fixed = count_parameters(smallest, dims).total_with_projection - num_layers * costs[0]
-        self.band = Band(costs, num_layers, fixed, min_params, max_params)
+        ceiling = flops_ceiling(dims, num_layers, length, max_flops) if max_flops else None
+        self.max_flops, self.length = max_flops, length
+        self.band = Band(costs, num_layers, fixed, min_params, max_params, ceiling)
         if stage != "coarse":
             self._check_base()
 
@@ -165,19 +172,44 @@ class ArchitectureSpace:
             raise ValueError(
                 f"{what} has {total:,} parameters, outside the band {self.band.low:,} to {self.band.high:,}"
             )
+        if not self.band.allows(_to_ids(architecture.structures)):
+            raise ValueError(
+                f"{what} takes more than the {self.max_flops:,} FLOPs at {self.length} tokens that are allowed"
+            )
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """A second sum over a choice, and its upper end: `fixed` plus one of `costs` a layer is at most `most`."""
+
+    costs: tuple[int, ...]
+    fixed: int
+    most: int
+    what: str
+
+
+def flops_ceiling(dims: Dimensions, num_layers: int, length: int, most: int) -> Ceiling:
+    """FLOPs of a text of `length` tokens, as `count_flops` totals them."""
+    counted = [count_flops(Architecture.uniform(structure, num_layers), dims, length) for structure in STRUCTURES]
+    costs = tuple(flops.mlp[0] for flops in counted)
+    return Ceiling(costs, counted[0].total - num_layers * costs[0], most, f"FLOPs at {length} tokens")
 
 
 class Band:
     """All ways to give each of `num_layers` layers one of `costs` so that `fixed` plus the sum lies in [low, high].
 
-    A choice is a tuple of indices into `costs`, one a layer. The choices are ranked in lexicographic order, so that a
-    rank can be drawn; `count` says how many there are. Raises ValueError where there are none, with the nearest sums.
+    The choices are tuples of indices into `costs`, one a layer, ranked in lexicographic order, so that a rank can be
+    drawn; `count` says how many there are. A ceiling leaves out some of them: draws go on until one is below it. Raises
+    ValueError where there are none, with the nearest sums.
     """
 
-    def __init__(self, costs: tuple[int, ...], num_layers: int, fixed: int, low: int, high: int):
+    def __init__(
+        self, costs: tuple[int, ...], num_layers: int, fixed: int, low: int, high: int, ceiling: Ceiling | None = None
+    ):
         if low > high:
             raise ValueError(f"the band's lower end {low:,} lies above its upper end {high:,}; swap them")
         self.costs, self.num_layers, self.fixed, self.low, self.high = costs, num_layers, fixed, low, high
+        self.ceiling = ceiling
         self._sums: list[np.ndarray] = []
         self._ways_below: list[list[int]] = []
         ways = {0: 1}
@@ -187,6 +219,27 @@ class Band:
         self.count = self._completions(fixed, num_layers)
         if not self.count:
             raise ValueError(self._why_empty())
+        if ceiling is not None and (least := self._least()) > ceiling.most:
+            raise ValueError(
+                f"no architecture of {low:,} to {high:,} parameters has at most {ceiling.most:,} {ceiling.what}: "
+                f"the nearest has {least:,}"
+            )
+
+    def allows(self, choice: tuple[int, ...]) -> bool:
+        """Whether a choice is below the ceiling."""
+        ceiling = self.ceiling
+        return ceiling is None or ceiling.fixed + sum(ceiling.costs[i] for i in choice) <= ceiling.most
+
+    def _least(self) -> int:
+        """The smallest second sum of all choices in the band."""
+        least = {0: 0}
+        for _ in range(self.num_layers):
+            more: dict[int, int] = {}
+            for total, other in least.items():
+                for cost, second in zip(self.costs, self.ceiling.costs, strict=True):
+                    more[total + cost] = min(more.get(total + cost, other + second), other + second)
+            least = more
+        return self.ceiling.fixed + min(o for total, o in least.items() if self.low <= self.fixed + total <= self.high)
 
     def total(self, choice: tuple[int, ...]) -> int:
         """The sum of a choice, `fixed` included."""
@@ -194,6 +247,16 @@ class Band:
 
     def sample(self, rng: np.random.Generator, other_than: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """A uniformly drawn choice, or one drawn uniformly from all but `other_than` (itself in the band)."""
+        for _ in range(MAX_DRAWS):
+            choice = self._draw(rng, other_than)
+            if self.allows(choice):
+                return choice
+        raise ValueError(
+            f"{MAX_DRAWS:,} draws from {self.low:,} to {self.high:,} parameters gave none with at most "
+            f"{self.ceiling.most:,} {self.ceiling.what}: raise one of them"
+        )
+
+    def _draw(self, rng: np.random.Generator, other_than: tuple[int, ...] | None) -> tuple[int, ...]:
         if other_than is None:
             return self.choice(_random_below(self.count, rng))
         if self.count == 1:
@@ -202,12 +265,13 @@ class Band:
         return self.choice(rank + (rank >= self.rank(other_than)))
 
     def swaps(self, choice: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """All choices in the band that differ from this one in exactly one layer."""
+        """All choices in the band, below its ceiling, that differ from this one in exactly one layer."""
         total, found = self.total(choice), []
         for layer, old in enumerate(choice):
             for new, cost in enumerate(self.costs):
-                if new != old and self.low <= total - self.costs[old] + cost <= self.high:
-                    found.append((*choice[:layer], new, *choice[layer + 1 :]))
+                swapped = (*choice[:layer], new, *choice[layer + 1 :])
+                if new != old and self.low <= total - self.costs[old] + cost <= self.high and self.allows(swapped):
+                    found.append(swapped)
         return found
 
     def choice(self, rank: int) -> tuple[int, ...]:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from effbert import random
-from effbert.config import PRESETS
 from effbert.engine import Phase
 from effbert.evaluate import unpack_hits
 from effbert.search import population
@@ -14,17 +13,6 @@ from effbert.search.progress import Reporter
 from effbert.search.run import coarse_space
 from effbert.student import Distillation, Student, distil
 from effbert.supernet import Supernet, supernet_config
-from effbert.workspace import open_teachers, open_workspace
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
-    """Data, a teacher of a few steps and nothing else of a smoke run."""
-    folder = tmp_path_factory.mktemp("run")
-    config = dataclasses.replace(PRESETS["smoke"](), output_dir=str(folder), tasks=())
-    found = open_workspace(config, folder, lambda text: None)
-    open_teachers(found, lambda text: None)
-    return found
 
 
 @pytest.fixture(scope="module")

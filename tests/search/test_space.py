@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effbert.architecture import Architecture, Dimensions, count_parameters, mlp_parameters
+from effbert.architecture import Architecture, Dimensions, count_flops, count_parameters, mlp_parameters
 from effbert.kernels.expression import ACTIVATIONS, STRUCTURES, Expression
 from effbert.random import generator
-from effbert.search.space import MAX_NODES, ArchitectureSpace, Band, mutate_expression, random_expression
+from effbert.search.space import MAX_NODES, ArchitectureSpace, Band, Ceiling, mutate_expression, random_expression
 
 FIXTURE = json.loads((Path(__file__).parents[1] / "fixtures" / "params.json").read_text(encoding="utf-8"))
 WINNER = Architecture.parse(FIXTURE["archs"]["released_FFN_EXPR"]["auto_bert"]["exprs"])
@@ -165,6 +165,50 @@ def test_a_choice_can_be_excluded_without_bias():
     drawn = Counter(band.sample(rng, other_than=(0, 1)) for _ in range(4000))
     assert set(drawn) == set(brute_force(band.costs, 2, 0, 3, 4)) - {(0, 1)}
     assert max(drawn.values()) < 1.2 * min(drawn.values())
+
+
+def test_a_ceiling_leaves_out_exactly_what_lies_above_it():
+    costs, second = (1, 2, 4, 7), (5, 3, 9, 1)
+    ceiling = Ceiling(second, 10, 21, "somethings")
+    band, rng = Band(costs, 3, 0, 6, 9, ceiling), generator(5, "ceiling")
+    expected = [c for c in brute_force(costs, 3, 0, 6, 9) if 10 + sum(second[i] for i in c) <= 21]
+    assert 0 < len(expected) < len(brute_force(costs, 3, 0, 6, 9))
+    drawn = Counter(band.sample(rng) for _ in range(200 * len(expected)))
+    assert set(drawn) == set(expected) and max(drawn.values()) < 1.5 * min(drawn.values())
+    for choice in expected:
+        near = [other for other in expected if sum(a != b for a, b in zip(choice, other, strict=True)) == 1]
+        assert sorted(band.swaps(choice)) == sorted(near)
+
+
+def test_a_ceiling_that_nothing_is_below_names_the_nearest():
+    costs, second = (1, 2, 4, 7), (5, 3, 9, 1)
+    least = min(10 + sum(second[i] for i in c) for c in brute_force(costs, 3, 0, 6, 9))
+    with pytest.raises(
+        ValueError, match=f"of 6 to 9 parameters has at most {least - 1} somethings: the nearest has {least}"
+    ):
+        Band(costs, 3, 0, 6, 9, Ceiling(second, 10, least - 1, "somethings"))
+    assert Band(costs, 3, 0, 6, 9, Ceiling(second, 10, least, "somethings")).count > 0
+
+
+@pytest.mark.parametrize("stage", ["coarse", "operations", "fine"])
+def test_flops_are_limited_in_every_stage(stage):
+    limit = count_flops(WINNER, Dimensions(), 128).total
+    base = None if stage == "coarse" else WINNER
+    space = ArchitectureSpace(stage, Dimensions(), 6, LOW, HIGH, base, max_flops=limit, length=128)
+    rng = generator(6, stage)
+    architecture = space.sample(rng)
+    for _ in range(30):
+        assert count_flops(architecture, Dimensions(), 128).total <= limit
+        architecture = space.mutate(architecture, rng) if rng.random() < 0.5 else space.sample(rng)
+    if stage != "operations":
+        free = ArchitectureSpace(stage, Dimensions(), 6, LOW, HIGH, base)
+        assert any(count_flops(free.sample(rng), Dimensions(), 128).total > limit for _ in range(50))
+
+
+def test_a_winner_with_too_many_flops_does_not_fit_the_next_stage():
+    limit = count_flops(WINNER, Dimensions(), 128).total - 1
+    with pytest.raises(ValueError, match=r"base takes more than the .* FLOPs at 128 tokens that are allowed"):
+        ArchitectureSpace("operations", Dimensions(), 6, LOW, HIGH, WINNER, max_flops=limit, length=128)
 
 
 def test_many_layers_are_counted_exactly():
