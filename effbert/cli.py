@@ -226,6 +226,7 @@ BENCHMARKS = {
     "kernels": "kernels",
     "step": "step",
     "search-cost": "search_cost",
+    "samplers": "samplers",
 }
 
 

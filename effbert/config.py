@@ -74,15 +74,16 @@ class SearchStage(Budget):
     """A stage of the search: how many candidates, who proposes them, and its budget.
 
     In stages 1 and 2 the budget is each candidate's own; in stage 3 it is that of the one shared supernet, on which
-    candidates are scored without training. sampler: "random" or "lanas", of which initial_samples and refit_every are.
-    cohort: candidates proposed at once. rungs: rising shares of the budget, the last one 1; a cohort is trained on the
-    first, its best on the next, so many that every rung costs the same.
+    candidates are scored without training. sampler: who proposes candidates, the first initial_samples at random; what
+    it learns from their values is learned anew every refit_every of them. cohort: candidates proposed at once. rungs:
+    rising shares of the budget, the last one 1; a cohort is trained on the first, its best on the next, so many that
+    every rung costs the same.
     """
 
     num_candidates: int = 80
-    sampler: Literal["random", "lanas"] = "lanas"
-    initial_samples: int = 80
-    refit_every: int = 10
+    sampler: Literal["random", "evolution", "lanas", "predictor"] = "predictor"
+    initial_samples: int = 12
+    refit_every: int = 2
     cohort: int = 1
     rungs: tuple[float, ...] = (1.0,)
 
@@ -243,15 +244,14 @@ def demo() -> SearchConfig:
     small = TrainingArguments(learning_rate=1e-3, per_device_train_batch_size=32, warmup_ratio=0.05)
     task = TrainingArguments(learning_rate=4e-3, num_train_epochs=1, per_device_train_batch_size=16)
     stage = SearchStage(
-        num_candidates=6,
+        num_candidates=12,
         general_share=0.04,
         task_share=0.4,
         general_phase=small,
         task_phase=task,
         initial_samples=4,
         refit_every=2,
-        cohort=6,
-        rungs=(1 / 3, 1.0),
+        cohort=4,
     )
     return SearchConfig(
         output_dir="",
@@ -281,7 +281,7 @@ def demo() -> SearchConfig:
         ),
         supernet=small,
         stage1=stage,
-        stage2=dataclasses.replace(stage, num_candidates=4),
+        stage2=dataclasses.replace(stage, num_candidates=8),
         stage3=SearchStage(
             num_candidates=20,
             general_share=0.15,
