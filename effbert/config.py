@@ -146,6 +146,10 @@ class SearchConfig:
         params: Find a sub-network of so many parameters: the published band, 15 to 16 million for 15.74, scaled to it,
             in place of min_params and max_params.
         max_flops: Most FLOPs of a candidate for a text of max_length tokens, with the projection; 0 for any.
+        task_temperature: Stage 3 draws a task of n batches in proportion to n^(1/task_temperature); 1 takes all there
+            are.
+        agreement_candidates: Train so many of stage 3's candidates alone too, with the whole budget of stage 1, and
+            record how far the scores on shared weights agree; 0 for none, from 12 on it says something.
         population: Candidates trained at once on the same batches; 0 for as many of a cohort as memory holds.
         seed: Of everything random.
         seeds: Repeat the rows of the final table so often, for mean and spread.
@@ -174,6 +178,8 @@ class SearchConfig:
     max_params: int = 0
     params: int = 0
     max_flops: int = 0
+    task_temperature: float = 1.0
+    agreement_candidates: int = 0
     population: int = 0
     seed: int = 0
     seeds: int = 1
@@ -196,10 +202,15 @@ class SearchConfig:
             "corpus_tokens": 0,
             "max_train_rows": 0,
             "population": 0,
+            "params": 0,
+            "max_flops": 0,
+            "agreement_candidates": 0,
         }
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {minimum}")
+        if not self.task_temperature >= 1:
+            raise ValueError(f"task_temperature is {self.task_temperature}: it must be at least 1")
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share is {self.validation_share}: it must be above 0 and below 1")
 
@@ -310,6 +321,7 @@ def smoke() -> SearchConfig:
     return dataclasses.replace(
         base,
         tasks=("builtin-next",),
+        agreement_candidates=2,
         max_length=32,
         corpus_tokens=20_000,
         max_train_rows=400,

@@ -21,7 +21,7 @@ from torch import nn
 from effbert import checkpoint, random
 from effbert.data.batches import Batch
 from effbert.kernels import gradients_in_place
-from effbert.optim import Optimizer, TrainingArguments
+from effbert.optim import Optimizer, PartlyUsed, TrainingArguments
 
 CHECK_EVERY = 10  # steps between reads of the loss: a read waits for the device
 DIVERGED = 10.0  # times the mean loss of the first CHECK_EVERY steps: more, over as many steps, ends a phase
@@ -76,12 +76,14 @@ class TrainingResult:
 @dataclass(frozen=True)
 class Trainee:
     """A model to train beside others. loss_of: (batch on the device, number of the batch in the phase, what is shared
-    for the batch) -> 0-d loss. after_epoch: called with the model in eval mode; its dict is kept."""
+    for the batch) -> 0-d loss. after_epoch: called with the model in eval mode; its dict is kept. partly_used: the
+    numbers of an update's batches -> which parameters they used in part only (effbert.optim.Optimizer)."""
 
     model: nn.Module
     loss_of: Callable[[Batch, int, Any], torch.Tensor]
     phase: Phase
     after_epoch: Callable[[int], dict] | None = None
+    partly_used: Callable[[Sequence[int]], PartlyUsed] | None = None
 
 
 def train(
@@ -94,9 +96,10 @@ def train(
     device: torch.device | str = "cpu",
     after_epoch: Callable[[int], dict] | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    partly_used: Callable[[Sequence[int]], PartlyUsed] | None = None,
 ) -> TrainingResult:
     """`train_together` of one model, whose loss_of takes (batch on `device`, number of the batch in the phase)."""
-    trainee = Trainee(model, lambda batch, number, _: loss_of(batch, number), phase, after_epoch)
+    trainee = Trainee(model, lambda batch, number, _: loss_of(batch, number), phase, after_epoch, partly_used)
     return train_together([trainee], plan_of, arguments, device=device, on_step=on_step)[0]
 
 
@@ -257,13 +260,14 @@ class _Learner:
 
     def __init__(self, trainee: Trainee, arguments: TrainingArguments, batches: int, device: torch.device):
         self.model, self.loss_of, self.phase = trainee.model, trainee.loss_of, trainee.phase
-        self.after_epoch, self.arguments, self.batches, self.device = trainee.after_epoch, arguments, batches, device
+        self.after_epoch, self.partly_used = trainee.after_epoch, trainee.partly_used
+        self.arguments, self.batches, self.device = arguments, batches, device
         self.steps = -(-batches // arguments.gradient_accumulation_steps)
         self.total = self.steps * arguments.num_train_epochs
         self.optimizer = Optimizer(self.model, arguments, self.total)
         self.epoch = self.position = self.step = self.tokens = self.window_steps = 0
         self.loss_sum = self.window_sum = self.pending = torch.zeros((), dtype=torch.float64)
-        self.pending_tokens = 0
+        self.pending_tokens, self.pending_numbers = 0, []
         self.last_loss = float("nan")
         self.first_window: float | None = None
         self.records: list[dict] = []
@@ -287,21 +291,23 @@ class _Learner:
         if not self.model.training:
             self.model.train()
         torch.manual_seed(random.key(self.phase.seed, *self.phase.name, "step", self.epoch, index))
+        number = self.epoch * self.batches + index
         with gradients_in_place():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.arguments.bf16):
-                loss = self.loss_of(batch, self.epoch * self.batches + index, shared)
+                loss = self.loss_of(batch, number, shared)
             (loss / of).backward()
+        self.pending_numbers.append(number)
         self.pending = self.pending.to(loss.device) + loss.detach().double()
         self.pending_tokens += tokens
 
     def update(self) -> None:
         """One step of the optimiser, and what it was worth."""
-        norm = self.optimizer.step(self.step)
+        norm = self.optimizer.step(self.step, self.partly_used and self.partly_used(self.pending_numbers))
         mean = self.pending + 0 * norm.double()  # a gradient that is not finite shows in the sums
         self.loss_sum = self.loss_sum.to(mean.device) + mean
         self.window_sum = self.window_sum.to(mean.device) + mean
         self.tokens += self.pending_tokens
-        self.pending, self.pending_tokens = torch.zeros_like(self.pending), 0
+        self.drop_pending()
         self.step += 1
         self.position += 1
         self.window_steps += 1
@@ -309,7 +315,11 @@ class _Learner:
     def drop_gradients(self) -> None:
         """Forget what a step has added that was not completed."""
         self.optimizer.adamw.zero_grad(set_to_none=True)
-        self.pending, self.pending_tokens = torch.zeros_like(self.pending), 0
+        self.drop_pending()
+
+    def drop_pending(self) -> None:
+        """Begin the sums of an update anew."""
+        self.pending, self.pending_tokens, self.pending_numbers = torch.zeros_like(self.pending), 0, []
 
     def check(self) -> None:
         """Read the loss of the steps since the last check; end the phase where it diverges."""

@@ -4,12 +4,14 @@ The learning rate is a pure function of the step, so a resumed run needs no sche
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
+
+PartlyUsed = Mapping[nn.Parameter, tuple[int, int]]  # of which dimension how many entries, the first ones, were used
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weigh
 class Optimizer:
     """AdamW with clipping; `step` applies the accumulated gradients at the rate of the given update number.
 
-    Parameters without a gradient (MLPs that a sampled architecture did not use) are neither updated nor decayed.
+    What a sampled architecture did not use is neither updated nor decayed, and its moments stay: whole parameters that
+    have no gradient, and the rest of those that `step` is told were used in part.
     """
 
     def __init__(self, model: nn.Module, arguments: TrainingArguments, total_steps: int):
@@ -80,12 +83,22 @@ class Optimizer:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.adamw = torch.optim.AdamW(groups, lr=arguments.learning_rate, fused=True)
 
-    def step(self, number: int) -> torch.Tensor:
+    def step(self, number: int, partly_used: PartlyUsed | None = None) -> torch.Tensor:
         """Clip, update, clear the gradients; returns the gradient norm before clipping, a 0-d tensor."""
         factor = learning_rate_factor(number, self.total_steps, self.warmup_steps, self.arguments.lr_scheduler_type)
         for group in self.adamw.param_groups:
             group["lr"] = self.arguments.learning_rate * factor
         norm = nn.utils.clip_grad_norm_(self.parameters, self.arguments.max_grad_norm)
+        before = [(part, part.clone()) for part in self._unused(partly_used or {})]
         self.adamw.step()
+        for part, value in before:
+            part.copy_(value)
         self.adamw.zero_grad(set_to_none=True)
         return norm
+
+    def _unused(self, partly_used: PartlyUsed) -> Iterator[torch.Tensor]:
+        """Views of the unused parts of parameters and of their moments."""
+        for parameter, (dimension, width) in partly_used.items():
+            state = self.adamw.state.get(parameter, {})
+            for tensor in (parameter.detach(), *(state[name] for name in ("exp_avg", "exp_avg_sq") if name in state)):
+                yield tensor.narrow(dimension, width, tensor.shape[dimension] - width)

@@ -84,11 +84,17 @@ class TaskBatch:
 
 
 class MixedPlan:
-    """One epoch over several tasks: each task's batches, all in one order that depends on (seed, epoch) alone."""
+    """One epoch over several tasks: their batches in one order that depends on (seed, epoch) alone.
 
-    def __init__(self, plans: dict[str, BatchPlan], seed: int, epoch: int):
+    At temperature 1 every batch of every task occurs once, so tasks weigh what they have. A higher one evens them out:
+    of as many batches in all, a task of n gets a share in proportion to n^(1/temperature), at least one, and goes round
+    where that is more than it has.
+    """
+
+    def __init__(self, plans: dict[str, BatchPlan], seed: int, epoch: int, temperature: float = 1.0):
         self.plans = plans
-        places = [(task, index) for task, plan in plans.items() for index in range(len(plan))]
+        counts = mixed_counts({task: len(plan) for task, plan in plans.items()}, temperature)
+        places = [(task, index % len(plan)) for task, plan in plans.items() for index in range(counts[task])]
         order = random.generator(seed, "mixed tasks", epoch).permutation(len(places))
         self.places = [places[index] for index in order]
 
@@ -98,3 +104,10 @@ class MixedPlan:
     def __getitem__(self, index: int) -> TaskBatch:
         task, position = self.places[index]
         return TaskBatch(task, self.plans[task][position])
+
+
+def mixed_counts(sizes: dict[str, int], temperature: float) -> dict[str, int]:
+    """How many batches of each task an epoch has; see `MixedPlan`."""
+    weights = {task: size ** (1 / temperature) for task, size in sizes.items()}
+    scale = sum(sizes.values()) / sum(weights.values())
+    return {task: max(1, round(weight * scale)) for task, weight in weights.items()}

@@ -97,6 +97,19 @@ class Supernet(EffBertPreTrainedModel):
         x = last if self.kinds[task] == "spans" else self.effbert.pool(last)
         return replace(trace, logits=self.heads[head_key(task)](x))
 
+    def partly_used(self, architectures: Sequence[Architecture]) -> dict[nn.Parameter, tuple[int, int]]:
+        """The MLP weights of which these architectures together use the first entries of a dimension only: that
+        dimension, and how many. Those of stacks that none of them has are not among them: they get no gradient."""
+        full, found = self.config.intermediate_size, {}
+        for index, layer in enumerate(self.effbert.layers):
+            structures = [architecture.layers[index].structure for architecture in architectures]
+            for stack, mlp in enumerate(layer.mlps):
+                widths = [structure.inner_width(full) for structure in structures if stack < structure.stacks]
+                if widths and max(widths) < full:
+                    for parameter, dimension in ((mlp.dense1.weight, 0), (mlp.dense1.bias, 0), (mlp.dense2.weight, 1)):
+                        found[parameter] = dimension, max(widths)
+        return found
+
     def extract(self, architecture: Architecture, task: str | None = None, **changes):
         """A standalone model with copies of the used slices: with the head of `task`, or the bare encoder.
 

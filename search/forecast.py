@@ -15,13 +15,13 @@ import torch
 from effbert.architecture import Architecture, bert_flops, count_flops
 from effbert.config import Budget, SearchStage, published
 from effbert.data.batches import subset
-from effbert.engine import gradients_in_place
+from effbert.kernels import gradients_in_place
 from effbert.mlm import new_bert
 from effbert.model import new_student
 from effbert.optim import Optimizer, TrainingArguments
 from effbert.search.budget import cut, ladder
 from effbert.search.population import BYTES_A_PARAMETER, room_for
-from effbert.step import general_lesson
+from effbert.step import general_lesson, mixed_counts
 from effbert.supernet import FULL_STRUCTURE, Supernet, derive_config, supernet_config
 from effbert.teacher import Teacher, load_model
 from effbert.workspace import Workspace, model_inputs
@@ -89,9 +89,13 @@ def shared_weights(workspace: Workspace, rates: Rates) -> Part:
     tokens = epochs_of(settings.general_phase) * general_tokens(
         workspace, settings.general_share, settings.general_phase
     )
-    for name, task in workspace.tasks.items():
-        plan = workspace.plan(subset(task.train, settings.task_share), size, f"stage3 {name}", 0)
-        tokens += epochs_of(settings.task_phase) * plan.tokens.padded
+    plans = {
+        name: workspace.plan(subset(task.train, settings.task_share), size, f"stage3 {name}", 0)
+        for name, task in workspace.tasks.items()
+    }
+    counts = mixed_counts({name: len(plan) for name, plan in plans.items()}, workspace.config.task_temperature)
+    each = sum(counts[name] * plan.tokens.padded / len(plan) for name, plan in plans.items())
+    tokens += round(epochs_of(settings.task_phase) * each)
     scoring = settings.num_candidates * ranking_tokens(workspace) * rates.scoring
     return Part("stage3", settings.num_candidates, tokens, tokens * (rates.teacher + rates.candidate) + scoring)
 

@@ -1,5 +1,6 @@
 """A whole search, from text to table, in one folder: the same call again goes on where the last one stopped."""
 
+import dataclasses
 import json
 import platform
 import tempfile
@@ -13,14 +14,14 @@ from effbert.architecture import Architecture
 from effbert.config import SearchConfig, as_dict
 from effbert.files import remove_partial, write_atomic
 from effbert.search import forecast, report
-from effbert.search.agreement import of_rungs
+from effbert.search.agreement import Interval, kendall, of_rungs
 from effbert.search.budget import ladder
 from effbert.search.final import final_rows, rows, teacher_row
 from effbert.search.population import trained_candidates
 from effbert.search.progress import Reporter
 from effbert.search.report_html import write_report
 from effbert.search.space import ArchitectureSpace
-from effbert.search.stages import search_stage, shared_candidates, shared_supernet, warm_supernet
+from effbert.search.stages import run_cohort, search_stage, shared_candidates, shared_supernet, warm_supernet
 from effbert.search.study import RunFolder, Study
 from effbert.workspace import Workspace, open_teachers, open_workspace
 
@@ -100,7 +101,31 @@ def three_stages(workspace: Workspace, coarse: ArchitectureSpace, study: Study, 
     found = run("stage2", config.stage2, space("operations", found), evaluate, found)
     fine = space("fine", found)
     evaluate = shared_candidates(workspace, shared_supernet(workspace, supernet, fine, config.stage3, reporter))
-    return run("stage3", config.stage3, fine, evaluate, found)
+    winner = run("stage3", config.stage3, fine, evaluate, found)
+    if config.agreement_candidates:
+        train_alone(workspace, study, fine, reporter)
+        pages.write()
+    return winner
+
+
+ALONE = "agreement"  # the study and folder of stage 3's candidates trained alone
+
+
+def train_alone(workspace: Workspace, study: Study, space: ArchitectureSpace, reporter: Reporter) -> None:
+    """Train the first --agreement_candidates of stage 3 by themselves, from the warm supernet with stage 1's budget."""
+    settings = dataclasses.replace(workspace.config.stage1, rungs=(1.0,))
+    scored = [evaluation for evaluation in study.stage("stage3").evaluations() if evaluation.state == "complete"]
+    chosen = scored[: workspace.config.agreement_candidates]
+    stage, members = study.stage(ALONE), [(e.number, Architecture.parse(e.architecture)) for e in chosen]
+    known = {evaluation.number for evaluation in stage.evaluations()}
+    for number, architecture in members:
+        if number not in known:
+            stage.begin(number, str(architecture), space.key(architecture))
+    finished = sum(evaluation.state != "running" for evaluation in stage.evaluations())
+    line = reporter.stage(ALONE, len(members), finished)
+    evaluate = trained_candidates(workspace, warm_supernet(workspace, reporter), ALONE, settings, reporter)
+    run_cohort(stage, members, space, settings, evaluate, line)
+    line.close()
 
 
 class Pages:
@@ -123,11 +148,25 @@ class Pages:
             rungs = ladder(settings, settings.cohort)
             for index, found in of_rungs(self.study.stage(name).evaluations()).items():
                 entry = {"stage": name, "what": f"rung {rungs[index].share:.2g} against full budget"}
-                tau = {"kendall": found.estimate, "low": found.low, "high": found.high, "candidates": found.count}
-                entries.append(entry | tau)
+                entries.append(entry | _tau(found))
+        found = self._shared_weights()
+        if found is not None:
+            entries.append({"stage": "stage3", "what": "shared weights against training alone"} | _tau(found))
         write_atomic(self.folder / "agreement.json", json.dumps(entries, indent=1))
         write_report(self.folder)
         self.written = time.monotonic()
+
+    def _shared_weights(self) -> Interval | None:
+        """Agreement of stage 3's scores with training alone, where candidates have both."""
+        if not self.config.agreement_candidates:
+            return None
+        alone = {e.number: e.value for e in self.study.stage(ALONE).evaluations() if e.state == "complete"}
+        shared = [e for e in self.study.stage("stage3").evaluations() if e.number in alone]
+        return kendall([e.value for e in shared], [alone[e.number] for e in shared]) if len(shared) > 1 else None
+
+
+def _tau(found: Interval) -> dict:
+    return {"kendall": found.estimate, "low": found.low, "high": found.high, "candidates": found.count}
 
 
 def finish(

@@ -241,12 +241,14 @@ def shared_supernet(
     if not target.exists():
         fit_dense = warm.effbert.fit_dense
 
-        def trace_of(what: str, task: str | None = None):
-            def trace(batch, number, targets):
-                architecture = space.sample(random.generator(config.seed, "stage3", what, number))
-                return warm.trace(*model_inputs(batch), architecture, task, targets)
+        def drawn(what: str, number: int) -> Architecture:
+            return space.sample(random.generator(config.seed, "stage3", what, number))
 
-            return trace
+        def trace_of(what: str, task: str | None = None):
+            return lambda batch, number, targets: warm.trace(*model_inputs(batch), drawn(what, number), task, targets)
+
+        def used(what: str):
+            return lambda numbers: warm.partly_used([drawn(what, number) for number in numbers])
 
         general = settings.general_phase
         on_step = reporter.steps("stage 3's supernet")
@@ -258,6 +260,7 @@ def shared_supernet(
             phases[0],
             device=workspace.device,
             on_step=on_step,
+            partly_used=used("general"),
         )
         must_finish(result, "stage 3's general distillation", "--stage3.general_phase.learning_rate")
         losses = {
@@ -271,6 +274,7 @@ def shared_supernet(
             phases[1],
             device=workspace.device,
             on_step=on_step,
+            partly_used=used("tasks"),
         )
         must_finish(tasks_result, "stage 3's task distillation", "--stage3.task_phase.learning_rate")
         reporter.say(f"stage3: shared supernet distilled, last epoch's loss {tasks_result.loss:.4f}")
@@ -286,7 +290,7 @@ def mixed_tasks(workspace: Workspace, settings: SearchStage, epoch: int) -> Mixe
         name: workspace.plan(subset(task.train, settings.task_share), size, f"stage3 {name}", epoch)
         for name, task in workspace.tasks.items()
     }
-    return MixedPlan(plans, workspace.config.seed, epoch)
+    return MixedPlan(plans, workspace.config.seed, epoch, workspace.config.task_temperature)
 
 
 def load_supernet(workspace: Workspace, folder: Path) -> Supernet:

@@ -7,12 +7,14 @@ from transformers import AutoModel, AutoModelForQuestionAnswering, AutoModelForS
 import effbert  # noqa: F401  (registers the model type)
 from effbert.architecture import Architecture, count_parameters
 from effbert.data.tasks import TaskSpec
+from effbert.kernels import gradients_in_place
 from effbert.model import (
     EffBertConfig,
     EffBertForQuestionAnswering,
     EffBertForSequenceClassification,
     EffBertModel,
 )
+from effbert.optim import Optimizer, TrainingArguments
 from effbert.supernet import Supernet, supernet_config
 
 MIXED = "tanh(linear4_2(gelu(linear4_2(x,wb1)),wb2)), add(linear1_3(mul(linear1_3(max(x,tanh(x)),wb1),x),wb2),x)"
@@ -182,3 +184,53 @@ def test_a_saved_supernet_loads_by_itself(tmp_path):
     torch.testing.assert_close(
         bare(ids, mask).last_hidden_state, loaded.trace(ids, mask, None, architecture).hidden_states[-1]
     )
+
+
+def stepped(supernet, optimizer, texts, number):
+    """One update of the shared weights with the architectures of `texts`, as stage 3 makes it."""
+    architectures = [Architecture.parse(text) for text in texts]
+    ids, mask = batch()
+    with gradients_in_place():
+        for architecture in architectures:
+            supernet.trace(ids, mask, architecture=architecture).hidden_states[-1].square().mean().backward()
+    optimizer.step(number, supernet.partly_used(architectures))
+
+
+def parts_of(supernet, optimizer):
+    """Weights and moments by name, copied."""
+    found = {}
+    for name, parameter in supernet.named_parameters():
+        state = optimizer.adamw.state.get(parameter, {})
+        for kind, tensor in {
+            "weight": parameter,
+            **{k: state[k] for k in ("exp_avg", "exp_avg_sq") if k in state},
+        }.items():
+            found[name, kind] = tensor.detach().clone()
+    return found
+
+
+def test_shared_weights_that_an_update_did_not_use_stay_as_they_are():
+    torch.manual_seed(0)
+    supernet = Supernet(supernet_config(config(fit_size=30), 2), []).train()
+    optimizer = Optimizer(supernet, TrainingArguments(learning_rate=0.01, weight_decay=0.5, warmup_ratio=0.0), 10)
+    stepped(supernet, optimizer, [str(Architecture.uniform("4_1", 2))], 0)  # everything has moments now
+    before = parts_of(supernet, optimizer)
+    stepped(supernet, optimizer, [MIXED, MIXED.replace("1_3", "2_4")], 1)
+    after = parts_of(supernet, optimizer)
+    used = {0: (4, 12), 1: (2, 8)}  # stacks, and the wider of 24/3 and 24/4 in the second layer
+    for layer, (stacks, width) in used.items():
+        for stack in range(4):
+            name = f"effbert.layers.{layer}.mlps.{stack}"
+            widths = {0: 8, 1: 6} if layer else {}
+            here = widths.get(stack, width)
+            for part, dimension in ((".dense1.weight", 0), (".dense1.bias", 0), (".dense2.weight", 1)):
+                for kind in ("weight", "exp_avg", "exp_avg_sq"):
+                    old, new = before[name + part, kind], after[name + part, kind]
+                    kept = here if stack < stacks else 0
+                    rest = old.shape[dimension] - kept
+                    assert torch.equal(old.narrow(dimension, kept, rest), new.narrow(dimension, kept, rest)), (
+                        name,
+                        part,
+                    )
+                    if kept:
+                        assert not torch.equal(old.narrow(dimension, 0, kept), new.narrow(dimension, 0, kept))

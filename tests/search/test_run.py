@@ -50,7 +50,7 @@ def outcome(folder: Path) -> dict:
     study = Study(folder)
     stages = {
         name: [(e.number, e.architecture, e.value, e.state, e.attrs["rungs"]) for e in study.stage(name).evaluations()]
-        for name in ("stage1", "stage2", "stage3")
+        for name in ("stage1", "stage2", "stage3", "agreement")
     }
     final = [(row["row"], row["repeat"], row["architecture"], row["scores"]) for row in results["results"]]
     weights = {
@@ -87,6 +87,13 @@ def test_halving_gives_the_whole_budget_to_the_best_of_each_cohort(undisturbed):
         kept, stopped = sorted([first, second], key=lambda e: e[3])
         assert kept[4][0] >= stopped[4][0] and len(kept[4]) == 2 and len(stopped[4]) == 1
         assert len(third[4]) == 1  # alone in its cohort: nothing to halve
+
+
+def test_shared_weights_are_compared_with_training_alone(undisturbed):
+    stages = outcome(undisturbed[0])["stages"]
+    assert [(e[0], e[1]) for e in stages["agreement"]] == [(e[0], e[1]) for e in stages["stage3"][:2]]
+    (entry,) = json.loads((undisturbed[0] / "agreement.json").read_text())
+    assert entry["stage"] == "stage3" and entry["candidates"] == 2
 
 
 def test_stages_hand_over_what_they_found(undisturbed):
