@@ -146,6 +146,8 @@ class SearchConfig:
         params: Find a sub-network of so many parameters: the published band, 15 to 16 million for 15.74, scaled to it,
             in place of min_params and max_params.
         max_flops: Most FLOPs of a candidate for a text of max_length tokens, with the projection; 0 for any.
+        weight_sharing: What each batch of stage 3 trains: "single-path" one drawn architecture, "sandwich" the smallest
+            and the largest of the band too.
         task_temperature: Stage 3 draws a task of n batches in proportion to n^(1/task_temperature); 1 takes all there
             are.
         agreement_candidates: Train so many of stage 3's candidates alone too, with the whole budget of stage 1, and
@@ -178,6 +180,7 @@ class SearchConfig:
     max_params: int = 0
     params: int = 0
     max_flops: int = 0
+    weight_sharing: Literal["single-path", "sandwich"] = "single-path"
     task_temperature: float = 1.0
     agreement_candidates: int = 0
     population: int = 0

@@ -7,6 +7,7 @@ extracting candidates, the sampler, and what a teacher of the run's own takes to
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -21,7 +22,8 @@ from effbert.model import new_student
 from effbert.optim import Optimizer, TrainingArguments
 from effbert.search.budget import cut, ladder
 from effbert.search.population import BYTES_A_PARAMETER, room_for
-from effbert.step import general_lesson, mixed_counts
+from effbert.search.shared import mixed_tasks
+from effbert.step import general_lesson
 from effbert.supernet import FULL_STRUCTURE, Supernet, derive_config, supernet_config
 from effbert.teacher import Teacher, load_model
 from effbert.workspace import Workspace, model_inputs
@@ -84,20 +86,20 @@ def candidates(workspace: Workspace, name: str, rates: Rates, together: int) -> 
 
 
 def shared_weights(workspace: Workspace, rates: Rates) -> Part:
-    """Stage 3: one supernet, a candidate's slices a step, over all tasks; then every candidate is scored."""
-    settings, size = workspace.config.stage3, workspace.config.stage3.task_phase.per_device_train_batch_size
+    """Stage 3: one supernet, one candidate's slices a step or three, over all tasks; then every candidate is scored."""
+    settings = workspace.config.stage3
     tokens = epochs_of(settings.general_phase) * general_tokens(
         workspace, settings.general_share, settings.general_phase
     )
-    plans = {
-        name: workspace.plan(subset(task.train, settings.task_share), size, f"stage3 {name}", 0)
-        for name, task in workspace.tasks.items()
-    }
-    counts = mixed_counts({name: len(plan) for name, plan in plans.items()}, workspace.config.task_temperature)
-    each = sum(counts[name] * plan.tokens.padded / len(plan) for name, plan in plans.items())
+    mixed = mixed_tasks(workspace, settings, 0)
+    counts = Counter(task for task, _ in mixed.places)
+    each = sum(counts[task] * plan.tokens.padded / len(plan) for task, plan in mixed.plans.items())
     tokens += round(epochs_of(settings.task_phase) * each)
+    students = 3 if workspace.config.weight_sharing == "sandwich" else 1
     scoring = settings.num_candidates * ranking_tokens(workspace) * rates.scoring
-    return Part("stage3", settings.num_candidates, tokens, tokens * (rates.teacher + rates.candidate) + scoring)
+    return Part(
+        "stage3", settings.num_candidates, tokens, tokens * (rates.teacher + students * rates.candidate) + scoring
+    )
 
 
 def student_tokens(workspace: Workspace, budget: Budget) -> int:

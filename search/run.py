@@ -20,8 +20,9 @@ from effbert.search.final import final_rows, rows, teacher_row
 from effbert.search.population import trained_candidates
 from effbert.search.progress import Reporter
 from effbert.search.report_html import write_report
+from effbert.search.shared import shared_candidates, shared_supernet
 from effbert.search.space import ArchitectureSpace
-from effbert.search.stages import run_cohort, search_stage, shared_candidates, shared_supernet, warm_supernet
+from effbert.search.stages import run_cohort, search_stage, warm_supernet
 from effbert.search.study import RunFolder, Study
 from effbert.workspace import Workspace, open_teachers, open_workspace
 

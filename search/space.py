@@ -101,6 +101,12 @@ class ArchitectureSpace:
             return self.base.with_structures(structures)
         return Architecture(tuple(random_expression(structure, rng) for structure in structures))
 
+    def extreme(self, largest: bool) -> Architecture:
+        """An in-band architecture of `fine` with the most parameters, or with the fewest, that the ceiling admits."""
+        if self.stage != "fine":
+            raise ValueError(f"stage {self.stage}: only fine has one expression a layer to give structures to")
+        return self.base.with_structures(_from_ids(self.band.extreme(largest)))
+
     def mutate(self, architecture: Architecture, rng: np.random.Generator) -> Architecture:
         """One layer changed: an op replaced, inserted or deleted, or the structure swapped, as the stage allows.
 
@@ -263,6 +269,17 @@ class Band:
             raise ValueError(f"the band {self.low:,} to {self.high:,} holds one choice of structures only; widen it")
         rank = _random_below(self.count - 1, rng)
         return self.choice(rank + (rank >= self.rank(other_than)))
+
+    def extreme(self, largest: bool) -> tuple[int, ...]:
+        """A choice with the largest or the smallest sum in the band that has one below the ceiling."""
+        sums = [total for total in self._sums[-1] + self.fixed if self.low <= total <= self.high]
+        for total in reversed(sums) if largest else sums:
+            try:
+                narrow = Band(self.costs, self.num_layers, self.fixed, int(total), int(total), self.ceiling)
+            except ValueError:  # every choice of this sum lies above the ceiling
+                continue
+            return next(choice for choice in map(narrow.choice, range(narrow.count)) if narrow.allows(choice))
+        raise ValueError(f"nothing between {self.low:,} and {self.high:,} lies below the ceiling")
 
     def swaps(self, choice: tuple[int, ...]) -> list[tuple[int, ...]]:
         """All choices in the band, below its ceiling, that differ from this one in exactly one layer."""

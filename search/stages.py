@@ -2,11 +2,11 @@
 
 A stage goes by cohorts: the sampler proposes a cohort of candidates, all are evaluated rung by rung, and the sampler is
 told how they did before it proposes the next. Stages 1 and 2 extract every candidate from the warm supernet and train
-it; stage 3 trains one supernet with a sampled architecture a step and scores candidates on it without training. A
-candidate is in the study before it starts, and each of its values as soon as it is there.
+it (effbert.search.population), stage 3 scores candidates on weights they share (effbert.search.shared). A candidate is
+in the study before it starts, and each of its values as soon as it is there.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,17 +15,15 @@ from effbert import random
 from effbert.architecture import Architecture
 from effbert.checkpoint import own_memory
 from effbert.config import SearchStage
-from effbert.data.batches import subset
 from effbert.engine import Phase, forget, train
-from effbert.evaluate import evaluate_rows
 from effbert.search.agreement import paired_difference
 from effbert.search.budget import fitness, ladder, survivors
-from effbert.search.population import Evaluate, Member, Outcome, costs_of
+from effbert.search.population import Evaluate, Member, Outcome
 from effbert.search.progress import Reporter, StageLine
 from effbert.search.sampler import Sampler, SpaceExhausted, make_sampler
 from effbert.search.space import Space
 from effbert.search.study import Evaluation, StageStudy
-from effbert.step import MixedPlan, general_lesson, task_lesson
+from effbert.step import general_lesson
 from effbert.supernet import Supernet, supernet_config
 from effbert.workspace import Workspace, keep, model_inputs, must_finish
 
@@ -172,29 +170,6 @@ def comparison(evaluations: Sequence[Evaluation], best: Evaluation) -> str:
     return text
 
 
-def shared_candidates(workspace: Workspace, supernet: Supernet) -> Evaluate:
-    """Evaluation of stage 3: the shared weights' score on the whole ranking split, without training."""
-    task = workspace.main_task
-
-    def score(architecture: Architecture) -> dict:
-        return evaluate_rows(
-            lambda batch: supernet.trace(*model_inputs(batch), architecture, task.spec.name).logits,
-            task,
-            pad_token_id=workspace.pad_token_id,
-            device=workspace.device,
-        )
-
-    def evaluate(members: Sequence[Member], share: float) -> Iterator[tuple[int, Outcome]]:
-        for number, architecture in members:
-            scores = score(architecture)
-            attrs = costs_of(architecture, supernet.config, workspace.config.max_length)
-            if "hits" in scores:
-                attrs["hits"] = scores.pop("hits")
-            yield number, Outcome(scores[task.spec.metrics[0]], attrs | {"scores": scores})
-
-    return evaluate
-
-
 def warm_supernet(workspace: Workspace, reporter: Reporter) -> Supernet:
     """The supernet after general distillation with all its weights, kept in <run>/supernet."""
     config, target = workspace.config, workspace.folder / "supernet"
@@ -226,71 +201,6 @@ def warm_supernet(workspace: Workspace, reporter: Reporter) -> Supernet:
         keep(supernet, target, result)
     forget([phase])
     return load_supernet(workspace, target)
-
-
-def shared_supernet(
-    workspace: Workspace, warm: Supernet, space: Space, settings: SearchStage, reporter: Reporter
-) -> Supernet:
-    """Stage 3's supernet, kept in <run>/stage3/supernet: `warm` trained further, in place, on the corpus and then on
-    all tasks, with an architecture sampled for every batch."""
-    config, folder = workspace.config, workspace.folder / "stage3"
-    target = folder / "supernet"
-    folder.mkdir(exist_ok=True)
-    phase = Phase(("stage3",), config.seed, folder / "supernet.pt")
-    phases = phase.sub("general"), phase.sub("tasks")
-    if not target.exists():
-        fit_dense = warm.effbert.fit_dense
-
-        def drawn(what: str, number: int) -> Architecture:
-            return space.sample(random.generator(config.seed, "stage3", what, number))
-
-        def trace_of(what: str, task: str | None = None):
-            return lambda batch, number, targets: warm.trace(*model_inputs(batch), drawn(what, number), task, targets)
-
-        def used(what: str):
-            return lambda numbers: warm.partly_used([drawn(what, number) for number in numbers])
-
-        general = settings.general_phase
-        on_step = reporter.steps("stage 3's supernet")
-        result = train(
-            warm,
-            lambda epoch: workspace.general_plan(settings.general_share, general.per_device_train_batch_size, epoch),
-            general_lesson(workspace).loss(trace_of("general"), fit_dense),
-            general,
-            phases[0],
-            device=workspace.device,
-            on_step=on_step,
-            partly_used=used("general"),
-        )
-        must_finish(result, "stage 3's general distillation", "--stage3.general_phase.learning_rate")
-        losses = {
-            name: task_lesson(workspace, name).loss(trace_of("tasks", name), fit_dense) for name in workspace.tasks
-        }
-        tasks_result = train(
-            warm,
-            lambda epoch: mixed_tasks(workspace, settings, epoch),
-            lambda item, number: losses[item.task](item.batch, number),
-            settings.task_phase,
-            phases[1],
-            device=workspace.device,
-            on_step=on_step,
-            partly_used=used("tasks"),
-        )
-        must_finish(tasks_result, "stage 3's task distillation", "--stage3.task_phase.learning_rate")
-        reporter.say(f"stage3: shared supernet distilled, last epoch's loss {tasks_result.loss:.4f}")
-        keep(warm, target, result, tasks_result)
-    forget(phases)
-    return load_supernet(workspace, target)
-
-
-def mixed_tasks(workspace: Workspace, settings: SearchStage, epoch: int) -> MixedPlan:
-    """One epoch over a share of every task's rows."""
-    size = settings.task_phase.per_device_train_batch_size
-    plans = {
-        name: workspace.plan(subset(task.train, settings.task_share), size, f"stage3 {name}", epoch)
-        for name, task in workspace.tasks.items()
-    }
-    return MixedPlan(plans, workspace.config.seed, epoch, workspace.config.task_temperature)
 
 
 def load_supernet(workspace: Workspace, folder: Path) -> Supernet:

@@ -299,3 +299,21 @@ def test_a_base_that_does_not_fit_is_refused():
 def test_an_architecture_of_another_space_cannot_be_mutated():
     with pytest.raises(ValueError, match="architecture has 25,875,324 parameters, outside the band"):
         SPACES["coarse"].mutate(Architecture.uniform("4_1", 6), generator(0))
+
+
+def test_the_extremes_are_the_ends_of_the_band():
+    fine = SPACES["fine"]
+    sums = [count_parameters(fine.extreme(largest), Dimensions()).total_with_projection for largest in (False, True)]
+    assert LOW <= sums[0] < sums[1] <= HIGH
+    rng = generator(8, "extremes")
+    for _ in range(50):
+        total = count_parameters(fine.sample(rng), Dimensions()).total_with_projection
+        assert sums[0] <= total <= sums[1]
+    costs, second = (1, 2, 4, 7), (5, 3, 9, 1)
+    allowed = [c for c in brute_force(costs, 3, 0, 6, 9) if 10 + sum(second[i] for i in c) <= 21]
+    band = Band(costs, 3, 0, 6, 9, Ceiling(second, 10, 21, "somethings"))
+    for largest, pick in ((True, max), (False, min)):
+        found = band.extreme(largest)
+        assert found in allowed and band.total(found) == pick(map(band.total, allowed))
+    with pytest.raises(ValueError, match="stage coarse: only fine"):
+        SPACES["coarse"].extreme(True)
