@@ -77,7 +77,7 @@ def candidates(workspace: Workspace, name: str, rates: Rates, together: int) -> 
         for rung in ladder(settings, size) if size and times else ():
             each = student_tokens(workspace, cut(settings, rung.share))
             groups = -(-rung.places // together)
-            scored = epochs_of(settings.task_phase) * ranking_tokens(workspace)
+            scored = (epochs_of(settings.task_phase) if rung.share == 1 else 1) * ranking_tokens(workspace)
             tokens += times * rung.places * each
             seconds += times * (
                 rung.places * (each * rates.candidate + scored * rates.scoring) + groups * each * rates.teacher

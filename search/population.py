@@ -8,6 +8,7 @@ answers rightly, and two candidates are compared row by row (effbert.search.agre
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -43,8 +44,9 @@ Evaluate = Callable[[Sequence[Member], float], Iterator[tuple[int, Outcome]]]  #
 def trained_candidates(
     workspace: Workspace, supernet: Supernet, name: str, settings: SearchStage, reporter: Reporter
 ) -> Evaluate:
-    """Evaluation of stages 1 and 2: extract, distil together with a share of the stage's budget; the value is that of
-    the best epoch. Outcomes come as each group that memory holds is done."""
+    """Evaluation of stages 1 and 2: extract, distil together with a share of the stage's budget. The value is that of
+    the best epoch; with less than the whole budget, of the last one, since scoring each would cost more than training.
+    Outcomes come as each group that memory holds is done."""
     folder = workspace.folder / name
     folder.mkdir(exist_ok=True)
 
@@ -53,7 +55,9 @@ def trained_candidates(
         size = population_size(workspace, supernet, [architecture for _, architecture in members])
         for first in range(0, len(members), size):
             group = members[first : first + size]
-            students = [_student(workspace, supernet, name, member, share, folder) for member in group]
+            last_epoch = settings.task_phase.num_train_epochs - 1
+            scored_from = 0 if share == 1 else last_epoch
+            students = [_student(workspace, supernet, name, member, share, folder, scored_from) for member in group]
             on_step = reporter.steps(f"{name} candidates, {len(group)} at once")
             distilled = distil(workspace, students, budget, on_step)
             for (number, architecture), student, result in zip(group, students, distilled, strict=True):
@@ -63,7 +67,9 @@ def trained_candidates(
     return evaluate
 
 
-def _student(workspace: Workspace, supernet: Supernet, name: str, member: Member, share: float, folder) -> Student:
+def _student(
+    workspace: Workspace, supernet: Supernet, name: str, member: Member, share: float, folder: Path, first_scored: int
+) -> Student:
     (number, architecture), task = member, workspace.main_task
     model = supernet.extract(architecture, task.spec.name).to(workspace.device)
     part = f"{share:.4g}"
@@ -72,6 +78,8 @@ def _student(workspace: Workspace, supernet: Supernet, name: str, member: Member
     )
 
     def after_epoch(epoch: int) -> dict:
+        if epoch < first_scored:
+            return {}
         return evaluate_rows(
             lambda batch: model.trace(*model_inputs(batch)).logits,
             task,
@@ -96,9 +104,9 @@ def outcome(result: Distillation, metric: str, costs: dict[str, int]) -> Outcome
     attrs = {**costs, "seconds": result.seconds, "tokens": result.tokens}
     if result.diverged:
         return Outcome(None, attrs, result.diverged, result.phases)
+    best = max((e for e in range(len(result.epochs)) if result.epochs[e]), key=lambda e: result.epochs[e][metric])
     epochs = [{name: value for name, value in epoch.items() if name != "hits"} for epoch in result.epochs]
-    best = max(range(len(epochs)), key=lambda epoch: epochs[epoch][metric])
-    attrs |= {"scores": epochs[best], "epochs": epochs, "best_epoch": best}
+    attrs |= {"scores": epochs[best], "epochs": [epoch for epoch in epochs if epoch], "best_epoch": best}
     if "hits" in result.epochs[best]:
         attrs["hits"] = result.epochs[best]["hits"]
     return Outcome(epochs[best][metric], attrs, phases=result.phases)
