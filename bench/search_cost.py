@@ -35,6 +35,7 @@ from effbert.search.agreement import kendall
 from effbert.search.population import trained_candidates
 from effbert.search.progress import Reporter
 from effbert.search.run import coarse_space
+from effbert.search.space import ArchitectureSpace
 from effbert.search.stages import run_cohort, warm_supernet
 from effbert.search.study import Study
 from effbert.workspace import Workspace, open_teachers, open_workspace
@@ -113,8 +114,12 @@ def prepare(config: SearchConfig, folder: Path, count: int) -> None:
     with Reporter() as reporter:
         workspace = open_workspace(config, folder, reporter.say)
         space = coarse_space(workspace, reporter)
+        _settle(config, folder, space, count)
         open_teachers(workspace, reporter.say, reporter.steps)
         warm_supernet(workspace, reporter)
+
+
+def _settle(config: SearchConfig, folder: Path, space: ArchitectureSpace, count: int) -> None:
     drawn = [space.sample(random.generator(config.seed, "search cost", number)) for number in range(count - 1)]
     plan = {
         "configuration": as_dict(config),
@@ -144,7 +149,11 @@ def _file(folder: Path, mode: str) -> Path:
 
 def run_mode(config: SearchConfig, name: str) -> None:
     """All candidates by one mode: values, wall seconds, peak memory."""
+    if name not in MODES:
+        raise ValueError(f"--mode {name}: one of {', '.join(MODES)}")
     folder, mode = Path(config.output_dir), MODES[name]
+    if not (folder / PLAN).exists():
+        raise ValueError(f"{folder} holds no comparison yet: run it without --mode first")
     texts = json.loads((folder / PLAN).read_text())["candidates"]
     candidates = [Architecture.parse(text) for text in texts]
     changed = configured(config, mode)

@@ -75,9 +75,9 @@ class SearchStage(Budget):
 
     In stages 1 and 2 the budget is each candidate's own; in stage 3 it is that of the one shared supernet, on which
     candidates are scored without training. sampler: who proposes candidates, the first initial_samples at random; what
-    it learns from their values is learned anew every refit_every of them. cohort: candidates proposed at once. rungs:
-    rising shares of the budget, the last one 1; a cohort is trained on the first, its best on the next, so many that
-    every rung costs the same.
+    it learns from their values is learned anew every refit_every of them. cohort: candidates proposed at once, before
+    any of them has a value, so a whole first cohort is random. rungs: rising shares of the budget, the last one 1; a
+    cohort is trained on the first, its best on the next, so many that every rung costs the same.
     """
 
     num_candidates: int = 80
@@ -89,9 +89,9 @@ class SearchStage(Budget):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("num_candidates", "cohort"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name, least in {"num_candidates": 1, "cohort": 1, "initial_samples": 2, "refit_every": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         rising = all(low < high for low, high in zip(self.rungs, self.rungs[1:], strict=False))
         if not self.rungs or not rising or self.rungs[0] <= 0 or self.rungs[-1] != 1:
             raise ValueError(f"rungs is {self.rungs}: it should rise, from above 0, to 1 at its end")
@@ -212,6 +212,10 @@ class SearchConfig:
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {minimum}")
+        if len(self.stage3.rungs) > 1:
+            raise ValueError(
+                f"stage3.rungs is {self.stage3.rungs}: its candidates are scored, not trained: leave it out"
+            )
         if not self.task_temperature >= 1:
             raise ValueError(f"task_temperature is {self.task_temperature}: it must be at least 1")
         if not 0 < self.validation_share < 1:

@@ -24,7 +24,7 @@ from effbert.kernels import gradients_in_place
 from effbert.optim import Optimizer, PartlyUsed, TrainingArguments
 
 CHECK_EVERY = 10  # steps between reads of the loss: a read waits for the device
-DIVERGED = 10.0  # times the mean loss of the first CHECK_EVERY steps: more, over as many steps, ends a phase
+DIVERGED = 10.0  # times the mean loss of the first CHECK_EVERY steps: more, over CHECK_EVERY steps, ends a phase
 SAVING_SHARE = 0.05  # of the time may go into checkpoints
 
 
@@ -169,9 +169,9 @@ class _Together:
         waiting = list(self.learners)
         while waiting:
             group, waiting = waiting[: self.width], waiting[self.width :]
-            for learner in group:
-                learner.to(self.device)
             try:
+                for learner in group:
+                    learner.to(self.device)
                 while running := [learner for learner in group if not learner.done]:
                     self.step(running, interrupts, on_step)
             except torch.OutOfMemoryError:
@@ -184,6 +184,8 @@ class _Together:
             for learner in group:
                 if waiting:
                     learner.to(torch.device("cpu"))
+        for learner in self.learners:
+            learner.to(self.device)
         if time.monotonic() - self.started > self.save_every:  # worth more than doing it again
             self.save(self.learners)
 
@@ -206,7 +208,7 @@ class _Together:
         for learner in due:
             learner.seconds += (time.monotonic() - begun) / len(due)
         if interrupts.pending:
-            self.save(running)
+            self.save(self.learners)
             raise KeyboardInterrupt
         if due[0].step % CHECK_EVERY == 0 or position == due[0].steps:
             self.save_if_due(running)
@@ -324,10 +326,14 @@ class _Learner:
     def check(self) -> None:
         """Read the loss of the steps since the last check; end the phase where it diverges."""
         window = float(self.window_sum) / max(1, self.window_steps)
-        self.window_sum, self.window_steps = torch.zeros_like(self.window_sum), 0
         if not math.isfinite(window):
             self.diverged = f"loss not finite at step {self.step}"
-        elif self.first_window is None:
+        if self.window_steps < CHECK_EVERY:  # the end of an epoch: too few to judge by
+            return
+        self.window_sum, self.window_steps = torch.zeros_like(self.window_sum), 0
+        if self.diverged:
+            return
+        if self.first_window is None:
             self.first_window = window
         elif window > DIVERGED * self.first_window > 0:
             self.diverged = f"loss grown from {self.first_window:.3g} to {window:.3g} at step {self.step}"

@@ -89,12 +89,22 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = self.arguments.learning_rate * factor
         norm = nn.utils.clip_grad_norm_(self.parameters, self.arguments.max_grad_norm)
+        self._make_moments()
         before = [(part, part.clone()) for part in self._unused(partly_used or {})]
         self.adamw.step()
         for part, value in before:
             part.copy_(value)
         self.adamw.zero_grad(set_to_none=True)
         return norm
+
+    def _make_moments(self) -> None:
+        """AdamW's state of every parameter that has a gradient, before anything is updated: where memory does not
+        suffice for one, the step can be tried again."""
+        for parameter in self.parameters:
+            if parameter.grad is not None and not self.adamw.state.get(parameter):
+                step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.adamw.state[parameter] = {"step": step, **moments}
 
     def _unused(self, partly_used: PartlyUsed) -> Iterator[torch.Tensor]:
         """Views of the unused parts of parameters and of their moments."""

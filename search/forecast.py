@@ -3,9 +3,10 @@
 The one idea: time is tokens times seconds a token, of four kinds: a teacher's pass, a candidate's step, a step of the
 whole supernet, and scoring. `measure` times these on a few real batches here; `assume` derives them from counted FLOPs
 and an assumed rate. Tokens are those of the batches that will be drawn, padding included. Left out: loading data,
-extracting candidates, the sampler, and what a teacher of the run's own takes to train.
+extracting candidates, the sampler, and what teachers take: training the run's own, fine-tuning for a task.
 """
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -60,17 +61,22 @@ def forecast(workspace: Workspace, rates: Rates) -> list[Part]:
     together = room_for(workspace.device, largest_candidate(workspace), config.population)
     warm = epochs_of(config.supernet) * general_tokens(workspace, 1.0, config.supernet)
     parts = [Part("supernet", 1, warm, warm * (rates.teacher + rates.supernet))]
-    parts += [candidates(workspace, name, rates, together) for name in ("stage1", "stage2")]
+    parts += [candidates(workspace, name, getattr(config, name), rates, together) for name in ("stage1", "stage2")]
     parts += [shared_weights(workspace, rates)]
+    if config.agreement_candidates:
+        alone = dataclasses.replace(
+            config.stage1, num_candidates=config.agreement_candidates, cohort=config.agreement_candidates, rungs=(1.0,)
+        )
+        parts += [candidates(workspace, "alone", alone, rates, together)]
     rows = 3 + config.final.num_random
     tokens = student_tokens(workspace, config.final) * config.seeds
     seconds = tokens * (rows * rates.candidate + rates.teacher)
+    seconds += config.seeds * warm * (rates.teacher + rates.candidate)  # the plain BERT warms up by itself
     return [*parts, Part("final", rows * config.seeds, rows * tokens, seconds)]
 
 
-def candidates(workspace: Workspace, name: str, rates: Rates, together: int) -> Part:
-    """Stage 1 or 2: every rung of every cohort; the teacher reads once for as many as train together."""
-    settings: SearchStage = getattr(workspace.config, name)
+def candidates(workspace: Workspace, name: str, settings: SearchStage, rates: Rates, together: int) -> Part:
+    """Trained candidates: every rung of every cohort; the teacher reads once for as many as train together."""
     cohorts, rest = divmod(settings.num_candidates, settings.cohort)
     tokens, seconds = 0, 0.0
     for size, times in ((settings.cohort, cohorts), (rest, 1)):
@@ -162,7 +168,12 @@ def measure(workspace: Workspace) -> Rates:
     arguments = config.stage1.general_phase
     plan = workspace.general_plan(1.0, arguments.per_device_train_batch_size, 0)
     batches = [plan[index % len(plan)].to(device) for index in range(WARM_UP_STEPS + TIMED_STEPS)]
-    traces = [lesson.teacher_of(batch) for batch in batches]
+
+    def teach(index):
+        with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
+            return lesson.teacher_of(batches[index])
+
+    traces = [teach(index) for index in range(len(batches))]
 
     def step(model, trace_of):
         optimizer = Optimizer(model.train(), arguments, len(batches))
@@ -184,7 +195,7 @@ def measure(workspace: Workspace) -> Rates:
         student.trace(*model_inputs(batches[index]))
 
     return Rates(
-        _seconds_a_token(lambda index: lesson.teacher_of(batches[index]), batches, device),
+        _seconds_a_token(teach, batches, device),
         _seconds_a_token(step(student, trace_of(student, head=False)), batches, device),
         _seconds_a_token(step(supernet, trace_of(supernet)), batches, device),
         _seconds_a_token(scoring, batches, device),

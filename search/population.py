@@ -53,16 +53,20 @@ def trained_candidates(
     def evaluate(members: Sequence[Member], share: float) -> Iterator[tuple[int, Outcome]]:
         budget = cut(settings, share)
         size = population_size(workspace, supernet, [architecture for _, architecture in members])
+        _remove_stale(folder, members, share)
         for first in range(0, len(members), size):
-            group = members[first : first + size]
-            last_epoch = settings.task_phase.num_train_epochs - 1
-            scored_from = 0 if share == 1 else last_epoch
-            students = [_student(workspace, supernet, name, member, share, folder, scored_from) for member in group]
-            on_step = reporter.steps(f"{name} candidates, {len(group)} at once")
-            distilled = distil(workspace, students, budget, on_step)
-            for (number, architecture), student, result in zip(group, students, distilled, strict=True):
-                costs = costs_of(architecture, student.model.config, workspace.config.max_length)
-                yield number, outcome(result, workspace.main_task.spec.metrics[0], costs)
+            yield from train_group(members[first : first + size], budget, share)
+
+    def train_group(group: Sequence[Member], budget: SearchStage, share: float) -> list[tuple[int, Outcome]]:
+        last_epoch = settings.task_phase.num_train_epochs - 1
+        scored_from = 0 if share == 1 else last_epoch
+        students = [_student(workspace, supernet, name, member, share, folder, scored_from) for member in group]
+        distilled = distil(workspace, students, budget, reporter.steps(f"{name} candidates, {len(group)} at once"))
+        metric, length = workspace.main_task.spec.metrics[0], workspace.config.max_length
+        return [
+            (number, outcome(result, metric, costs_of(architecture, supernet.config, length)))
+            for (number, architecture), result in zip(group, distilled, strict=True)
+        ]
 
     return evaluate
 
@@ -72,10 +76,8 @@ def _student(
 ) -> Student:
     (number, architecture), task = member, workspace.main_task
     model = supernet.extract(architecture, task.spec.name).to(workspace.device)
-    part = f"{share:.4g}"
-    phase = Phase(
-        (name, number, part), workspace.config.seed, folder / f"candidate-{number}-{part}.pt", str(architecture)
-    )
+    file = folder / f"{_stem(number, share)}.pt"
+    phase = Phase((name, number, f"{share:.4g}"), workspace.config.seed, file, str(architecture))
 
     def after_epoch(epoch: int) -> dict:
         if epoch < first_scored:
@@ -88,6 +90,18 @@ def _student(
         )
 
     return Student(model, phase, after_epoch)
+
+
+def _stem(number: int, share: float) -> str:
+    return f"candidate-{number}-{share:.4g}"
+
+
+def _remove_stale(folder: Path, members: Sequence[Member], share: float) -> None:
+    """Delete checkpoints that a killed process left of candidates whose outcome is in the study."""
+    open_ones = tuple(f"{_stem(number, share)}-" for number, _ in members)
+    for file in folder.glob("candidate-*.pt"):
+        if not file.name.startswith(open_ones):
+            file.unlink()
 
 
 def costs_of(architecture: Architecture, dims: Dimensions, length: int) -> dict[str, int]:
@@ -131,7 +145,8 @@ def room_for(device: torch.device, parameters: int, wanted: int = 0) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that a process may still take on the device."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             found = dict(line.split(":") for line in file)

@@ -210,7 +210,7 @@ def training_seconds(folder: Path, study: Study, results: list[dict]) -> dict[st
         str(file.parent.relative_to(folder)): json.loads(file.read_text())["seconds"]
         for file in sorted(folder.glob("**/training.json"))
     }
-    for name in ("stage1", "stage2"):
+    for name in ("stage1", "stage2", *([ALONE] if (folder / ALONE).exists() else [])):
         parts[f"{name} candidates"] = sum(e.attrs.get("seconds", 0.0) for e in study.stage(name).evaluations())
     parts["final rows"] = sum(result.get("seconds", 0.0) for result in results)
     return parts

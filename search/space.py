@@ -27,7 +27,7 @@ from effbert.kernels.expression import (
 
 STAGES = ("coarse", "operations", "fine")
 MAX_NODES = ENCODING_LENGTH
-MAX_DRAWS = 100_000
+MAX_DRAWS = 20_000
 
 # How often a drawn expression has height 3 to 7: the published winners have 4 or 5.
 _HEIGHT_WEIGHTS = (0.25, 0.35, 0.22, 0.12, 0.06)
@@ -225,27 +225,33 @@ class Band:
         self.count = self._completions(fixed, num_layers)
         if not self.count:
             raise ValueError(self._why_empty())
-        if ceiling is not None and (least := self._least()) > ceiling.most:
-            raise ValueError(
-                f"no architecture of {low:,} to {high:,} parameters has at most {ceiling.most:,} {ceiling.what}: "
-                f"the nearest has {least:,}"
-            )
+        if ceiling is not None:
+            least = min(other for other, _ in self._lightest().values())
+            if least > ceiling.most:
+                raise ValueError(
+                    f"no architecture of {low:,} to {high:,} parameters has at most {ceiling.most:,} {ceiling.what}: "
+                    f"the nearest has {least:,}"
+                )
+            self.sample(np.random.default_rng(0))  # so few may be left that draws do not find them: said now
 
     def allows(self, choice: tuple[int, ...]) -> bool:
         """Whether a choice is below the ceiling."""
         ceiling = self.ceiling
         return ceiling is None or ceiling.fixed + sum(ceiling.costs[i] for i in choice) <= ceiling.most
 
-    def _least(self) -> int:
-        """The smallest second sum of all choices in the band."""
-        least = {0: 0}
+    def _lightest(self) -> dict[int, tuple[int, tuple[int, ...]]]:
+        """For every sum in the band, of the choices that have it the smallest second sum, and one that has that."""
+        second = self.ceiling.costs if self.ceiling else (0,) * len(self.costs)
+        found = {self.fixed: (self.ceiling.fixed if self.ceiling else 0, ())}
         for _ in range(self.num_layers):
-            more: dict[int, int] = {}
-            for total, other in least.items():
-                for cost, second in zip(self.costs, self.ceiling.costs, strict=True):
-                    more[total + cost] = min(more.get(total + cost, other + second), other + second)
-            least = more
-        return self.ceiling.fixed + min(o for total, o in least.items() if self.low <= self.fixed + total <= self.high)
+            more: dict[int, tuple[int, tuple[int, ...]]] = {}
+            for total, (other, choice) in found.items():
+                for index, (cost, add) in enumerate(zip(self.costs, second, strict=True)):
+                    there = more.get(total + cost)
+                    if there is None or other + add < there[0]:
+                        more[total + cost] = other + add, (*choice, index)
+            found = more
+        return {total: value for total, value in found.items() if self.low <= total <= self.high}
 
     def total(self, choice: tuple[int, ...]) -> int:
         """The sum of a choice, `fixed` included."""
@@ -272,14 +278,9 @@ class Band:
 
     def extreme(self, largest: bool) -> tuple[int, ...]:
         """A choice with the largest or the smallest sum in the band that has one below the ceiling."""
-        sums = [total for total in self._sums[-1] + self.fixed if self.low <= total <= self.high]
-        for total in reversed(sums) if largest else sums:
-            try:
-                narrow = Band(self.costs, self.num_layers, self.fixed, int(total), int(total), self.ceiling)
-            except ValueError:  # every choice of this sum lies above the ceiling
-                continue
-            return next(choice for choice in map(narrow.choice, range(narrow.count)) if narrow.allows(choice))
-        raise ValueError(f"nothing between {self.low:,} and {self.high:,} lies below the ceiling")
+        most = self.ceiling.most if self.ceiling else 0
+        below = {total: choice for total, (other, choice) in self._lightest().items() if other <= most}
+        return below[max(below) if largest else min(below)]
 
     def swaps(self, choice: tuple[int, ...]) -> list[tuple[int, ...]]:
         """All choices in the band, below its ceiling, that differ from this one in exactly one layer."""

@@ -79,7 +79,7 @@ def propose(
 ) -> list[Member]:
     """The candidates of a cohort: those the study has, then new ones, each committed as it is proposed; fewer than
     `numbers` where the space has no more."""
-    known = {evaluation.number: Architecture.parse(evaluation.architecture) for evaluation in stage.evaluations()}
+    known = {e.number: Architecture.parse(e.architecture) for e in stage.evaluations() if e.number in numbers}
     members = []
     for number in numbers:
         if number in known:
@@ -137,9 +137,10 @@ def _rungs(evaluation: Evaluation) -> list[float]:
 def record(stage: StageStudy, before: Evaluation, rung: int, last: bool, outcome: Outcome) -> None:
     """Commit what a rung gave, its costs added to those of the rungs before, and only then let its checkpoints go."""
     number, attrs = before.number, dict(outcome.attrs)
-    for cost in ("seconds", "tokens"):
-        if cost in attrs:
-            attrs[cost] += before.attrs.get(cost, 0)
+    if "seconds" in attrs:
+        here = {cost: attrs[cost] for cost in ("seconds", "tokens")}
+        attrs["spent"] = [*before.attrs.get("spent", [])[:rung], here]  # a commit that was cut short may hold this rung
+        attrs |= {cost: sum(spent[cost] for spent in attrs["spent"]) for cost in here}
     if outcome.value is None:
         stage.fail(number, outcome.diverged, **attrs)
     elif last:

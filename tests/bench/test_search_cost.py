@@ -88,3 +88,11 @@ def test_a_senseless_number_of_candidates_is_refused(count):
 def test_without_a_folder_it_says_so():
     with pytest.raises(ValueError, match="needs --output_dir"):
         search_cost.main(["--preset", "smoke"])
+
+
+def test_a_mode_that_is_none_and_a_folder_without_a_plan_are_said(tmp_path):
+    command = ["--preset", "smoke", "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match="--mode fast: one of published"):
+        search_cost.main([*command, "--mode", "fast"])
+    with pytest.raises(ValueError, match="holds no comparison yet"):
+        search_cost.main([*command, "--mode", "ours"])

@@ -236,6 +236,54 @@ def test_where_memory_does_not_hold_all_half_of_them_go_first():
     assert len(shared) > 3 * len(plan_of(0))
 
 
+def test_after_a_back_off_all_models_are_back_on_the_device(monkeypatch):
+    moves, failed = [], []
+    move = Tiny.to
+    monkeypatch.setattr(Tiny, "to", lambda self, device: moves.append((id(self), str(device))) or move(self, device))
+
+    def spoil(name, number):
+        if not failed:
+            failed.append(number)
+            raise torch.OutOfMemoryError("out of memory")
+        return 1.0
+
+    device = "cpu:0"  # another name than that of the place to wait
+    models = {name: Tiny() for name in (1, 2)}
+    trainees = [
+        Trainee(model, lambda batch, number, _, n=name: models[n](batch) * spoil(n, number), Phase(("p", name), 3))
+        for name, model in models.items()
+    ]
+    train_together(trainees, plan_of, ARGUMENTS, device=device)
+    last = {model: [where for moved, where in moves if moved == id(models[model])][-1] for model in models}
+    assert failed and last == {1: device, 2: device}
+    assert any(where == "cpu" for _, where in moves)
+
+
+def test_memory_that_ends_while_moments_are_made_lets_the_step_be_tried_again(monkeypatch):
+    zeros, calls = torch.zeros_like, []
+
+    def scarce(tensor, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return zeros(tensor, **options)
+
+    monkeypatch.setattr("effbert.optim.torch.zeros_like", scarce)
+    models, results, _ = together([1, 2])
+    assert len(calls) > 4 and all(result.finished for result in results.values())
+    monkeypatch.undo()
+    for name, model in models.items():
+        assert_same(model, run(Phase(("p", name), 3))[0])
+
+
+def test_one_odd_batch_at_the_end_of_an_epoch_is_no_divergence():
+    last = len(plan_of(0)) - 1
+    assert (last + 1) % 10  # so that a window ends early
+    arguments = TrainingArguments(learning_rate=0.0, num_train_epochs=2)
+    _, results, _ = together([1], arguments, spoil=lambda name, number: 12.0 if number == last else 1.0)
+    assert results[1].finished
+
+
 def test_one_that_does_not_fit_alone_is_an_error():
     def spoil(name, number):
         raise torch.OutOfMemoryError("out of memory")

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effbert.config import SearchStage
+from effbert.config import SearchConfig, SearchStage
 from effbert.evaluate import pack_hits, unpack_hits
 from effbert.search.agreement import kendall, of_rungs, paired_difference
 from effbert.search.budget import Rung, cut, fitness, ladder, survivors
-from effbert.search.study import Evaluation
+from effbert.search.population import Outcome
+from effbert.search.stages import record
+from effbert.search.study import Evaluation, Study
 
 NINTHS = SearchStage(cohort=27, rungs=(1 / 9, 1 / 3, 1.0), general_share=0.02, task_share=0.1)
 
@@ -68,6 +70,36 @@ def test_a_stopped_candidate_is_told_with_the_mean_gain_of_those_that_went_on():
 def test_rungs_that_make_no_ladder_are_refused(rungs):
     with pytest.raises(ValueError, match=r"rungs is .* it should rise"):
         SearchStage(rungs=rungs)
+
+
+def test_settings_that_would_fail_later_are_refused_now():
+    with pytest.raises(ValueError, match="initial_samples is 1: it must be at least 2"):
+        SearchStage(initial_samples=1)
+    with pytest.raises(ValueError, match="refit_every is 0: it must be at least 1"):
+        SearchStage(refit_every=0)
+    with pytest.raises(ValueError, match=r"stage3\.rungs is .* scored, not trained"):
+        SearchConfig(output_dir="", stage3=SearchStage(rungs=(0.5, 1.0)))
+
+
+def test_costs_of_a_rung_are_counted_once_though_a_commit_was_cut_short(tmp_path, monkeypatch):
+    stage = Study(tmp_path).stage("stage1")
+    stage.begin(0, "text", "key")
+    outcomes = [Outcome(0.5, {"seconds": 10.0, "tokens": 100}), Outcome(0.6, {"seconds": 20.0, "tokens": 200})]
+
+    class Killed(Exception):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stage._study._storage, "set_trial_intermediate_value", die)
+        with pytest.raises(Killed):
+            record(stage, stage.evaluations()[0], 0, False, outcomes[0])
+    record(stage, stage.evaluations()[0], 0, False, outcomes[0])
+    record(stage, stage.evaluations()[0], 1, True, outcomes[1])
+    (found,) = stage.evaluations()
+    assert found.state == "complete" and (found.attrs["seconds"], found.attrs["tokens"]) == (30.0, 300)
 
 
 def test_an_empty_cohort_is_refused():

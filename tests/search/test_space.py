@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from effbert.architecture import Architecture, Dimensions, count_flops, count_parameters, mlp_parameters
 from effbert.kernels.expression import ACTIVATIONS, STRUCTURES, Expression
 from effbert.random import generator
+from effbert.search import space as space_module
 from effbert.search.space import MAX_NODES, ArchitectureSpace, Band, Ceiling, mutate_expression, random_expression
 
 FIXTURE = json.loads((Path(__file__).parents[1] / "fixtures" / "params.json").read_text(encoding="utf-8"))
@@ -188,6 +189,14 @@ def test_a_ceiling_that_nothing_is_below_names_the_nearest():
     ):
         Band(costs, 3, 0, 6, 9, Ceiling(second, 10, least - 1, "somethings"))
     assert Band(costs, 3, 0, 6, 9, Ceiling(second, 10, least, "somethings")).count > 0
+
+
+def test_a_ceiling_that_leaves_too_little_to_draw_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(space_module, "MAX_DRAWS", 50)
+    costs = tuple(range(1, 17))
+    ceiling = Ceiling(tuple(range(16, 0, -1)), 0, 6, "somethings")  # one choice of 16**6
+    with pytest.raises(ValueError, match=r"50 draws from .* gave none with at most 6 somethings: raise one"):
+        Band(costs, 6, 0, 6, 96, ceiling)
 
 
 @pytest.mark.parametrize("stage", ["coarse", "operations", "fine"])
