@@ -35,7 +35,7 @@ def tiny(tmp_path, **changes):
             "max_length": 48,
             "stage1": stage,
             "stage2": stage,
-            "stage3": dataclasses.replace(stage, refit_every=1),
+            "stage3": dataclasses.replace(stage, refit_every=1, rungs=(1.0,)),
             "final": dataclasses.replace(base.final, num_random=0),
             **changes,
         },
