@@ -38,23 +38,22 @@ from effbert.search.run import coarse_space
 from effbert.search.space import ArchitectureSpace
 from effbert.search.stages import run_cohort, warm_supernet
 from effbert.search.study import Study
-from effbert.workspace import Workspace, open_teachers, open_workspace
+from effbert.workspace import Workspace, open_teachers, open_workspace, pick_device
 
 dispatch.BACKENDS |= {"modern": "effbert.bench.modern", "published": "effbert.bench.published"}
 PLAN, RESULT = "plan.json", "search-cost.json"
-GPU = torch.cuda.is_available()
 
 
 @dataclass(frozen=True)
 class Mode:
     """A procedure. what: in words. backend: of the ops. together: candidates share batches and the teacher's pass.
-    bf16: autocast. tf32: PyTorch's switch. buckets: batches of like length. rungs: of the budget; published: as
-    published, also in its loss over padding. seed: added to the run's. gpu: makes sense on a GPU only."""
+    bf16: autocast, on a GPU. tf32: PyTorch's switch. buckets: batches of like length. halving: over the rungs of stage
+    1. published: the loss too is the published one, over padding. seed: added to the run's. gpu: on a GPU only."""
 
     what: str
     backend: str = "auto"
     together: bool = True
-    bf16: bool = GPU
+    bf16: bool = True
     tf32: bool = False
     buckets: bool = True
     halving: bool = False
@@ -100,7 +99,7 @@ def main(arguments: list[str]) -> int:
     folder = Path(config.output_dir)
     prepare(config, folder, int(count or 24))
     for mode, settings in MODES.items():
-        if GPU or not settings.gpu:
+        if on_gpu(config) or not settings.gpu:
             _in_own_process(mode, folder, arguments, name)
     result = summarise(folder, config)
     write_atomic(folder / RESULT, json.dumps(result, indent=1))
@@ -183,7 +182,7 @@ def run_mode(config: SearchConfig, name: str) -> None:
         **asdict(mode),
         "seconds": seconds,
         "seconds_each": seconds / len(candidates),
-        "peak_memory": peak_memory(),
+        "peak_memory": peak_memory(config),
         "values": [evaluation.value for evaluation in stage.evaluations()],
         "rungs": [evaluation.attrs["rungs"] for evaluation in stage.evaluations()],
         "tokens": sum(evaluation.attrs["tokens"] for evaluation in stage.evaluations()),
@@ -194,7 +193,7 @@ def run_mode(config: SearchConfig, name: str) -> None:
 def configured(config: SearchConfig, mode: Mode) -> SearchConfig:
     """The settings under which stage 1 does what `mode` says."""
     phases = {
-        name: dataclasses.replace(getattr(config.stage1, name), bf16=mode.bf16)
+        name: dataclasses.replace(getattr(config.stage1, name), bf16=mode.bf16 and on_gpu(config))
         for name in ("general_phase", "task_phase")
     }
     rungs = config.stage1.rungs if mode.halving else (1.0,)
@@ -219,10 +218,15 @@ def on_held_out(workspace: Workspace) -> Workspace:
     return dataclasses.replace(workspace, tasks={name: EncodedTask(raw, task.train, held_out.validation)})
 
 
-def peak_memory() -> int:
-    """Bytes at the peak: of the GPU's memory where there is one, else of the process."""
-    if GPU:
-        return torch.cuda.max_memory_allocated()
+def on_gpu(config: SearchConfig) -> bool:
+    """Whether the comparison runs on a GPU."""
+    return pick_device(config.device).type == "cuda"
+
+
+def peak_memory(config: SearchConfig) -> int:
+    """Bytes at the peak: of the GPU's memory where it runs on one, else of the process."""
+    if on_gpu(config):
+        return torch.cuda.max_memory_allocated(pick_device(config.device))
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -239,7 +243,7 @@ def summarise(folder: Path, config: SearchConfig) -> dict:
         agreement["ours, first rung"] = _agreement(base["values"], first)
         agreement["first rung against our full budget"] = _agreement(modes["ours full"]["values"], first)
     return {
-        "machine": machine(torch.device("cuda" if GPU else "cpu")),
+        "machine": machine(pick_device(config.device)),
         "configuration": as_dict(config),
         "candidates": json.loads((folder / PLAN).read_text())["candidates"],
         "modes": modes,

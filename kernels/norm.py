@@ -70,6 +70,7 @@ def load_tile(pointer, row, col, rows, cols, stride):
 
 @triton.jit
 def store_tile(pointer, value, row, col, rows, cols, stride):
+    """Store [ROWS, COLS] in the pointer's type, nothing outside; row is int64."""
     at = pointer + row[:, None] * stride + col[None, :]
     tl.store(at, value.to(pointer.dtype.element_ty), mask=(row < rows)[:, None] & (col < cols)[None, :])
 

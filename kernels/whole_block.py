@@ -8,9 +8,10 @@ effbert.kernels.norm). So mid(h, x) never leaves the chip, and y and h only wher
 
 What decides where it wins: the weights are read by every program, M / BLOCK_M times 4 C E bytes in half precision, from
 L2. Separate kernels read them as often but also write and read mid(h, x) and y, and read x once per 64 columns.
-Registers bound it: BLOCK_M · (HEAD + TAIL) fp32 sums, and x beside them at the end. Built for sm_90 with 64 rows, 256
-columns take 162 registers, 360 spill 370 bytes a thread and 540 spill 2,552; so effbert.kernels.tiles gives it rows of
-up to 256 columns in half precision, and everything else goes to the separate kernels.
+Registers bound it: BLOCK_M · (HEAD + TAIL) fp32 sums, and x beside them at the end. Built for sm_90 with 64 rows
+(triton 3.9, `linear1_2(relu(mul(linear1_2(x,wb1),x)),wb2)`), 256 columns take 160 registers, 360 spill 528 bytes a
+thread and 540 spill 1,656; so effbert.kernels.tiles gives it rows of up to 256 columns in half precision, and
+everything else goes to the separate kernels.
 """
 
 import torch

@@ -59,7 +59,7 @@ def forecast(workspace: Workspace, rates: Rates) -> list[Part]:
     """Every part in its order; the final distillation last."""
     config = workspace.config
     together = room_for(workspace.device, largest_candidate(workspace), config.population)
-    warm = epochs_of(config.supernet) * general_tokens(workspace, 1.0, config.supernet)
+    warm = config.supernet.num_train_epochs * general_tokens(workspace, 1.0, config.supernet)
     parts = [Part("supernet", 1, warm, warm * (rates.teacher + rates.supernet))]
     parts += [candidates(workspace, name, getattr(config, name), rates, together) for name in ("stage1", "stage2")]
     parts += [shared_weights(workspace, rates)]
@@ -83,7 +83,7 @@ def candidates(workspace: Workspace, name: str, settings: SearchStage, rates: Ra
         for rung in ladder(settings, size) if size and times else ():
             each = student_tokens(workspace, cut(settings, rung.share))
             groups = -(-rung.places // together)
-            scored = (epochs_of(settings.task_phase) if rung.share == 1 else 1) * ranking_tokens(workspace)
+            scored = (settings.task_phase.num_train_epochs if rung.share == 1 else 1) * ranking_tokens(workspace)
             tokens += times * rung.places * each
             seconds += times * (
                 rung.places * (each * rates.candidate + scored * rates.scoring) + groups * each * rates.teacher
@@ -94,13 +94,13 @@ def candidates(workspace: Workspace, name: str, settings: SearchStage, rates: Ra
 def shared_weights(workspace: Workspace, rates: Rates) -> Part:
     """Stage 3: one supernet, one candidate's slices a step or three, over all tasks; then every candidate is scored."""
     settings = workspace.config.stage3
-    tokens = epochs_of(settings.general_phase) * general_tokens(
+    tokens = settings.general_phase.num_train_epochs * general_tokens(
         workspace, settings.general_share, settings.general_phase
     )
     mixed = mixed_tasks(workspace, settings, 0)
     counts = Counter(task for task, _ in mixed.places)
     each = sum(counts[task] * plan.tokens.padded / len(plan) for task, plan in mixed.plans.items())
-    tokens += round(epochs_of(settings.task_phase) * each)
+    tokens += round(settings.task_phase.num_train_epochs * each)
     students = 3 if workspace.config.weight_sharing == "sandwich" else 1
     scoring = settings.num_candidates * ranking_tokens(workspace) * rates.scoring
     return Part(
@@ -114,7 +114,7 @@ def student_tokens(workspace: Workspace, budget: Budget) -> int:
     rows = subset(workspace.main_task.train, budget.task_share)
     task = workspace.plan(rows, arguments.per_device_train_batch_size, "task", 0).tokens.padded
     general = general_tokens(workspace, budget.general_share, budget.general_phase)
-    return epochs_of(budget.general_phase) * general + epochs_of(arguments) * task
+    return budget.general_phase.num_train_epochs * general + arguments.num_train_epochs * task
 
 
 def general_tokens(workspace: Workspace, share: float, arguments: TrainingArguments) -> int:
@@ -125,11 +125,6 @@ def general_tokens(workspace: Workspace, share: float, arguments: TrainingArgume
 def ranking_tokens(workspace: Workspace) -> int:
     """Tokens of the rows that rank candidates."""
     return workspace.plan(workspace.main_task.validation, 128, "ranking", 0).tokens.padded
-
-
-def epochs_of(arguments: TrainingArguments) -> int:
-    """Passes over a phase's data."""
-    return arguments.num_train_epochs
 
 
 def largest_candidate(workspace: Workspace) -> int:

@@ -5,6 +5,7 @@ Every batch trains one architecture drawn from the space (single-path), or the s
 scored without training.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -29,9 +30,10 @@ class Draws:
 
     def __init__(self, workspace: Workspace, supernet: Supernet, space: ArchitectureSpace, phase: str):
         self.seed, self.supernet, self.space, self.phase = workspace.config.seed, supernet, space, phase
+        self.of = functools.lru_cache(maxsize=64)(self._draw)  # asked for the loss, and again for the update
         self.ends = [space.extreme(largest) for largest in (False, True)] if _is_sandwich(workspace) else []
 
-    def of(self, number: int) -> list[Architecture]:
+    def _draw(self, number: int) -> list[Architecture]:
         """Those of the phase's batch of this number."""
         drawn = self.space.sample(random.generator(self.seed, "stage3", self.phase, number))
         return list(dict.fromkeys([*self.ends, drawn]))
