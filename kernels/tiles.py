@@ -36,7 +36,7 @@ _asked: dict[Question, None] = {}
 class Rule:
     """`tile` (block sizes by their tl.constexpr names, num_warps, num_stages) for one kernel where the rest matches.
 
-    architecture: pattern such as "sm_9*" or "gfx9*"; "interpreter" is the CPU, whose tiles are small so that tests
+    architecture: pattern such as "sm_[91]*" (sm_90, sm_100) or "gfx9*"; "interpreter" is the CPU, whose tiles are small so that tests
     meet several of them. itemsize: bytes an element, None for any. up_to: largest problem size it holds for, None for
     any; what counts as the size of a problem is said beside each kernel's rules.
     """
@@ -157,10 +157,8 @@ RULES: tuple[Rule, ...] = (
     Rule("attention_bwd", _pair(16, 32, 4, 1), "interpreter"),
     Rule("attention_bwd", _pair(16, 16, 8, 1), itemsize=4),
     Rule("attention_bwd", _pair(32, 32, 4, 1), "sm_8*"),
-    Rule("attention_bwd", _pair(32, 64, 8, 1), "sm_9*", up_to=64),
-    Rule("attention_bwd", _pair(32, 128, 8, 1), "sm_9*", up_to=128),
-    Rule("attention_bwd", _pair(32, 64, 8, 1), "sm_1*", up_to=64),
-    Rule("attention_bwd", _pair(32, 128, 8, 1), "sm_1*", up_to=128),
+    Rule("attention_bwd", _pair(32, 64, 8, 1), "sm_[91]*", up_to=64),
+    Rule("attention_bwd", _pair(32, 128, 8, 1), "sm_[91]*", up_to=128),
     Rule("attention_bwd", _pair(32, 64, 4, 1), "gfx*", up_to=64),
     Rule("attention_bwd", _pair(16, 128, 8, 1), "gfx*", up_to=128),
     Rule("attention_bwd", _pair(32, 64, 4, 1)),
@@ -173,19 +171,16 @@ RULES: tuple[Rule, ...] = (
     Rule("projected_mse_fwd", _gemm(16, 32, 32, 4, 1), "interpreter"),
     Rule("projected_mse_fwd", _gemm(64, 64, 32, 8, 2), itemsize=4),
     Rule("projected_mse_fwd", _gemm(128, 64, 64, 8, 2), "gfx*"),
-    Rule("projected_mse_fwd", _gemm(128, 256, 64, 8, 3), "sm_9*"),
-    Rule("projected_mse_fwd", _gemm(128, 256, 64, 8, 3), "sm_1*"),
+    Rule("projected_mse_fwd", _gemm(128, 256, 64, 8, 3), "sm_[91]*"),
     Rule("projected_mse_fwd", _gemm(128, 128, 64, 8, 3)),
     Rule("projected_mse_dgrad", _gemm(32, 16, 32, 4, 1), "interpreter"),
     Rule("projected_mse_dgrad", _gemm(128, 64, 16, 8, 3), itemsize=4),
     Rule("projected_mse_dgrad", _gemm(128, 128, 64, 8, 2), "gfx*"),
-    Rule("projected_mse_dgrad", _gemm(256, 128, 64, 8, 3), "sm_9*"),
-    Rule("projected_mse_dgrad", _gemm(256, 128, 64, 8, 3), "sm_1*"),
+    Rule("projected_mse_dgrad", _gemm(256, 128, 64, 8, 3), "sm_[91]*"),
     Rule("projected_mse_dgrad", _gemm(128, 128, 64, 8, 3)),
     Rule("projected_mse_wgrad", _gemm(16, 32, 32, 4, 1), "interpreter"),
     Rule("projected_mse_wgrad", _gemm(32, 64, 64, 8, 2), itemsize=4),
-    Rule("projected_mse_wgrad", _gemm(64, 256, 128, 8, 3), "sm_9*"),
-    Rule("projected_mse_wgrad", _gemm(64, 256, 128, 8, 3), "sm_1*"),
+    Rule("projected_mse_wgrad", _gemm(64, 256, 128, 8, 3), "sm_[91]*"),
     Rule("projected_mse_wgrad", _gemm(64, 128, 128, 8, 2), "gfx*"),
     Rule("projected_mse_wgrad", _gemm(64, 128, 128, 8, 3)),
     # soft_cross_entropy: size = classes. Up to 1024 a program has whole rows, several where they are short.
