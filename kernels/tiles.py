@@ -36,9 +36,9 @@ _asked: dict[Question, None] = {}
 class Rule:
     """`tile` (block sizes by their tl.constexpr names, num_warps, num_stages) for one kernel where the rest matches.
 
-    architecture: pattern such as "sm_[91]*" (sm_90, sm_100) or "gfx9*"; "interpreter" is the CPU, whose tiles are small so that tests
-    meet several of them. itemsize: bytes an element, None for any. up_to: largest problem size it holds for, None for
-    any; what counts as the size of a problem is said beside each kernel's rules.
+    architecture: pattern such as "sm_[91]*" (sm_90, sm_100) or "gfx9*"; "interpreter" is the CPU, whose tiles are small
+    so that tests meet several of them. itemsize: bytes an element, None for any. up_to: largest problem size it holds
+    for, None for any; what counts as the size of a problem is said beside each kernel's rules.
     """
 
     kernel: str
