@@ -41,7 +41,16 @@ setup(
         "rich>=13",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.8", "build>=1"],
+        "postgresql": ["psycopg[binary]>=3.1"],
+        "test": [
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "pytest-xdist>=3",
+            "hypothesis>=6",
+            "psycopg[binary]>=3.1",
+            "ruff>=0.8",
+            "build>=1",
+        ],
     },
     entry_points={"console_scripts": ["effbert = effbert.__main__:main"]},
 )

@@ -38,6 +38,7 @@ from effbert.search.run import coarse_space
 from effbert.search.space import ArchitectureSpace
 from effbert.search.stages import run_cohort, warm_supernet
 from effbert.search.study import Study
+from effbert.search.workers import Workers
 from effbert.workspace import Workspace, open_teachers, open_workspace, pick_device
 
 dispatch.BACKENDS |= {"modern": "effbert.bench.modern", "published": "effbert.bench.published"}
@@ -162,20 +163,20 @@ def run_mode(config: SearchConfig, name: str) -> None:
     scratch.mkdir(parents=True)
     if mode.tf32:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-    with Reporter() as reporter, use_backend(mode.backend):
+    with Reporter() as reporter, Workers(scratch) as workers, use_backend(mode.backend):
         workspace = open_workspace(changed, folder, reporter.say)
         space = coarse_space(workspace, reporter)
         open_teachers(workspace, reporter.say)
         supernet = warm_supernet(workspace, reporter)
         workspace = dataclasses.replace(on_held_out(workspace), folder=scratch)
-        stage = Study(scratch).stage("stage1")
+        stage = Study(scratch, workers=workers).stage("stage1")
         for number, architecture in enumerate(candidates):
             stage.begin(number, str(architecture), space.key(architecture))
-        evaluate = trained_candidates(workspace, supernet, "stage1", changed.stage1, reporter)
+        evaluator = trained_candidates(workspace, supernet, "stage1", changed.stage1, reporter)
         reporter.say(f"{name}: {mode.what}, {len(candidates)} candidates")
         line = reporter.stage(name, len(candidates), 0)
         begun = time.perf_counter()
-        run_cohort(stage, list(enumerate(candidates)), space, changed.stage1, evaluate, line)
+        run_cohort(stage, list(enumerate(candidates)), space, changed.stage1, evaluator, line, workers)
         seconds = time.perf_counter() - begun
     result = {
         "mode": name,

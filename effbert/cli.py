@@ -98,15 +98,17 @@ def report(arguments: list[str]) -> int:
         """One HTML page about a run, finished or under way, that needs no other file and no network.
 
         run: the --output_dir of a search. output: where to write the page; RUN/report.html where it is not given.
+        storage: the search's --storage, where that holds a password: the run keeps it without.
         """
 
         run: tyro.conf.Positional[str]
         output: str | None = None
+        storage: str = ""
 
     given = parse(Arguments, arguments, "effbert report")
     from effbert.search.report_html import write_report
 
-    print(write_report(given.run, given.output))
+    print(write_report(given.run, given.output, given.storage))
     return 0
 
 

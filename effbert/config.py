@@ -152,6 +152,8 @@ class SearchConfig:
             are.
         agreement_candidates: Train so many of stage 3's candidates alone too, with the whole budget of stage 1, and
             record how far the scores on shared weights agree; 0 for none, from 12 on it says something.
+        storage: URL of the database that keeps the study, such as postgresql+psycopg://user@machine/name, for workers
+            on several machines, which all share output_dir; empty for SQLite in output_dir.
         population: Candidates trained at once on the same batches; 0 for as many of a cohort as memory holds.
         seed: Of everything random.
         seeds: Repeat the rows of the final table so often, for mean and spread.
@@ -183,6 +185,7 @@ class SearchConfig:
     weight_sharing: Literal["single-path", "sandwich"] = "single-path"
     task_temperature: float = 1.0
     agreement_candidates: int = 0
+    storage: str = ""
     population: int = 0
     seed: int = 0
     seeds: int = 1
@@ -243,10 +246,26 @@ PUBLISHED_PARAMETERS = 15_737_724
 
 
 def as_dict(config: SearchConfig) -> dict:
-    """The configuration as plain JSON values, without output_dir, which does not change what is computed."""
+    """The configuration as plain JSON values, without output_dir, which does not change what is computed, and without
+    the storage's password."""
     fields = dataclasses.asdict(config)
     fields.pop("output_dir")
+    if config.storage:
+        fields["storage"] = without_password(config.storage)
     return _plain(fields)
+
+
+def without_password(url: str) -> str:
+    """A database's URL as it may be shown and kept: with *** for the password. ValueError where it is no such URL."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        raise ValueError(
+            "--storage is not the URL of a database, such as postgresql+psycopg://user@machine/name or sqlite:////path"
+        ) from None
 
 
 def _plain(value):

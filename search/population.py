@@ -6,7 +6,7 @@ answers rightly, and two candidates are compared row by row (effbert.search.agre
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,27 +38,28 @@ class Outcome:
 
 
 Member = tuple[int, Architecture]  # a candidate's number and architecture
-Evaluate = Callable[[Sequence[Member], float], Iterator[tuple[int, Outcome]]]  # with a share of the budget
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """How a stage scores candidates. room: how many of these it evaluates at once. evaluate: with a share of the
+    budget, the outcomes as they come."""
+
+    room: Callable[[Sequence[Architecture]], int]
+    evaluate: Callable[[Sequence[Member], float], Iterable[tuple[int, Outcome]]]
 
 
 def trained_candidates(
     workspace: Workspace, supernet: Supernet, name: str, settings: SearchStage, reporter: Reporter
-) -> Evaluate:
+) -> Evaluator:
     """Evaluation of stages 1 and 2: extract, distil together with a share of the stage's budget. The value is that of
     the best epoch; with less than the whole budget, of the last one, since scoring each would cost more than training.
-    Outcomes come as each group that memory holds is done."""
+    """
     folder = workspace.folder / name
     folder.mkdir(exist_ok=True)
 
-    def evaluate(members: Sequence[Member], share: float) -> Iterator[tuple[int, Outcome]]:
-        budget = cut(settings, share)
-        size = population_size(workspace, supernet, [architecture for _, architecture in members])
-        _remove_stale(folder, members, share)
-        for first in range(0, len(members), size):
-            yield from train_group(members[first : first + size], budget, share)
-
-    def train_group(group: Sequence[Member], budget: SearchStage, share: float) -> list[tuple[int, Outcome]]:
-        last_epoch = settings.task_phase.num_train_epochs - 1
+    def evaluate(group: Sequence[Member], share: float) -> list[tuple[int, Outcome]]:
+        budget, last_epoch = cut(settings, share), settings.task_phase.num_train_epochs - 1
         scored_from = 0 if share == 1 else last_epoch
         students = [_student(workspace, supernet, name, member, share, folder, scored_from) for member in group]
         distilled = distil(workspace, students, budget, reporter.steps(f"{name} candidates, {len(group)} at once"))
@@ -68,7 +69,7 @@ def trained_candidates(
             for (number, architecture), result in zip(group, distilled, strict=True)
         ]
 
-    return evaluate
+    return Evaluator(lambda architectures: population_size(workspace, supernet, architectures), evaluate)
 
 
 def _student(
@@ -76,7 +77,7 @@ def _student(
 ) -> Student:
     (number, architecture), task = member, workspace.main_task
     model = supernet.extract(architecture, task.spec.name).to(workspace.device)
-    file = folder / f"{_stem(number, share)}.pt"
+    file = folder / f"{_STEM}{number}-{share:.4g}.pt"
     phase = Phase((name, number, f"{share:.4g}"), workspace.config.seed, file, str(architecture))
 
     def after_epoch(epoch: int) -> dict:
@@ -92,16 +93,15 @@ def _student(
     return Student(model, phase, after_epoch)
 
 
-def _stem(number: int, share: float) -> str:
-    return f"candidate-{number}-{share:.4g}"
+_STEM = "candidate-"
 
 
-def _remove_stale(folder: Path, members: Sequence[Member], share: float) -> None:
-    """Delete checkpoints that a killed process left of candidates whose outcome is in the study."""
-    open_ones = tuple(f"{_stem(number, share)}-" for number, _ in members)
-    for file in folder.glob("candidate-*.pt"):
-        if not file.name.startswith(open_ones):
-            file.unlink()
+def remove_stale(folder: Path, open_numbers: Iterable[int]) -> None:
+    """Delete the checkpoints that a killed process left of candidates whose outcome is in the study."""
+    going = tuple(f"{_STEM}{number}-" for number in open_numbers)
+    for file in folder.glob(f"{_STEM}*.pt"):
+        if not file.name.startswith(going):
+            file.unlink(missing_ok=True)
 
 
 def costs_of(architecture: Architecture, dims: Dimensions, length: int) -> dict[str, int]:

@@ -69,17 +69,22 @@ class StageLine:
         self.started, self.best = time.monotonic(), "none"
         self._line = reporter._live.add_task(name, total=total, completed=done)
 
-    def advance(self, text: str, best: str) -> None:
-        """One more candidate is done; `text` says how it came out."""
+    def advance(self, text: str, best: str, done: int) -> None:
+        """One more candidate is done, `done` in all; `text` says how it came out."""
         self.best = best
-        self.done_one(text)
+        self.done_one(text, done)
 
-    def done_one(self, text: str) -> None:
+    def done_one(self, text: str, done: int) -> None:
         """The same for one that does not change what is best."""
-        self.done += 1
+        self.done = done
         state = f"{self.name} {self.done}/{self.total}"
         self.reporter.say(f"{state}  {text}  best {self.best}  left {self.time_left()}")
         self.reporter._live.update(self._line, completed=self.done, description=f"{state}  best {self.best}")
+
+    def catch_up(self, done: int) -> None:
+        """So many are done by all workers together."""
+        self.done = done
+        self.reporter._live.update(self._line, completed=done)
 
     def time_left(self) -> str:
         """Minutes and seconds for the rest of the stage, from the mean of the candidates done in this process."""

@@ -7,19 +7,18 @@ ValueError.
 
 import json
 import sqlite3
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from effbert.search.study import CONFIG_FILE, STUDY_FILE, Evaluation
+from effbert.config import without_password
+from effbert.search.study import CONFIG_FILE, STUDY_FILE, Evaluation, evaluation_of
 
 STAGES = ("stage1", "stage2", "stage3")
 
-_STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "running"}
-_KEPT = ("number", "architecture", "key")
 _TRIALS = """
     SELECT studies.study_name, trials.trial_id, trials.state, trial_values.value
     FROM trials JOIN studies USING (study_id) LEFT JOIN trial_values USING (trial_id)
+    ORDER BY trials.trial_id
 """
 # A candidate's answers row by row are by far the longest attribute, and nothing here reads them.
 _ATTRIBUTES = "SELECT trial_id, key, value_json FROM trial_user_attributes WHERE key <> 'hits'"
@@ -45,9 +44,9 @@ class Record:
     changed: float
 
 
-def read_record(folder: str | Path) -> Record:
+def read_record(folder: str | Path, storage: str = "") -> Record:
     """What the run in `folder` has recorded so far; ValueError, in one line, where there is no run or a file of it is
-    damaged."""
+    damaged. storage: URL of its database, if not the one that its configuration tells."""
     folder = Path(folder)
     read: list[Path] = []
 
@@ -61,8 +60,9 @@ def read_record(folder: str | Path) -> Record:
     if not isinstance(config, dict):
         raise ValueError(f"{folder} is no run: give the --output_dir of a search, a folder with its {CONFIG_FILE}")
     trainings = sorted(folder.glob("**/training.json"))
-    study = folder / STUDY_FILE
-    stages = dict.fromkeys(STAGES, ()) | (_candidates(study) if study.exists() else {})
+    storage, study = storage or config.get("storage", ""), folder / STUDY_FILE
+    where, engine = without_password(storage) if storage else str(study), _engine(folder, storage)
+    stages = dict.fromkeys(STAGES, ()) | ({} if engine is None else _candidates(engine, where))
     return Record(
         config=config,
         stages={name: sorted(found, key=lambda evaluation: evaluation.number) for name, found in stages.items()},
@@ -74,34 +74,54 @@ def read_record(folder: str | Path) -> Record:
     )
 
 
-def _candidates(path: Path) -> dict[str, list[Evaluation]]:
+def _candidates(engine, where: str) -> dict[str, list[Evaluation]]:
     """The candidates of every stage of a study, in no order; none where its tables are not made yet."""
+    from sqlalchemy import inspect, text
+    from sqlalchemy.exc import SQLAlchemyError
+
     try:
-        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
-            connection.execute("BEGIN")  # one moment for all queries
-            if not connection.execute(
-                "SELECT 1 FROM sqlite_master WHERE name = 'trial_intermediate_values'"
-            ).fetchall():
+        with engine.connect() as connection:
+            if not inspect(connection).has_table("trial_intermediate_values"):
                 return {}
             trials, attributes, rungs = (
-                connection.execute(query).fetchall() for query in (_TRIALS, _ATTRIBUTES, _RUNGS)
+                connection.execute(text(query)).fetchall() for query in (_TRIALS, _ATTRIBUTES, _RUNGS)
             )
-    except sqlite3.Error as error:
-        raise ValueError(f"{path}: cannot be read as a study: {error}") from None
+    except SQLAlchemyError as error:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        raise ValueError(f"{where}: cannot be read as a study: {reason}") from None
+    finally:
+        engine.dispose()
     attrs: dict[int, dict] = {trial: {} for _, trial, _, _ in trials}
     values: dict[int, list[float]] = {trial: [] for _, trial, _, _ in trials}
-    for trial, key, text in attributes:
-        attrs[trial][key] = json.loads(text)
+    for trial, key, value in attributes:
+        if trial in attrs:  # not one that was begun since the first query
+            attrs[trial][key] = json.loads(value)
     for trial, value in rungs:
-        values[trial].append(value)
+        if trial in values:
+            values[trial].append(value)
+    newest = {(stage, attrs[trial]["number"]): (trial, state, value) for stage, trial, state, value in trials}
     stages: dict[str, list[Evaluation]] = {}
-    for stage, trial, state, value in trials:
-        number, architecture, _ = (attrs[trial].pop(key, None) for key in _KEPT)
-        finished = [value] if state == "COMPLETE" else []
-        own = {**attrs[trial], "rungs": values[trial] + finished}
-        evaluation = Evaluation(number, architecture, value if finished else None, _STATES[state], own)
-        stages.setdefault(stage, []).append(evaluation)
+    for (stage, _), (trial, state, value) in newest.items():
+        finished = value if state == "COMPLETE" else None
+        stages.setdefault(stage, []).append(evaluation_of(attrs[trial], state, finished, values[trial]))
     return stages
+
+
+def _engine(folder: Path, storage: str):
+    """The run's database, for reading: `storage`, or the SQLite file in its folder; None where that is not there."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        if storage:
+            return create_engine(storage)
+        path = folder / STUDY_FILE
+        uri = f"{path.resolve().as_uri()}?mode=ro"
+        return create_engine("sqlite://", creator=lambda: sqlite3.connect(uri, uri=True)) if path.exists() else None
+    except (ImportError, SQLAlchemyError) as error:
+        raise ValueError(
+            f"{without_password(storage)}: cannot be read as a study: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _json(path: Path, kind: type):

@@ -42,12 +42,14 @@ _COST_ORDER = ("teacher", "supernet", "stage1", "stage2", "stage3", "final")
 _TOP = 10
 
 
-def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
+def write_report(folder: str | Path, output: str | Path | None = None, storage: str = "") -> Path:
     """Write the report of the run in `folder`, to <folder>/report.html if `output` is None; returns where it is.
+
+    storage: URL of the run's database, where its configuration keeps it without the password.
 
     ValueError, in one line, where the folder holds no run, a file of it is damaged, or `output` can be no file.
     """
-    record = read_record(folder)
+    record = read_record(folder, storage)
     path = Path(folder) / REPORT_FILE if output is None else Path(output)
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"{path}: give a file name in a folder that exists as --output")

@@ -5,6 +5,7 @@ import json
 import platform
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -17,13 +18,14 @@ from effbert.search import forecast, report
 from effbert.search.agreement import Interval, kendall, of_rungs
 from effbert.search.budget import ladder
 from effbert.search.final import final_rows, rows, teacher_row
-from effbert.search.population import trained_candidates
+from effbert.search.population import Evaluator, remove_stale, trained_candidates
 from effbert.search.progress import Reporter
 from effbert.search.report_html import write_report
 from effbert.search.shared import shared_candidates, shared_supernet
 from effbert.search.space import ArchitectureSpace
 from effbert.search.stages import run_cohort, search_stage, warm_supernet
-from effbert.search.study import RunFolder, Study
+from effbert.search.study import RunFolder, StageStudy, Study
+from effbert.search.workers import SHARING
 from effbert.workspace import Workspace, open_teachers, open_workspace
 
 REFRESH_SECONDS = 30.0  # between two reports while candidates come in
@@ -32,20 +34,30 @@ REFRESH_SECONDS = 30.0  # between two reports while candidates come in
 def run_search(config: SearchConfig, reporter: Reporter | None = None) -> dict:
     """Run or resume the search that `config` describes; returns what <output_dir>/results.json holds.
 
-    ValueError or FileNotFoundError, in one line, where the input or the folder will not do.
+    Several processes may do so at once, with one configuration and one folder: candidates they share, and what is made
+    once one of them makes while the others wait. ValueError or FileNotFoundError, in one line, where the input, the
+    folder or the storage will not do.
     """
     with RunFolder(config.output_dir, as_dict(config)) as folder, reporter or Reporter() as reporter:
-        remove_partial(folder.path)
-        try:
-            workspace = open_workspace(config, folder.path, reporter.say)
-            coarse = coarse_space(workspace, reporter)
-        except Exception:
-            folder.abandon()
-            raise
-        open_teachers(workspace, reporter.say, reporter.steps)
-        study = Study(folder.path)
-        winner = three_stages(workspace, coarse, study, reporter)
-        return finish(workspace, winner, coarse, study, reporter)
+        workers = folder.workers
+        workers.say = reporter.say
+        if workers.others():
+            reporter.say(f"joining {len(workers.others())} other workers in {folder.path}")
+        with closing(Study(folder.path, config.storage, folder.id, workers)) as study:
+            with workers.turn("tokenizer, data and teachers"):
+                if not workers.others():
+                    remove_partial(folder.path)
+                try:
+                    study.stage("stage1")
+                    workspace = open_workspace(config, folder.path, reporter.say)
+                    coarse = coarse_space(workspace, reporter)
+                except Exception:
+                    folder.abandon()
+                    raise
+                open_teachers(workspace, reporter.say, reporter.steps)
+            winner = three_stages(workspace, coarse, study, reporter)
+            with workers.turn("the final distillation"):
+                return finish(workspace, winner, coarse, study, reporter)
 
 
 def dry_run(config: SearchConfig, flops_per_second: float | None = None) -> list[str]:
@@ -78,8 +90,9 @@ def coarse_space(workspace: Workspace, reporter: Reporter) -> ArchitectureSpace:
 
 def three_stages(workspace: Workspace, coarse: ArchitectureSpace, study: Study, reporter: Reporter) -> Architecture:
     """Coarse, operations, fine; each stage starts from the winner of the one before. Returns the last winner."""
-    config = workspace.config
-    supernet = warm_supernet(workspace, reporter)
+    config, workers = workspace.config, study.workers
+    with workers.turn("the supernet"):
+        supernet = warm_supernet(workspace, reporter)
 
     def space(stage: str, base: Architecture) -> ArchitectureSpace:
         band = config.band(coarse.dims)
@@ -87,26 +100,38 @@ def three_stages(workspace: Workspace, coarse: ArchitectureSpace, study: Study, 
             stage, coarse.dims, coarse.num_layers, *band, base, max_flops=coarse.max_flops, length=coarse.length
         )
 
-    def run(name: str, settings, where: ArchitectureSpace, evaluate, first) -> Architecture:
-        stage = study.stage(name)
-        best = search_stage(stage, name, where, settings, config.seed, evaluate, first, reporter, pages.refresh)
+    def run(name: str, settings, where: ArchitectureSpace, evaluator: Evaluator, first) -> Architecture:
+        stage = open_stage(study, name)
+        best = search_stage(
+            stage, name, where, settings, config.seed, evaluator, first, reporter, workers, pages.refresh
+        )
         pages.write()
         reporter.say(f"{name}: {best}")
         return best
 
     pages = Pages(workspace.folder, study, config)
 
-    evaluate = trained_candidates(workspace, supernet, "stage1", config.stage1, reporter)
-    found = run("stage1", config.stage1, coarse, evaluate, None)
-    evaluate = trained_candidates(workspace, supernet, "stage2", config.stage2, reporter)
-    found = run("stage2", config.stage2, space("operations", found), evaluate, found)
+    trained = trained_candidates(workspace, supernet, "stage1", config.stage1, reporter)
+    found = run("stage1", config.stage1, coarse, trained, None)
+    trained = trained_candidates(workspace, supernet, "stage2", config.stage2, reporter)
+    found = run("stage2", config.stage2, space("operations", found), trained, found)
     fine = space("fine", found)
-    evaluate = shared_candidates(workspace, shared_supernet(workspace, supernet, fine, config.stage3, reporter))
-    winner = run("stage3", config.stage3, fine, evaluate, found)
+    with workers.turn("stage 3's supernet"):
+        shared = shared_supernet(workspace, supernet, fine, config.stage3, reporter)
+    winner = run("stage3", config.stage3, fine, shared_candidates(workspace, shared), found)
     if config.agreement_candidates:
         train_alone(workspace, study, fine, reporter)
         pages.write()
     return winner
+
+
+def open_stage(study: Study, name: str) -> StageStudy:
+    """A stage of the study, rid of what dead workers left of it."""
+    with study.workers.turn(SHARING):
+        stage = study.stage(name)
+        going = [evaluation.number for evaluation in stage.evaluations() if evaluation.state == "running"]
+        remove_stale(study.output_dir / name, going)
+    return stage
 
 
 ALONE = "agreement"  # the study and folder of stage 3's candidates trained alone
@@ -117,15 +142,16 @@ def train_alone(workspace: Workspace, study: Study, space: ArchitectureSpace, re
     settings = dataclasses.replace(workspace.config.stage1, rungs=(1.0,))
     scored = [evaluation for evaluation in study.stage("stage3").evaluations() if evaluation.state == "complete"]
     chosen = scored[: workspace.config.agreement_candidates]
-    stage, members = study.stage(ALONE), [(e.number, Architecture.parse(e.architecture)) for e in chosen]
-    known = {evaluation.number for evaluation in stage.evaluations()}
-    for number, architecture in members:
-        if number not in known:
-            stage.begin(number, str(architecture), space.key(architecture))
+    stage, members = open_stage(study, ALONE), [(e.number, Architecture.parse(e.architecture)) for e in chosen]
+    with study.workers.turn(SHARING):
+        known = {evaluation.number for evaluation in stage.evaluations()}
+        for number, architecture in members:
+            if number not in known:
+                stage.begin(number, str(architecture), space.key(architecture))
     finished = sum(evaluation.state != "running" for evaluation in stage.evaluations())
     line = reporter.stage(ALONE, len(members), finished)
-    evaluate = trained_candidates(workspace, warm_supernet(workspace, reporter), ALONE, settings, reporter)
-    run_cohort(stage, members, space, settings, evaluate, line)
+    trained = trained_candidates(workspace, warm_supernet(workspace, reporter), ALONE, settings, reporter)
+    run_cohort(stage, members, space, settings, trained, line, study.workers)
     line.close()
 
 
@@ -154,7 +180,7 @@ class Pages:
         if found is not None:
             entries.append({"stage": "stage3", "what": "shared weights against training alone"} | _tau(found))
         write_atomic(self.folder / "agreement.json", json.dumps(entries, indent=1))
-        write_report(self.folder)
+        write_report(self.folder, storage=self.study.url)
         self.written = time.monotonic()
 
     def _shared_weights(self) -> Interval | None:
@@ -198,7 +224,7 @@ def finish(
     }
     write_atomic(workspace.folder / "results.json", json.dumps(summary, indent=1))
     write_atomic(workspace.folder / "best" / "README.md", report.model_card(summary))
-    write_report(workspace.folder)
+    write_report(workspace.folder, storage=study.url)
     reporter.console.print(report.as_rich_table(table, metric, config.max_length))
     reporter.say(f"the winner is in {workspace.folder / 'best'}, a report in {workspace.folder / 'report.html'}")
     return summary

@@ -16,13 +16,15 @@ from effbert.config import SearchStage
 from effbert.data.batches import Batch, subset
 from effbert.engine import Phase, forget, train
 from effbert.evaluate import evaluate_rows
-from effbert.search.population import Evaluate, Member, Outcome, costs_of
+from effbert.search.population import Evaluator, Member, Outcome, costs_of
 from effbert.search.progress import Reporter
 from effbert.search.space import ArchitectureSpace
 from effbert.search.stages import load_supernet
 from effbert.step import Lesson, MixedPlan, general_lesson, task_lesson
 from effbert.supernet import Supernet
 from effbert.workspace import Workspace, keep, model_inputs, must_finish
+
+AT_ONCE = 16  # candidates that a worker takes to score
 
 
 class Draws:
@@ -118,7 +120,7 @@ def mixed_tasks(workspace: Workspace, settings: SearchStage, epoch: int) -> Mixe
     return MixedPlan(plans, config.seed, epoch, config.task_temperature)
 
 
-def shared_candidates(workspace: Workspace, supernet: Supernet) -> Evaluate:
+def shared_candidates(workspace: Workspace, supernet: Supernet) -> Evaluator:
     """Evaluation of stage 3: the shared weights' score on the whole ranking split, without training."""
     task = workspace.main_task
 
@@ -138,4 +140,4 @@ def shared_candidates(workspace: Workspace, supernet: Supernet) -> Evaluate:
                 attrs["hits"] = scores.pop("hits")
             yield number, Outcome(scores[task.spec.metrics[0]], attrs | {"scores": scores})
 
-    return evaluate
+    return Evaluator(lambda architectures: min(len(architectures), AT_ONCE), evaluate)

@@ -1,11 +1,14 @@
 """The warm-up and the three stages, each from a distilled supernet, chained without a person in between.
 
 A stage goes by cohorts: the sampler proposes a cohort of candidates, all are evaluated rung by rung, and the sampler is
-told how they did before it proposes the next. Stages 1 and 2 extract every candidate from the warm supernet and train
-it (effbert.search.population), stage 3 scores candidates on weights they share (effbert.search.shared). A candidate is
-in the study before it starts, and each of its values as soon as it is there.
+told how they did before it proposes the next. Several workers may share a stage: each takes its part of a cohort, and
+what they decide on follows from the study alone, so all decide the same. Stages 1 and 2 extract every candidate from
+the warm supernet and train it (effbert.search.population), stage 3 scores candidates on weights they share
+(effbert.search.shared). A candidate is in the study before it starts, and each of its values as soon as it is there.
 """
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,14 +21,17 @@ from effbert.config import SearchStage
 from effbert.engine import Phase, forget, train
 from effbert.search.agreement import paired_difference
 from effbert.search.budget import fitness, ladder, survivors
-from effbert.search.population import Evaluate, Member, Outcome
+from effbert.search.population import Evaluator, Member, Outcome
 from effbert.search.progress import Reporter, StageLine
 from effbert.search.sampler import Sampler, SpaceExhausted, make_sampler
 from effbert.search.space import Space
-from effbert.search.study import Evaluation, StageStudy
+from effbert.search.study import Evaluation, StageStudy, TakenOver
+from effbert.search.workers import SHARING, Workers
 from effbert.step import general_lesson
 from effbert.supernet import Supernet, supernet_config
 from effbert.workspace import Workspace, keep, model_inputs, must_finish
+
+POLL_SECONDS = 1.0  # between two looks at whether the other workers are done with a rung
 
 
 def search_stage(
@@ -34,9 +40,10 @@ def search_stage(
     space: Space,
     settings: SearchStage,
     seed: int,
-    evaluate: Evaluate,
+    evaluator: Evaluator,
     first: Architecture | None,
     reporter: Reporter,
+    workers: Workers,
     after_cohort: Callable[[], None] = lambda: None,
 ) -> Architecture:
     """Cohort after cohort, until the study holds settings.num_candidates; returns the best architecture.
@@ -50,8 +57,9 @@ def search_stage(
     line = reporter.stage(name, settings.num_candidates, finished)
     for begin in range(0, settings.num_candidates, settings.cohort):
         numbers = range(begin, min(begin + settings.cohort, settings.num_candidates))
-        members = propose(stage, name, space, sampler, numbers, seed, first, reporter)
-        run_cohort(stage, members, space, settings, evaluate, line)
+        with workers.turn(SHARING):
+            members = propose(stage, name, space, sampler, numbers, seed, first, reporter)
+        run_cohort(stage, members, space, settings, evaluator, line, workers)
         cohort = [evaluation for evaluation in stage.evaluations() if evaluation.number in numbers]
         told = fitness(cohort, len(ladder(settings, len(members))))
         for number, architecture in members:
@@ -105,25 +113,46 @@ def run_cohort(
     members: Sequence[Member],
     space: Space,
     settings: SearchStage,
-    evaluate: Evaluate,
+    evaluator: Evaluator,
     line: StageLine,
+    workers: Workers,
 ) -> None:
-    """Every rung of a cohort, from where the study says it stands: evaluate, then drop all but the best."""
+    """Every rung of a cohort, from where the study says it stands: evaluate, then drop all but the best. Returns when
+    all workers together are done with it."""
+    architectures, rungs = dict(members), ladder(settings, len(members))
     keys = {number: space.key(architecture) for number, architecture in members}
-    rungs = ladder(settings, len(members))
     for index, rung in enumerate(rungs):
         last = rung is rungs[-1]
-        running = _running(stage, keys)
-        due = [member for member in members if member[0] in running and len(_rungs(running[member[0]])) == index]
-        for number, outcome in evaluate(due, rung.share) if due else ():
-            record(stage, running[number], index, last, outcome)
-            if last or outcome.diverged:
-                _show(stage, line, outcome)
+        while due := sorted(n for n, e in _running(stage, keys).items() if len(_rungs(e)) == index):
+            with workers.turn(SHARING):
+                parts = len(workers.others()) + 1
+                room = evaluator.room([architectures[number] for number in due])
+                taken = stage.take(due, min(room, math.ceil(len(due) / parts)))
+            if not taken:
+                time.sleep(POLL_SECONDS)
+                line.catch_up(_ended(stage))
+                continue
+            before = _running(stage, taken)
+            for number, outcome in evaluator.evaluate([(n, architectures[n]) for n in taken], rung.share):
+                with workers.turn(SHARING):
+                    counted = record(stage, before[number], index, last, outcome, line)
+                if counted and (last or outcome.diverged):
+                    _show(stage, line, outcome)
         if not last:
-            values = {number: _rungs(found)[index] for number, found in _running(stage, keys).items()}
-            for number in sorted(values.keys() - set(survivors(values, keys, rungs[index + 1].places))):
-                stage.prune(number)
-                line.done_one(f"candidate {number} stops at {values[number]:.4f}, {rung.share:.2g} of the budget")
+            with workers.turn(SHARING):
+                _drop(stage, keys, index, rungs[index + 1].places, rung.share, line)
+
+
+def _drop(stage: StageStudy, keys: dict[int, str], rung: int, places: int, share: float, line: StageLine) -> None:
+    """Stop all but the best of a rung, where no other worker has done so."""
+    values = {number: _rungs(found)[rung] for number, found in _running(stage, keys).items() if _rungs(found)[rung:]}
+    for number in sorted(values.keys() - set(survivors(values, keys, places))):
+        stage.prune(number)
+        line.done_one(f"candidate {number} stops at {values[number]:.4f}, {share:.2g} of the budget", _ended(stage))
+
+
+def _ended(stage: StageStudy) -> int:
+    return sum(evaluation.state != "running" for evaluation in stage.evaluations())
 
 
 def _running(stage: StageStudy, numbers) -> dict[int, Evaluation]:
@@ -134,20 +163,28 @@ def _rungs(evaluation: Evaluation) -> list[float]:
     return evaluation.attrs.get("rungs", [])
 
 
-def record(stage: StageStudy, before: Evaluation, rung: int, last: bool, outcome: Outcome) -> None:
-    """Commit what a rung gave, its costs added to those of the rungs before, and only then let its checkpoints go."""
+def record(stage: StageStudy, before: Evaluation, rung: int, last: bool, outcome: Outcome, line: StageLine) -> bool:
+    """Commit what a rung gave, its costs added to those of the rungs before, and only then let its checkpoints go.
+
+    False where another worker has the candidate by now: this outcome is not counted.
+    """
     number, attrs = before.number, dict(outcome.attrs)
     if "seconds" in attrs:
         here = {cost: attrs[cost] for cost in ("seconds", "tokens")}
         attrs["spent"] = [*before.attrs.get("spent", [])[:rung], here]  # a commit that was cut short may hold this rung
         attrs |= {cost: sum(spent[cost] for spent in attrs["spent"]) for cost in here}
-    if outcome.value is None:
-        stage.fail(number, outcome.diverged, **attrs)
-    elif last:
-        stage.complete(number, outcome.value, **attrs)
-    else:
-        stage.report(number, rung, outcome.value, **attrs)
+    try:
+        if outcome.value is None:
+            stage.fail(number, outcome.diverged, **attrs)
+        elif last:
+            stage.complete(number, outcome.value, **attrs)
+        else:
+            stage.report(number, rung, outcome.value, **attrs)
+    except TakenOver as lost:
+        line.reporter.say(f"{lost}; its outcome here is dropped")
+        return False
     forget(outcome.phases)
+    return True
 
 
 def _show(stage: StageStudy, line: StageLine, outcome: Outcome) -> None:
@@ -155,6 +192,7 @@ def _show(stage: StageStudy, line: StageLine, outcome: Outcome) -> None:
     line.advance(
         f"{outcome.diverged or f'{outcome.value:.4f}'}  {outcome.attrs['parameters']:,} parameters",
         "none" if best is None else f"{best.value:.4f} (candidate {best.number})",
+        _ended(stage),
     )
 
 

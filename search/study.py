@@ -1,33 +1,45 @@
-"""The study on disk: what a search has evaluated, and the folder it lives in.
+"""The study: what a search has evaluated, and the folder it lives in.
 
-One Optuna study per stage, in SQLite (`<output_dir>/study.db`). A candidate is one trial: its architecture text is
-committed, in the transaction that creates the trial, before its evaluation begins, and each value as soon as it is
-there. So a process killed anywhere leaves candidates that were begun and not finished, and the next run goes on with
-those under the same numbers.
+One Optuna study per stage, in a database: SQLite (`<output_dir>/study.db`) or any that Optuna's RDBStorage takes. A
+candidate is one trial: its architecture text is committed, in the transaction that creates the trial, before its
+evaluation begins, and each value as soon as it is there. It waits until a worker takes it and is running while that
+worker trains it on a rung; a worker that dies leaves it to the others, or to the next start, under the same number.
+Workers on this machine are known to be dead by their locks, others by the storage's heartbeats.
 """
 
-import fcntl
 import json
 import math
-import os
+import secrets
 import shutil
 import sqlite3
-from collections.abc import Iterator
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from effbert.config import without_password
 from effbert.files import PARTIAL, DiskFullError, write_atomic
+from effbert.search.workers import FOLDER, JOINING, Workers
 
 STUDY_FILE = "study.db"
 CONFIG_FILE = "config.json"
-LOCK_FILE = ".lock"
+HEARTBEAT_SECONDS = 15
+GRACE_SECONDS = 90  # without a heartbeat for so long, a worker is taken for dead
+BUSY_SECONDS = 60.0  # SQLite waits so long for another worker's commit
 
-_CONFIG_KEY = "effbert_run"
+_CONFIG_KEY, _ID_KEY = "effbert_run", "id"
 _MAX_DIFFERENCES = 5
-_NUMBER, _ARCHITECTURE, _KEY, _REASON, _RUNGS = "number", "architecture", "key", "reason", "rungs"
-_KEPT = (_NUMBER, _ARCHITECTURE, _KEY, _RUNGS)
+_NUMBER, _ARCHITECTURE, _KEY, _REASON, _RUNGS, _WORKER = (
+    "number", "architecture", "key", "reason", "rungs", "worker"
+)  # fmt: skip
+KEPT = (_NUMBER, _ARCHITECTURE, _KEY, _RUNGS, _WORKER)
+
+
+class TakenOver(Exception):
+    """Another worker has gone on with a candidate, since this one was taken for dead: its result here is too much."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +47,9 @@ class Evaluation:
     """One candidate of a stage.
 
     number: the candidate's number in its stage, from 0. architecture: its text. state: "complete" (with a finite
-    value), "pruned" (it did not get the whole budget), "failed" (attrs["reason"] says why) or "running". attrs: JSON
-    values kept beside it; attrs["rungs"] its values on the rungs it was evaluated on, in their order.
+    value), "pruned" (it did not get the whole budget), "failed" (attrs["reason"] says why) or "running" (open, in
+    training or waiting for a worker). attrs: JSON values kept beside it; attrs["rungs"] its values on the rungs it was
+    evaluated on, in their order.
     """
 
     number: int
@@ -47,19 +60,25 @@ class Evaluation:
 
 
 class Study:
-    """The stages of one run."""
+    """The stages of one run.
 
-    def __init__(self, output_dir: str | Path):
-        self.output_dir = Path(output_dir)
-        self._storage = None
+    storage: the URL of a database, SQLAlchemy's way; "" for SQLite in output_dir. run_id: what tells this run from
+    others; a database that holds another one's stages is refused. workers: this process among the run's workers.
+    """
+
+    def __init__(self, output_dir: str | Path, storage: str = "", run_id: str = "", workers: Workers | None = None):
+        self.output_dir, self.run_id, self.workers = Path(output_dir), run_id, workers or Workers(output_dir)
+        self.url = storage
+        self.where = without_password(storage) if storage else str(self.output_dir / STUDY_FILE)
+        self._storage, self._heart = None, None
 
     def stage(self, name: str) -> "StageStudy":
-        """The study of one stage, made if it is not there. ValueError where study.db is no study."""
+        """The study of one stage, made if it is not there. ValueError where the storage cannot be reached, is no study,
+        or is another run's."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        where = self.output_dir / STUDY_FILE
-        with _errors_in_one_line(where):
+        with _errors_in_one_line(self.where):
             self._storage = self._storage or self._open()
             study = optuna.create_study(
                 study_name=name,
@@ -68,26 +87,85 @@ class Study:
                 direction="maximize",
                 load_if_exists=True,
             )
-        return StageStudy(study, where)
+            owner = study.user_attrs.get("run")
+            if self.run_id and owner is None:
+                study.set_user_attr("run", self.run_id)
+        if self.run_id and owner not in (None, self.run_id):
+            raise ValueError(f"{self.where}: holds the {name} of another search: give --storage a database of its own")
+        self._heart = self._heart or Heart(self._storage)
+        return StageStudy(study, self.where, self.workers, self._heart)
+
+    def close(self) -> None:
+        """No more heartbeats."""
+        if self._heart is not None:
+            self._heart.stop()
 
     def _open(self):
-        from optuna.storages import RDBStorage
+        from optuna.exceptions import ExperimentalWarning
+        from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 
-        path = (self.output_dir / STUDY_FILE).resolve()
-        # Connected by path, since a URL would give a meaning to ? and {} in a folder's name.
-        connect = partial(sqlite3.connect, path, check_same_thread=False)
-        return RDBStorage(f"sqlite:///{STUDY_FILE}", engine_kwargs={"creator": connect})
+        if self.url:
+            url, engine = self.url, {"pool_pre_ping": True}
+        else:
+            # Connected by path, since a URL would give a meaning to ? and {} in a folder's name.
+            path = (self.output_dir / STUDY_FILE).resolve()
+            url = f"sqlite:///{STUDY_FILE}"
+            engine = {"creator": partial(sqlite3.connect, path, check_same_thread=False, timeout=BUSY_SECONDS)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            return RDBStorage(
+                url,
+                engine_kwargs=engine,
+                heartbeat_interval=HEARTBEAT_SECONDS,
+                grace_period=GRACE_SECONDS,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True),
+            )
+
+
+class Heart:
+    """The heartbeats of all trials that this process holds, from one thread that starts with the first."""
+
+    def __init__(self, storage):
+        self._storage, self._trials = storage, set()
+        self._stopped, self._thread = threading.Event(), None
+
+    def begin(self, trial_id: int) -> None:
+        """Beat for a trial, the first time at once."""
+        self._storage.record_heartbeat(trial_id)
+        self._trials.add(trial_id)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._beat, daemon=True)
+            self._thread.start()
+
+    def end(self, trial_id: int) -> None:
+        """Beat for it no more."""
+        self._trials.discard(trial_id)
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopped.set()
+
+    def _beat(self) -> None:
+        while not self._stopped.wait(HEARTBEAT_SECONDS):
+            for trial_id in tuple(self._trials):
+                try:
+                    self._storage.record_heartbeat(trial_id)
+                except Exception as error:  # a missed beat is no harm, and what is broken shows at the next commit
+                    warnings.warn(f"no heartbeat: {str(error).splitlines()[0]}", stacklevel=1)
 
 
 class StageStudy:
-    """The candidates of one stage: each is begun, may report values on rungs, and is completed, pruned or failed."""
+    """The candidates of one stage: each is begun, taken by a worker, may report values on rungs, and is completed,
+    pruned or failed. What ends or reports a candidate raises TakenOver where another worker has it by now."""
 
-    def __init__(self, study, where: str | Path):
-        self._study, self._where = study, where
+    def __init__(self, study, where: str, workers: Workers, heart: Heart):
+        self._study, self._where, self._workers, self._heart = study, where, workers, heart
+        self._storage = study._storage
+        self._held: dict[int, int] = {}  # number -> trial id
 
     def evaluations(self) -> list[Evaluation]:
         """All candidates, by number."""
-        return sorted((_evaluation(trial) for trial in self._trials()), key=lambda evaluation: evaluation.number)
+        return [_evaluation(trial) for _, trial in sorted(self._newest().items())]
 
     def best(self) -> Evaluation | None:
         """The complete candidate with the highest value, the first of equals; None if there is none."""
@@ -103,15 +181,53 @@ class StageStudy:
 
         attrs = {_NUMBER: number, _ARCHITECTURE: architecture_text, _KEY: key}
         with _errors_in_one_line(self._where):
-            self._study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, user_attrs=attrs))
+            self._study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING, user_attrs=attrs))
+
+    def take(self, wanted: Sequence[int], most: int) -> list[int]:
+        """The first `most` of the candidates `wanted` that nobody trains, and no others: they are this worker's until
+        they have reported or ended."""
+        from optuna.trial import TrialState
+
+        self.free_abandoned()
+        newest, taken = self._newest(), []
+        for number in wanted:
+            trial = newest.get(number)
+            if len(taken) < most and trial is not None and trial.state == TrialState.WAITING:
+                with _errors_in_one_line(self._where):
+                    self._storage.set_trial_user_attr(trial._trial_id, _WORKER, self._workers.name)
+                    self._heart.begin(trial._trial_id)
+                    self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+                self._held[number] = trial._trial_id
+                taken.append(number)
+        return taken
+
+    def free_abandoned(self) -> None:
+        """Let candidates wait again whose worker is dead."""
+        import optuna
+
+        with _errors_in_one_line(self._where), warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            for trial in self._newest().values():
+                if trial.state == optuna.trial.TrialState.RUNNING and self._workers.is_gone(
+                    trial.user_attrs.get(_WORKER, "")
+                ):
+                    self._storage.set_trial_state_values(trial._trial_id, optuna.trial.TrialState.WAITING)
+            optuna.storages.fail_stale_trials(self._study)
+            retry = self._storage.get_heartbeat_stale_trial_callback()
+            for trial in self._newest().values():
+                if _is_abandoned(trial):  # failed as stale by a worker that died before it could add another
+                    retry(self._study, trial)
 
     def report(self, number: int, rung: int, value: float, **attrs) -> None:
-        """Commit the value of an open candidate on a rung, finite, higher is better, and JSON values beside it."""
+        """Commit the value of an open candidate on a rung, finite, higher is better, and JSON values beside it. It
+        waits then, for whoever takes it for the next rung."""
+        from optuna.trial import TrialState
+
         _check_finite(number, value)
-        trial = self._running_trial(number)
-        with _errors_in_one_line(self._where):
-            self._set(trial, number, attrs)
-            self._study._storage.set_trial_intermediate_value(trial._trial_id, rung, float(value))
+        with self._open_trial(number) as trial_id:
+            self._set(trial_id, number, attrs)
+            self._storage.set_trial_state_values(trial_id, TrialState.WAITING)  # first: killed here, it is done again
+            self._storage.set_trial_intermediate_value(trial_id, rung, float(value))
 
     def complete(self, number: int, value: float, **attrs) -> None:
         """Commit the value of an open candidate, finite, higher is better; attrs are JSON values to keep beside it."""
@@ -129,36 +245,53 @@ class StageStudy:
     def _finish(self, number: int, state: str, attrs: dict, value: float | None = None) -> None:
         from optuna.trial import TrialState
 
-        trial = self._running_trial(number)
-        with _errors_in_one_line(self._where):
-            self._set(trial, number, attrs)
-            self._study.tell(trial.number, value, state=TrialState[state])
+        with self._open_trial(number) as trial_id:
+            self._set(trial_id, number, attrs)
+            self._storage.set_trial_state_values(trial_id, TrialState[state], None if value is None else [value])
 
-    def _set(self, trial, number: int, attrs: dict) -> None:
+    def _set(self, trial_id: int, number: int, attrs: dict) -> None:
         for name, attr in attrs.items():
-            if name in _KEPT:
+            if name in KEPT:
                 raise ValueError(f"candidate {number}: {name!r} is kept already; name the attribute otherwise")
             json.dumps(attr)
         for name, attr in attrs.items():
-            self._study._storage.set_trial_user_attr(trial._trial_id, name, attr)
+            self._storage.set_trial_user_attr(trial_id, name, attr)
 
-    def _running_trial(self, number: int):
-        for trial in self._trials():
-            if trial.user_attrs[_NUMBER] == number and not trial.state.is_finished():
-                return trial
-        raise ValueError(f"{self._where}: candidate {number} is not open; begin it first")
+    @contextmanager
+    def _open_trial(self, number: int) -> Iterator[int]:
+        """The trial of an open candidate that this worker holds or nobody does; after the body it is held no more."""
+        from optuna.exceptions import UpdateFinishedTrialError
 
-    def _trials(self) -> list:
+        held, trial = self._held.get(number), self._newest().get(number)
+        if trial is None or (trial.state.is_finished() and held is None):
+            raise ValueError(f"{self._where}: candidate {number} is not open; begin it first")
+        here = trial.user_attrs.get(_WORKER) == self._workers.name or trial.state.name != "RUNNING"
+        if held not in (None, trial._trial_id) or not here:
+            self._release(number)
+            raise TakenOver(f"candidate {number} is another worker's by now")
         with _errors_in_one_line(self._where):
-            return self._study.get_trials(deepcopy=False)
+            try:
+                yield trial._trial_id
+            except UpdateFinishedTrialError:
+                self._release(number)
+                raise TakenOver(f"candidate {number} is another worker's by now") from None
+        self._release(number)
+
+    def _release(self, number: int) -> None:
+        self._heart.end(self._held.pop(number, -1))
+
+    def _newest(self) -> dict[int, object]:
+        """The trials that count, by candidate: of one that was retried the newest."""
+        with _errors_in_one_line(self._where):
+            return {trial.user_attrs[_NUMBER]: trial for trial in self._study.get_trials(deepcopy=False)}
 
 
 class RunFolder:
-    """An output directory claimed by one run: a context manager that holds its lock until it is left.
+    """An output directory that this process joins as a worker: a context manager, until it is left.
 
-    The folder is made if need be, and config.json (the configuration, JSON values) written into it. ValueError, in one
-    line, where the folder cannot be made or written, holds something else, holds a run with another configuration (the
-    differences are named), or another process is running in it. A process that dies releases the lock.
+    The folder is made if need be, and config.json (the configuration, JSON values, and an id) written into it.
+    ValueError, in one line, where the folder cannot be made or written, holds something else, or holds a run with
+    another configuration (the differences are named). id: of the run. workers: this process and those beside it.
     """
 
     def __init__(self, output_dir: str | Path, config: dict):
@@ -167,13 +300,15 @@ class RunFolder:
         try:
             self._refuse_foreign()
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.path / LOCK_FILE)
+            self.workers = Workers(self.path)
+            self.workers.join()
         except OSError as error:
             raise ValueError(
                 f"{self.path}: cannot be used as --output_dir: {(error.strerror or str(error)).lower()}"
             ) from error
         try:
-            self._settle(config)
+            with self.workers.turn(JOINING):
+                self._settle(config)
         except BaseException:
             self.close()
             raise
@@ -185,20 +320,21 @@ class RunFolder:
         self.close()
 
     def abandon(self) -> None:
-        """Empty the folder again, if this call began the run: its input would not do, and nothing is lost by it."""
-        if self.is_new:
+        """Empty the folder again, if this call began the run and no other has joined: its input would not do, and
+        nothing is lost by it."""
+        if self.is_new and not self.workers.others():
             for entry in self.path.iterdir():
-                if entry.name != LOCK_FILE:
+                if entry.name != FOLDER:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def close(self) -> None:
-        """Release the lock."""
-        self._lock.close()
+        """Leave."""
+        self.workers.leave()
 
     def _refuse_foreign(self) -> None:
         if self.path.is_dir() and self._stored() is None:
-            for entry in sorted(os.listdir(self.path)):
-                if entry != LOCK_FILE and not entry.startswith(PARTIAL):
+            for entry in sorted(entry.name for entry in self.path.iterdir()):
+                if entry != FOLDER and not entry.startswith(PARTIAL):
                     raise ValueError(
                         f"{self.path} holds something else ({entry}); give an empty or a new folder as --output_dir"
                     )
@@ -208,18 +344,20 @@ class RunFolder:
             content = json.loads((self.path / CONFIG_FILE).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
-        return content.get(_CONFIG_KEY) if isinstance(content, dict) else None
+        return content if isinstance(content, dict) and isinstance(content.get(_CONFIG_KEY), dict) else None
 
     def _settle(self, config: dict) -> None:
         stored = self._stored()
         self.is_new = stored is None
         if self.is_new:
-            write_atomic(self.path / CONFIG_FILE, json.dumps({_CONFIG_KEY: config}, indent=2) + "\n")
-        elif stored != config:
+            stored = {_CONFIG_KEY: config, _ID_KEY: secrets.token_hex(8)}
+            write_atomic(self.path / CONFIG_FILE, json.dumps(stored, indent=2) + "\n")
+        elif stored[_CONFIG_KEY] != config:
             raise ValueError(
-                f"{self.path} holds a run with another configuration: {_differences(stored, config)}; "
+                f"{self.path} holds a run with another configuration: {_differences(stored[_CONFIG_KEY], config)}; "
                 "use another --output_dir or the same configuration"
             )
+        self.id = stored.get(_ID_KEY, "")
 
 
 def _check_finite(number: int, value: float) -> None:
@@ -227,48 +365,44 @@ def _check_finite(number: int, value: float) -> None:
         raise ValueError(f"candidate {number}: its value is {value}; a candidate without a finite value has failed")
 
 
+def _is_abandoned(trial) -> bool:
+    """Whether a trial was failed by heartbeats alone: no reason stands beside it."""
+    return trial.state.name == "FAIL" and _REASON not in trial.user_attrs
+
+
 def _evaluation(trial) -> Evaluation:
-    attrs = {name: attr for name, attr in trial.user_attrs.items() if name not in _KEPT}
-    state = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}[trial.state.name]
-    value = trial.value if state == "complete" else None
     rungs = [trial.intermediate_values[rung] for rung in sorted(trial.intermediate_values)]
-    attrs[_RUNGS] = rungs + [value] * (value is not None)
-    return Evaluation(trial.user_attrs[_NUMBER], trial.user_attrs[_ARCHITECTURE], value, state, attrs)
+    return evaluation_of(
+        trial.user_attrs, trial.state.name, trial.value if trial.state.name == "COMPLETE" else None, rungs
+    )
+
+
+def evaluation_of(user_attrs: dict, state: str, value: float | None, rungs: list[float]) -> Evaluation:
+    """A candidate from what the storage says of its newest trial: Optuna's name of the state, values on rungs."""
+    states = {"COMPLETE": "complete", "PRUNED": "pruned", "RUNNING": "running", "WAITING": "running"}
+    state = states.get(state) or ("failed" if _REASON in user_attrs else "running")  # FAIL, perhaps by heartbeats alone
+    finished = [value] if state == "complete" else []
+    attrs = {name: attr for name, attr in user_attrs.items() if name not in KEPT}
+    attrs[_RUNGS] = rungs + finished
+    return Evaluation(user_attrs[_NUMBER], user_attrs[_ARCHITECTURE], value if finished else None, state, attrs)
 
 
 @contextmanager
-def _errors_in_one_line(where: str | Path) -> Iterator[None]:
-    """A database's errors become one line each: DiskFullError, or ValueError for a file that is no study."""
+def _errors_in_one_line(where: str) -> Iterator[None]:
+    """A database's errors become one line each: DiskFullError, or ValueError for one out of reach or no study."""
     import optuna
     import sqlalchemy.exc
 
     try:
         yield
-    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.DBAPIError, RuntimeError) as error:
+    except ImportError as error:
+        raise ValueError(f"{where}: needs a driver that is not installed: {str(error).splitlines()[0]}") from error
+    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
         cause = error.__cause__ or error
         reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
         if "disk is full" in reason:
             raise DiskFullError(f"{where}: no space left on device; nothing already written was lost") from error
         raise ValueError(f"{where}: cannot be used as a study: {reason}") from error
-
-
-def _locked(path: Path):
-    """The open lock file. The kernel drops the lock when the process ends, however it ends."""
-    lock = open(path, "a+", encoding="utf-8")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip()
-        lock.close()
-        raise ValueError(
-            f"{path.parent}: another process{f' ({holder})' if holder else ''} is running in it; "
-            "wait for it or use another --output_dir"
-        ) from None
-    lock.truncate(0)
-    lock.write(f"pid {os.getpid()}")
-    lock.flush()
-    return lock
 
 
 def _differences(there: dict, here: dict) -> str:

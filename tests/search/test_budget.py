@@ -13,6 +13,7 @@ from effbert.evaluate import pack_hits, unpack_hits
 from effbert.search.agreement import kendall, of_rungs, paired_difference
 from effbert.search.budget import Rung, cut, fitness, ladder, survivors
 from effbert.search.population import Outcome
+from effbert.search.progress import Reporter
 from effbert.search.stages import record
 from effbert.search.study import Evaluation, Study
 
@@ -84,6 +85,7 @@ def test_settings_that_would_fail_later_are_refused_now():
 def test_costs_of_a_rung_are_counted_once_though_a_commit_was_cut_short(tmp_path, monkeypatch):
     stage = Study(tmp_path).stage("stage1")
     stage.begin(0, "text", "key")
+    line = Reporter().stage("stage1", 1, 0)
     outcomes = [Outcome(0.5, {"seconds": 10.0, "tokens": 100}), Outcome(0.6, {"seconds": 20.0, "tokens": 200})]
 
     class Killed(Exception):
@@ -95,9 +97,9 @@ def test_costs_of_a_rung_are_counted_once_though_a_commit_was_cut_short(tmp_path
     with monkeypatch.context() as patched:
         patched.setattr(stage._study._storage, "set_trial_intermediate_value", die)
         with pytest.raises(Killed):
-            record(stage, stage.evaluations()[0], 0, False, outcomes[0])
-    record(stage, stage.evaluations()[0], 0, False, outcomes[0])
-    record(stage, stage.evaluations()[0], 1, True, outcomes[1])
+            record(stage, stage.evaluations()[0], 0, False, outcomes[0], line)
+    record(stage, stage.evaluations()[0], 0, False, outcomes[0], line)
+    record(stage, stage.evaluations()[0], 1, True, outcomes[1], line)
     (found,) = stage.evaluations()
     assert found.state == "complete" and (found.attrs["seconds"], found.attrs["tokens"]) == (30.0, 300)
 

@@ -72,8 +72,10 @@ def test_students_of_different_seeds_cannot_share_batches(workspace, supernet, a
 
 def evaluated(workspace, supernet, architectures, **changes):
     workspace = dataclasses.replace(workspace, config=dataclasses.replace(workspace.config, **changes))
-    evaluate = population.trained_candidates(workspace, supernet, "stage1", workspace.config.stage1, Reporter())
-    return dict(evaluate(list(enumerate(architectures)), 0.5))
+    evaluator = population.trained_candidates(workspace, supernet, "stage1", workspace.config.stage1, Reporter())
+    members, room = list(enumerate(architectures)), evaluator.room(architectures)
+    groups = [members[first : first + room] for first in range(0, len(members), room)]
+    return {number: outcome for group in groups for number, outcome in evaluator.evaluate(group, 0.5)}
 
 
 def test_values_do_not_depend_on_how_many_train_at_once(workspace, supernet, architectures):

@@ -22,6 +22,7 @@ from effbert.search.study import Study
 
 COMMAND = [sys.executable, "-m", "effbert", "search", "--preset", "smoke", "--output_dir"]
 KILLS = 5
+WORKERS = 3
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen:
@@ -164,6 +165,26 @@ def test_killed_at_five_random_moments_it_ends_as_if_undisturbed(undisturbed, tm
         process.stdout.close()
     finish(folder)
     assert outcome(folder) == outcome(undisturbed[0])
+
+
+def test_three_workers_that_are_killed_end_like_one_that_is_not(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    chance = random.Random(3)
+    workers = [start(folder) for _ in range(WORKERS)]
+    for _ in range(KILLS):
+        victim = workers.pop(chance.randrange(WORKERS))
+        for _ in range(chance.randint(4, 12)):
+            if not victim.stdout.readline():
+                break
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+        victim.stdout.close()
+        workers.append(start(folder))
+    outputs = [worker.communicate(timeout=600)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * WORKERS, outputs
+    assert any("waiting for worker" in output or "other workers" in output for output in outputs)
+    assert outcome(folder) == outcome(undisturbed[0])
+    assert not list(folder.rglob(".partial-*"))
 
 
 def test_ctrl_c_exits_with_130_and_resumes(undisturbed, tmp_path):

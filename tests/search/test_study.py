@@ -1,4 +1,4 @@
-"""The study and its folder: commits, kill -9, resume, the lock, other configurations, foreign folders."""
+"""The study and its folder: commits, kill -9, resume, other configurations, foreign folders."""
 
 import json
 import multiprocessing
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from effbert.files import DiskFullError
 from effbert.search import study as study_module
+from effbert.search import workers as workers_module
 from effbert.search.study import Evaluation, RunFolder, Study
 
 COUNT = 3
@@ -250,7 +251,8 @@ def test_a_folder_is_made_and_opened_again_with_the_same_configuration(tmp_path)
 
 
 def test_an_empty_folder_and_one_left_by_a_death_at_the_start_are_fine(tmp_path):
-    (tmp_path / ".lock").touch()
+    (tmp_path / ".workers").mkdir()
+    (tmp_path / ".workers" / "turn").touch()
     (tmp_path / ".partial-1-config.json").touch()
     with RunFolder(str(tmp_path), CONFIG):
         pass
@@ -308,7 +310,7 @@ def test_a_folder_that_cannot_be_made_or_written_is_one_line(tmp_path, monkeypat
     def denied(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(study_module, "open", denied, raising=False)
+    monkeypatch.setattr(workers_module, "open", denied, raising=False)
     with pytest.raises(ValueError, match="permission denied"), RunFolder(tmp_path / "run", CONFIG):
         pass
 
@@ -319,15 +321,20 @@ def _hold(folder, ready):
         signal.pause()
 
 
-def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path):
+def test_a_second_process_joins_unless_its_configuration_differs(tmp_path):
     context = multiprocessing.get_context("fork")
     ready = context.Event()
     process = context.Process(target=_hold, args=(tmp_path, ready))
     process.start()
     assert ready.wait(60)
-    with pytest.raises(ValueError, match=rf"another process \(pid {process.pid}\)"), RunFolder(tmp_path, CONFIG):
+    with RunFolder(tmp_path, CONFIG) as run:
+        (other,) = run.workers.others()
+        assert f".{process.pid}." in other and not run.is_new
+        run.abandon()
+        assert (tmp_path / "config.json").exists()
+    with pytest.raises(ValueError, match="seed: 1 there, 2 here"), RunFolder(tmp_path, CONFIG | {"seed": 2}):
         pass
     process.kill()
     process.join()
-    with RunFolder(tmp_path, CONFIG):
-        pass
+    with RunFolder(tmp_path, CONFIG) as run:
+        assert run.workers.others() == []

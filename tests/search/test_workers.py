@@ -1,0 +1,277 @@
+"""Several workers: turns, who lives and who is dead, candidates taken, taken over and never counted twice; storages."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from effbert.config import SearchConfig, as_dict, without_password
+from effbert.search import study as study_module
+from effbert.search.record import read_record
+from effbert.search.study import RunFolder, Study, TakenOver
+from effbert.search.workers import Workers
+
+FORK = multiprocessing.get_context("fork")
+
+
+def opened(folder, workers=None, storage="", run_id=""):
+    return Study(folder, storage, run_id, workers).stage("stage1")
+
+
+def running(stage):
+    return [evaluation.number for evaluation in stage.evaluations() if evaluation.state == "running"]
+
+
+def _hold_turn(folder, ready, seconds):
+    with Workers(folder) as workers, workers.turn("the supernet"):
+        ready.set()
+        time.sleep(seconds)
+        (folder / "made").touch()
+
+
+def test_a_turn_waits_for_the_one_before_and_says_for_whom(tmp_path):
+    ready, said = FORK.Event(), []
+    process = FORK.Process(target=_hold_turn, args=(tmp_path, ready, 0.5))
+    process.start()
+    assert ready.wait(60)
+    workers = Workers(tmp_path, said.append)
+    with workers.turn("the supernet"), workers.turn("the supernet"):
+        assert (tmp_path / "made").exists()
+    process.join()
+    (line,) = said
+    assert f".{process.pid}." in line and line.endswith(": the supernet")
+
+
+def test_a_turn_ends_with_its_holder_however_it_ends(tmp_path):
+    ready = FORK.Event()
+    process = FORK.Process(target=_hold_turn, args=(tmp_path, ready, 600))
+    process.start()
+    assert ready.wait(60)
+    workers = Workers(tmp_path)
+    (other,) = workers.others()
+    assert not workers.is_gone(other)
+    process.kill()
+    with workers.turn("the supernet"):
+        assert workers.others() == [] and workers.is_gone(other)
+    assert not (tmp_path / "made").exists()
+    process.join()
+
+
+def test_nothing_is_known_here_of_a_worker_of_another_machine(tmp_path):
+    workers = Workers(tmp_path)
+    assert not workers.is_gone("elsewhere.example.org.123.abcd")
+    assert workers.is_gone(f"{workers.machine}.123.abcd") and not workers.is_gone(workers.name)
+
+
+def test_a_candidate_is_one_workers_until_it_has_reported(tmp_path):
+    with Workers(tmp_path) as first, Workers(tmp_path) as second:
+        one, two = opened(tmp_path, first), opened(tmp_path, second)
+        for number in range(4):
+            one.begin(number, f"text {number}", f"key {number}")
+        assert one.take(range(4), 3) == [0, 1, 2]
+        assert two.take(range(4), 3) == [3]
+        with pytest.raises(TakenOver, match="candidate 0 is another worker's by now"):
+            two.complete(0, 0.5)
+        one.report(0, 0, 0.25)
+        assert two.take([0], 1) == [0]
+        two.complete(0, 0.75)
+        assert one.evaluations()[0].value == 0.75 and one.evaluations()[0].attrs["rungs"] == [0.25, 0.75]
+
+
+def _take_and_die(folder, taken):
+    with Workers(folder) as workers:
+        taken.put(opened(folder, workers).take(range(3), 2))
+        taken.close()
+        taken.join_thread()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_candidates_of_a_dead_worker_are_taken_by_another(tmp_path):
+    with Workers(tmp_path) as workers:
+        stage = opened(tmp_path, workers)
+        for number in range(3):
+            stage.begin(number, "text", f"key {number}")
+        stage.take([0], 1)
+        stage.report(0, 0, 0.5, seconds=2.0)
+        taken = FORK.Queue()
+        process = FORK.Process(target=_take_and_die, args=(tmp_path, taken))
+        process.start()
+        assert taken.get(timeout=60) == [0, 1]
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert stage.take(range(3), 3) == [0, 1, 2]
+        assert stage.evaluations()[0].attrs == {"rungs": [0.5], "seconds": 2.0}
+
+
+def test_without_heartbeats_a_worker_elsewhere_is_taken_for_dead_and_its_late_result_is_not_counted(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(study_module, "HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr(study_module, "GRACE_SECONDS", 2)
+    with Workers(tmp_path) as here, Workers(tmp_path) as there:
+        there.machine, there.name = "elsewhere", "elsewhere.1.abcd"
+        far_study = Study(tmp_path, workers=there)
+        near, far = opened(tmp_path, here), far_study.stage("stage1")
+        far.begin(0, "text", "key")
+        assert far.take([0], 1) == [0]
+        time.sleep(4)
+        assert near.take([0], 1) == []  # it beats
+        far_study.close()
+        deadline = time.monotonic() + 60
+        while not near.take([0], 1):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        with pytest.raises(TakenOver):
+            far.complete(0, 0.1)
+        near.complete(0, 0.9)
+        (found,) = near.evaluations()
+        assert (found.state, found.value) == ("complete", 0.9)
+        assert read_candidates(tmp_path) == [(0, "complete", 0.9)]
+
+
+def read_candidates(folder, storage=""):
+    """As the report reads them."""
+    (folder / "config.json").write_text('{"effbert_run": {}}')
+    return [(e.number, e.state, e.value) for e in read_record(folder, storage).stages["stage1"]]
+
+
+def test_a_death_between_failing_a_stale_candidate_and_its_retry_loses_nothing(tmp_path):
+    from optuna.trial import TrialState
+
+    with Workers(tmp_path) as workers:
+        stage = opened(tmp_path, workers)
+        stage.begin(0, "text", "key")
+        stage.take([0], 1)
+        (trial,) = stage._study.get_trials()
+        stage._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        assert running(stage) == [0]
+        assert opened(tmp_path, workers).take([0], 1) == [0]
+        assert read_candidates(tmp_path) == [(0, "running", None)]
+
+
+def test_a_clock_that_jumps_in_a_worker_changes_nothing(tmp_path, monkeypatch):
+    """Heartbeats are stamped and judged by the database, never by the worker's clock."""
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    with Workers(tmp_path) as first, Workers(tmp_path) as second:
+        one = opened(tmp_path, first)
+        one.begin(0, "text", "key")
+        one.take([0], 1)
+        assert opened(tmp_path, second).take([0], 1) == []
+        one.complete(0, 0.5)
+
+
+def test_a_storage_that_cannot_be_reached_is_one_line_without_the_password(tmp_path):
+    url = "postgresql+psycopg://me:secret@127.0.0.1:1/none"
+    pytest.importorskip("psycopg", reason="needs psycopg, the PostgreSQL driver")
+    with pytest.raises(ValueError, match="cannot be used as a study") as caught:
+        opened(tmp_path, storage=url)
+    message = str(caught.value)
+    assert "me:***@127.0.0.1:1/none" in message and "secret" not in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("no url", "--storage is not the URL of a database"),
+        ("nodatabase://x", "nodatabase://x: cannot be used as a study: Can't load plugin"),
+        ("oracle://x", "oracle://x: needs a driver that is not installed"),
+    ],
+)
+def test_a_storage_that_is_none_is_one_line(tmp_path, url, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        opened(tmp_path, storage=url)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_storage_of_another_search_is_refused(tmp_path):
+    url = f"sqlite:///{tmp_path}/shared.db"
+    opened(tmp_path, storage=url, run_id="one").begin(0, "text", "key")
+    assert len(opened(tmp_path, storage=url, run_id="one").evaluations()) == 1
+    with pytest.raises(ValueError, match=r"shared\.db: holds the stage1 of another search"):
+        opened(tmp_path, storage=url, run_id="two")
+
+
+def test_a_run_keeps_its_storage_without_the_password_and_refuses_another_one(tmp_path):
+    def config(url):
+        return as_dict(SearchConfig(output_dir="", storage=url))
+
+    with RunFolder(tmp_path, config("postgresql://me:secret@host/name")):
+        pass
+    assert "secret" not in (tmp_path / "config.json").read_text()
+    with RunFolder(tmp_path, config("postgresql://me:changed@host/name")) as run:
+        assert run.id
+    with pytest.raises(ValueError, match="storage"), RunFolder(tmp_path, config("postgresql://host/other")):
+        pass
+    assert without_password("sqlite:////a/b.db") == "sqlite:////a/b.db"
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory):
+    """URL of a real PostgreSQL of this test's own."""
+    pytest.importorskip("psycopg", reason="needs psycopg, the PostgreSQL driver")
+    if not (shutil.which("initdb") and shutil.which("postgres")):
+        pytest.skip("needs PostgreSQL's initdb and postgres in PATH")
+    folder = tmp_path_factory.mktemp("pg")
+    as_user = {}
+    if os.geteuid() == 0:  # the server refuses to run as root
+        as_user = {"user": "nobody"}
+        for path in (folder, *folder.parents):
+            if path == path.parent or path.owner() != "root" or str(path) == "/tmp":
+                break
+            path.chmod(path.stat().st_mode | 0o055)
+        shutil.chown(folder, "nobody")
+    made = subprocess.run(
+        ["initdb", "-D", folder / "data", "-U", "effbert", "--auth=trust"],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        **as_user,
+    )
+    if made.returncode:
+        pytest.skip(f"initdb does not work here: {made.stderr.strip().splitlines()[-1]}")
+    server = subprocess.Popen(
+        ["postgres", "-D", folder / "data", "-k", folder, "-c", "listen_addresses="],
+        cwd="/", stderr=subprocess.DEVNULL, **as_user,
+    )  # fmt: skip
+    url = f"postgresql+psycopg://effbert@/postgres?host={folder}"
+    try:
+        _await(url)
+        yield url
+    finally:
+        server.send_signal(signal.SIGINT)  # a fast shutdown: it does not wait for connections to end
+        server.wait(60)
+
+
+def _await(url):
+    import sqlalchemy
+
+    engine, deadline = sqlalchemy.create_engine(url), time.monotonic() + 60
+    while True:
+        try:
+            engine.connect().close()
+            return engine.dispose()
+        except sqlalchemy.exc.OperationalError:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+
+def test_a_real_postgresql_holds_a_study(tmp_path, postgresql):
+    with Workers(tmp_path) as first, Workers(tmp_path) as second:
+        one, two = (opened(tmp_path, workers, postgresql, "this") for workers in (first, second))
+        for number in range(3):
+            one.begin(number, f"text {number}", f"key {number}")
+        assert (one.take(range(3), 2), two.take(range(3), 2)) == ([0, 1], [2])
+        one.report(0, 0, 0.25, hits="x" * 100_000, scores={"accuracy": 0.25})
+        two.complete(2, 0.5)
+        one.fail(1, "diverged")
+        assert two.take([0], 1) == [0]
+        two.prune(0)
+        expected = [(0, "pruned", None), (1, "failed", None), (2, "complete", 0.5)]
+        assert [(e.number, e.state, e.value) for e in one.evaluations()] == expected
+        assert read_candidates(tmp_path, postgresql) == expected
+    with pytest.raises(ValueError, match="holds the stage1 of another search"):
+        opened(tmp_path, storage=postgresql, run_id="other")
