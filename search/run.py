@@ -48,7 +48,7 @@ def run_search(config: SearchConfig, reporter: Reporter | None = None) -> dict:
                 if not workers.others():
                     remove_partial(folder.path)
                 try:
-                    study.stage("stage1")
+                    study.reach()
                     workspace = open_workspace(config, folder.path, reporter.say)
                     coarse = coarse_space(workspace, reporter)
                 except Exception:

@@ -72,6 +72,16 @@ class Study:
         self.where = without_password(storage) if storage else str(self.output_dir / STUDY_FILE)
         self._storage, self._heart = None, None
 
+    def reach(self) -> None:
+        """Find out whether the storage can be used, and is not another run's; makes no stage. ValueError as `stage`."""
+        import optuna
+
+        with _errors_in_one_line(self.where):
+            self._storage = self._storage or self._open()
+            begun = optuna.get_all_study_names(self._storage)
+        for name in begun:
+            self.stage(name)
+
     def stage(self, name: str) -> "StageStudy":
         """The study of one stage, made if it is not there. ValueError where the storage cannot be reached, is no study,
         or is another run's."""

@@ -164,7 +164,7 @@ def test_a_failed_start_leaves_nothing_that_blocks_a_corrected_one(capsys, tmp_p
     band = ("--min_params", "1", "--max_params", "2")
     for arguments in (("--task", "mnlii"), band, ("--corpus", "none.txt"), band):
         assert "another configuration" not in fails(capsys, *smoke(tmp_path, *arguments))
-    assert [entry.name for entry in (tmp_path / "run").iterdir()] == [".lock"]
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == [".workers"]
 
 
 def test_python_m_works_from_the_root_beside_another_package_called_kernels(tmp_path):

@@ -193,6 +193,19 @@ def test_the_storage_of_another_search_is_refused(tmp_path):
     assert len(opened(tmp_path, storage=url, run_id="one").evaluations()) == 1
     with pytest.raises(ValueError, match=r"shared\.db: holds the stage1 of another search"):
         opened(tmp_path, storage=url, run_id="two")
+    Study(tmp_path, url, "one").reach()
+    with pytest.raises(ValueError, match="of another search"):
+        Study(tmp_path, url, "two").reach()
+
+
+def test_a_failed_start_leaves_its_storage_to_the_corrected_one(tmp_path, capsys):
+    from effbert.__main__ import main
+
+    url = f"sqlite:///{tmp_path}/kept.db"
+    command = ["search", "--preset", "smoke", "--output_dir", str(tmp_path / "run"), "--storage", url]
+    for _ in range(2):
+        assert main([*command, "--corpus", "none.txt"]) == 2
+        assert "none.txt" in capsys.readouterr().err
 
 
 def test_a_run_keeps_its_storage_without_the_password_and_refuses_another_one(tmp_path):
