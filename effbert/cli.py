@@ -17,7 +17,8 @@ USAGE = """usage: effbert COMMAND ...
   bench    every kernel built for GPUs that are not here, and its time predicted: effbert bench compile-report, effbert
            bench predict; kernels and one training step measured beside PyTorch: effbert bench kernels --output
            kernels.json, effbert bench step; what a candidate costs beside the published procedure:
-           effbert bench search-cost --preset demo --output_dir runs/cost
+           effbert bench search-cost --preset demo --output_dir runs/cost; what a search of the published size would
+           take on a GPU that is not here: effbert bench forecast --gpu H200
 
 effbert COMMAND --help lists a command's flags. EFFBERT_TRACEBACK=1 shows where an error came from."""
 
@@ -62,8 +63,10 @@ def search(arguments: list[str]) -> int:
     config = parse(SearchConfig, arguments, "effbert search", default=start, description=about)
     if not config.output_dir and not dry:
         raise ValueError("search needs --output_dir, the folder that the run is kept in")
-    if name is None and not config.teacher:
+    if name in (None, "paper", "paper-fast") and not config.teacher:
         raise ValueError("search needs --teacher, a BERT-like encoder, or --preset demo, which trains a small one")
+    if not config.corpus:
+        raise ValueError("search needs --corpus, plain text for general distillation: a text file or a folder of them")
     quiet_libraries()
     from effbert.search.run import dry_run, run_search
 
@@ -229,6 +232,7 @@ BENCHMARKS = {
     "step": "step",
     "search-cost": "search_cost",
     "samplers": "samplers",
+    "forecast": "forecast",
 }
 
 

@@ -366,7 +366,94 @@ def smoke() -> SearchConfig:
     )
 
 
-PRESETS = {"demo": demo, "smoke": smoke}
+GLUE_TASKS = ("mnli", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "rte")
+
+
+def paper() -> SearchConfig:
+    """The published choices, from its paper and code: fp32, everything padded to 128, candidates one at a time and all
+    at full budget, LaNAS, ten epochs for each supernet. Give --teacher (BERT-base) and --corpus (Wikipedia and
+    BooksCorpus).
+
+    Unlike it: one warm supernet for all stages, where the published search trains a second one for stage 3; and rows
+    that rank candidates are the rows of --validation_share, where its are another 1 % a stage.
+    """
+    general = TrainingArguments(learning_rate=1e-4, per_device_train_batch_size=64)
+    task = TrainingArguments(learning_rate=4e-4, num_train_epochs=3, per_device_train_batch_size=64)
+    stage = SearchStage(
+        num_candidates=500, sampler="lanas", initial_samples=80, refit_every=10, general_share=0.02, task_share=0.1,
+        general_phase=general, task_phase=task,
+    )  # fmt: skip
+    ten = dataclasses.replace(general, num_train_epochs=10)
+    return SearchConfig(
+        output_dir="",
+        task=GLUE_TASKS[0],
+        tasks=GLUE_TASKS[1:],
+        corpus="",
+        max_length=128,
+        pad_to_max_length=True,
+        validation_share=0.01,
+        population=1,
+        supernet=ten,
+        stage1=stage,
+        stage2=stage,
+        stage3=dataclasses.replace(
+            stage,
+            num_candidates=1000,
+            general_share=1.0,
+            task_share=0.9,
+            general_phase=ten,
+            task_phase=dataclasses.replace(task, num_train_epochs=10),
+        ),
+        final=FinalStage(
+            general_phase=ten,
+            task_phase=TrainingArguments(learning_rate=5e-5, num_train_epochs=10, per_device_train_batch_size=32),
+        ),
+    )
+
+
+def paper_fast() -> SearchConfig:
+    """The published sizes our way: bf16, no padding, one teacher pass for a cohort, halving, three epochs for each
+    supernet instead of ten. Give --teacher (BERT-base) and --corpus (Wikipedia and BooksCorpus)."""
+    base = paper()
+
+    def fast(arguments: TrainingArguments, epochs: int) -> TrainingArguments:
+        return dataclasses.replace(arguments, bf16=True, num_train_epochs=epochs)
+
+    stage = dataclasses.replace(
+        _candidate(),
+        num_candidates=500,
+        general_share=PAPER_GENERAL_TOKENS / PAPER_CORPUS_TOKENS,
+        general_phase=fast(base.stage1.general_phase, 1),
+        task_phase=fast(base.stage1.task_phase, 3),
+    )
+    return dataclasses.replace(
+        base,
+        pad_to_max_length=False,
+        population=0,
+        validation_share=0.02,
+        supernet=fast(base.supernet, 3),
+        stage1=stage,
+        stage2=stage,
+        stage3=dataclasses.replace(
+            base.stage3,
+            sampler="predictor",
+            initial_samples=12,
+            refit_every=2,
+            cohort=27,
+            task_share=1.0,
+            general_phase=fast(base.stage3.general_phase, 3),
+            task_phase=fast(base.stage3.task_phase, 3),
+        ),
+        final=dataclasses.replace(
+            base.final, general_phase=fast(base.supernet, 10), task_phase=fast(base.final.task_phase, 10)
+        ),
+    )
+
+
+PAPER_CORPUS_TOKENS = 1.27e9  # Wikipedia and BooksCorpus in samples of the published preparation, an epoch
+PAPER_GENERAL_TOKENS = 16e6  # of a candidate's general phase
+
+PRESETS = {"demo": demo, "smoke": smoke, "paper": paper, "paper-fast": paper_fast}
 DIMENSIONS = {
     "efficientbert": Dimensions,
     "efficientbert-tiny": lambda: Dimensions(hidden_size=360, intermediate_size=360),

@@ -2,20 +2,23 @@
 
 The one idea: time is tokens times seconds a token, of four kinds: a teacher's pass, a candidate's step, a step of the
 whole supernet, and scoring. `measure` times these on a few real batches here; `assume` derives them from counted FLOPs
-and an assumed rate. Tokens are those of the batches that will be drawn, padding included. Left out: loading data,
+and assumed rates. Tokens are those of the batches that will be drawn, padding included, or follow from sizes that are
+only declared (effbert.bench.forecast). Left out: loading data,
 extracting candidates, the sampler, and what teachers take: training the run's own, fine-tuning for a task.
 """
 
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 
-from effbert.architecture import Architecture, bert_flops, count_flops
-from effbert.config import Budget, SearchStage, published
+from effbert.architecture import Architecture, Dimensions, bert_flops, count_flops
+from effbert.config import Budget, SearchConfig, SearchStage, published
 from effbert.data.batches import subset
 from effbert.kernels import gradients_in_place
 from effbert.mlm import new_bert
@@ -55,35 +58,75 @@ class Part:
     seconds: float
 
 
-def forecast(workspace: Workspace, rates: Rates) -> list[Part]:
-    """Every part in its order; the final distillation last."""
-    config = workspace.config
-    together = room_for(workspace.device, largest_candidate(workspace), config.population)
-    warm = config.supernet.num_train_epochs * general_tokens(workspace, 1.0, config.supernet)
+class DataSizes(Protocol):
+    """How many tokens, padding included, one pass over some data has."""
+
+    def general(self, share: float, batch_size: int) -> int:
+        """A share of the corpus."""
+
+    def task(self, share: float, batch_size: int) -> int:
+        """A share of the main task's training rows."""
+
+    def ranking(self) -> int:
+        """The rows that rank candidates."""
+
+    def mixed(self, settings: SearchStage) -> float:
+        """Stage 3's pass over all tasks."""
+
+
+class Drawn:
+    """Of the batches that will be drawn from a workspace's data."""
+
+    def __init__(self, workspace: Workspace):
+        self.workspace = workspace
+
+    def general(self, share: float, batch_size: int) -> int:
+        """A share of the corpus."""
+        return self.workspace.general_plan(share, batch_size, 0).tokens.padded
+
+    def task(self, share: float, batch_size: int) -> int:
+        """A share of the main task's training rows."""
+        return self.workspace.plan(subset(self.workspace.main_task.train, share), batch_size, "task", 0).tokens.padded
+
+    def ranking(self) -> int:
+        """The rows that rank candidates."""
+        return self.workspace.plan(self.workspace.main_task.validation, 128, "ranking", 0).tokens.padded
+
+    def mixed(self, settings: SearchStage) -> float:
+        """Stage 3's pass over all tasks."""
+        mixed = mixed_tasks(self.workspace, settings, 0)
+        counts = Counter(task for task, _ in mixed.places)
+        return sum(counts[task] * plan.tokens.padded / len(plan) for task, plan in mixed.plans.items())
+
+
+def forecast(config: SearchConfig, data: DataSizes, rates: Rates, together: int) -> list[Part]:
+    """Every part in its order, the final distillation last. together: candidates that train at once."""
+    warm = _passes(config.supernet, partial(data.general, 1.0))
     parts = [Part("supernet", 1, warm, warm * (rates.teacher + rates.supernet))]
-    parts += [candidates(workspace, name, getattr(config, name), rates, together) for name in ("stage1", "stage2")]
-    parts += [shared_weights(workspace, rates)]
+    for name in ("stage1", "stage2"):
+        parts.append(candidates(name, getattr(config, name), data, rates, together))
+    parts.append(shared_weights(config, data, rates))
     if config.agreement_candidates:
         alone = dataclasses.replace(
             config.stage1, num_candidates=config.agreement_candidates, cohort=config.agreement_candidates, rungs=(1.0,)
         )
-        parts += [candidates(workspace, "alone", alone, rates, together)]
+        parts.append(candidates("alone", alone, data, rates, together))
     rows = 3 + config.final.num_random
-    tokens = student_tokens(workspace, config.final) * config.seeds
+    tokens = student_tokens(data, config.final) * config.seeds
     seconds = tokens * (rows * rates.candidate + rates.teacher)
     seconds += config.seeds * warm * (rates.teacher + rates.candidate)  # the plain BERT warms up by itself
     return [*parts, Part("final", rows * config.seeds, rows * tokens, seconds)]
 
 
-def candidates(workspace: Workspace, name: str, settings: SearchStage, rates: Rates, together: int) -> Part:
+def candidates(name: str, settings: SearchStage, data: DataSizes, rates: Rates, together: int) -> Part:
     """Trained candidates: every rung of every cohort; the teacher reads once for as many as train together."""
     cohorts, rest = divmod(settings.num_candidates, settings.cohort)
     tokens, seconds = 0, 0.0
     for size, times in ((settings.cohort, cohorts), (rest, 1)):
         for rung in ladder(settings, size) if size and times else ():
-            each = student_tokens(workspace, cut(settings, rung.share))
+            each = student_tokens(data, cut(settings, rung.share))
             groups = -(-rung.places // together)
-            scored = (settings.task_phase.num_train_epochs if rung.share == 1 else 1) * ranking_tokens(workspace)
+            scored = (settings.task_phase.num_train_epochs if rung.share == 1 else 1) * data.ranking()
             tokens += times * rung.places * each
             seconds += times * (
                 rung.places * (each * rates.candidate + scored * rates.scoring) + groups * each * rates.teacher
@@ -91,60 +134,61 @@ def candidates(workspace: Workspace, name: str, settings: SearchStage, rates: Ra
     return Part(name, settings.num_candidates, tokens, seconds)
 
 
-def shared_weights(workspace: Workspace, rates: Rates) -> Part:
+def shared_weights(config: SearchConfig, data: DataSizes, rates: Rates) -> Part:
     """Stage 3: one supernet, one candidate's slices a step or three, over all tasks; then every candidate is scored."""
-    settings = workspace.config.stage3
-    tokens = settings.general_phase.num_train_epochs * general_tokens(
-        workspace, settings.general_share, settings.general_phase
-    )
-    mixed = mixed_tasks(workspace, settings, 0)
-    counts = Counter(task for task, _ in mixed.places)
-    each = sum(counts[task] * plan.tokens.padded / len(plan) for task, plan in mixed.plans.items())
-    tokens += round(settings.task_phase.num_train_epochs * each)
-    students = 3 if workspace.config.weight_sharing == "sandwich" else 1
-    scoring = settings.num_candidates * ranking_tokens(workspace) * rates.scoring
+    settings = config.stage3
+    tokens = _passes(settings.general_phase, partial(data.general, settings.general_share))
+    tokens += round(settings.task_phase.num_train_epochs * data.mixed(settings))
+    students = 3 if config.weight_sharing == "sandwich" else 1
+    scoring = settings.num_candidates * data.ranking() * rates.scoring
     return Part(
         "stage3", settings.num_candidates, tokens, tokens * (rates.teacher + students * rates.candidate) + scoring
     )
 
 
-def student_tokens(workspace: Workspace, budget: Budget) -> int:
+def student_tokens(data: DataSizes, budget: Budget) -> int:
     """Tokens of one student's general and task distillation."""
-    arguments = budget.task_phase
-    rows = subset(workspace.main_task.train, budget.task_share)
-    task = workspace.plan(rows, arguments.per_device_train_batch_size, "task", 0).tokens.padded
-    general = general_tokens(workspace, budget.general_share, budget.general_phase)
-    return budget.general_phase.num_train_epochs * general + arguments.num_train_epochs * task
+    general = _passes(budget.general_phase, partial(data.general, budget.general_share))
+    return general + _passes(budget.task_phase, partial(data.task, budget.task_share))
 
 
-def general_tokens(workspace: Workspace, share: float, arguments: TrainingArguments) -> int:
-    """Tokens of one pass over a share of the corpus."""
-    return workspace.general_plan(share, arguments.per_device_train_batch_size, 0).tokens.padded
+def _passes(arguments: TrainingArguments, tokens_of: Callable[[int], int]) -> int:
+    """Tokens of all epochs of a phase; tokens_of: batch size -> those of one."""
+    return arguments.num_train_epochs * tokens_of(arguments.per_device_train_batch_size)
 
 
-def ranking_tokens(workspace: Workspace) -> int:
-    """Tokens of the rows that rank candidates."""
-    return workspace.plan(workspace.main_task.validation, 128, "ranking", 0).tokens.padded
-
-
-def largest_candidate(workspace: Workspace) -> int:
+def largest_candidate(config: SearchConfig, dims: Dimensions) -> int:
     """Parameters of a candidate at the band's upper end."""
-    return workspace.config.band(workspace.student_config())[1]
+    return config.band(dims)[1]
 
 
-def assume(workspace: Workspace, flops_per_second: float) -> Rates:
-    """Rates from counted FLOPs at max_length: products of linears and attention, nothing else."""
-    length, config = workspace.config.max_length, workspace.student_config()
-    layers, teacher = workspace.config.student.num_hidden_layers, workspace.teacher_config
+def of_workspace(workspace: Workspace, rates: Rates) -> list[Part]:
+    """The forecast for this data and this device."""
+    return forecast(workspace.config, Drawn(workspace), rates, _together(workspace))
+
+
+def _together(workspace: Workspace) -> int:
+    largest = largest_candidate(workspace.config, workspace.student_config())
+    return room_for(workspace.device, largest, workspace.config.population)
+
+
+def assume(config: SearchConfig, dims: Dimensions, teacher, teaching: float, training: float) -> Rates:
+    """Rates from counted FLOPs at max_length: products of linears and attention, nothing else.
+
+    dims: the students'; teacher: a config with BERT's names. teaching, training: FLOP/s of the teacher's forward pass,
+    and of everything the students do.
+    """
+    length, layers = config.max_length, config.student.num_hidden_layers
     sizes = teacher.hidden_size, teacher.intermediate_size, teacher.num_hidden_layers
-    student = count_flops(published(layers), config, length).total / length
-    everything = count_flops(Architecture.uniform(FULL_STRUCTURE, layers), config, length).total / length
+    student = count_flops(published(layers), dims, length).total / length
+    everything = count_flops(Architecture.uniform(FULL_STRUCTURE, layers), dims, length).total / length
+    said = f"{teaching:.3g}" if teaching == training else f"{teaching:.3g} (teacher), {training:.3g} (students)"
     return Rates(
-        bert_flops(length, *sizes).total / length / flops_per_second,
-        BACKWARD * student / flops_per_second,
-        BACKWARD * everything / flops_per_second,
-        student / flops_per_second,
-        f"assumed: {flops_per_second:.3g} FLOP/s",
+        bert_flops(length, *sizes).total / length / teaching,
+        BACKWARD * student / training,
+        BACKWARD * everything / training,
+        student / training,
+        f"assumed: {said} FLOP/s",
     )
 
 
@@ -213,13 +257,22 @@ def _seconds_a_token(run: Callable[[int], object], batches, device: torch.device
     return (time.perf_counter() - begun) / sum(batch.input_ids.numel() for batch in batches[WARM_UP_STEPS:])
 
 
-def lines(workspace: Workspace, parts: Iterable[Part], rates: Rates) -> list[str]:
-    """The forecast as text; hours of the final distillation stand apart from those of the search."""
-    largest, parts = largest_candidate(workspace), list(parts)
-    together = room_for(workspace.device, largest, workspace.config.population)
+def lines(parts: Sequence[Part], rates: Rates, together: int, largest: int) -> list[str]:
+    """The forecast as text; hours of the final distillation stand apart from those of the search. largest: parameters
+    of the largest candidate."""
     said = [f"{rates.source}; up to {together} candidates at once, {BYTES_A_PARAMETER * largest / 2**20:,.0f} MiB each"]
     for part in parts:
         cost = f"{part.tokens / 1e6:12,.2f} M tokens {part.seconds / 3600:10.3f} h"
         said.append(f"{part.name:9}{part.candidates:7,} candidates {cost}")
-    search = sum(part.seconds for part in parts if part.name != "final")
-    return [*said, f"search {search / 3600:.3f} h, final distillation {parts[-1].seconds / 3600:.3f} h"]
+    return [*said, f"search {search_hours(parts):.3f} h, final distillation {parts[-1].seconds / 3600:.3f} h"]
+
+
+def search_hours(parts: Sequence[Part]) -> float:
+    """Hours of all parts but the final distillation."""
+    return sum(part.seconds for part in parts if part.name != "final") / 3600
+
+
+def lines_of_workspace(workspace: Workspace, rates: Rates) -> list[str]:
+    """The forecast for this data and this device, as text."""
+    largest = largest_candidate(workspace.config, workspace.student_config())
+    return lines(of_workspace(workspace, rates), rates, _together(workspace), largest)

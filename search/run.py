@@ -65,10 +65,12 @@ def dry_run(config: SearchConfig, flops_per_second: float | None = None) -> list
     with tempfile.TemporaryDirectory() as folder, Reporter() as reporter:
         workspace = open_workspace(config, Path(folder), reporter.say)
         coarse_space(workspace, reporter)
-        rates = (
-            forecast.measure(workspace) if flops_per_second is None else forecast.assume(workspace, flops_per_second)
-        )
-        return forecast.lines(workspace, forecast.forecast(workspace, rates), rates)
+        if flops_per_second is None:
+            rates = forecast.measure(workspace)
+        else:
+            given = config, workspace.student_config(), workspace.teacher_config
+            rates = forecast.assume(*given, flops_per_second, flops_per_second)
+        return forecast.lines_of_workspace(workspace, rates)
 
 
 def coarse_space(workspace: Workspace, reporter: Reporter) -> ArchitectureSpace:

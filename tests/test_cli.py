@@ -74,7 +74,10 @@ def test_an_architecture_that_is_none(capsys, text, words):
         (("bench", "compile"), "unknown 'compile': one of compile-report"),
         (("bench", "compile-report", "--dtypes", "fp8"), "unknown dtype 'fp8': one of bf16"),
         (("bench", "compile-report", "--reduced", "--reduced"), "--reduced is given 2 times"),
-        (("search", "--preset", "big", "--output_dir", "x"), "unknown preset 'big': one of demo, smoke"),
+        (
+            ("search", "--preset", "big", "--output_dir", "x"),
+            "unknown preset 'big': one of demo, smoke, paper, paper-fast",
+        ),
         (("search", "--preset", "demo"), "--output_dir"),
         (("search", "--preset"), "--preset needs a value"),
         (("search", "--preset", "demo", "--output_dir", "x", "--sede", "1"), "--seed"),

@@ -22,7 +22,7 @@ TRAINING = Rates(0.0, 1.0, 0.0, 0.0, "test")
 
 
 def parts(workspace, rates=TRAINING):
-    return {part.name: part for part in forecast.forecast(workspace, rates)}
+    return {part.name: part for part in forecast.of_workspace(workspace, rates)}
 
 
 def test_tokens_are_those_of_the_batches_that_will_be_drawn(workspace):
@@ -39,7 +39,8 @@ def test_tokens_are_those_of_the_batches_that_will_be_drawn(workspace):
 
 def test_halving_is_forecast_rung_by_rung_and_a_small_last_cohort_too(workspace):
     tokens = {
-        share: forecast.student_tokens(workspace, forecast.cut(workspace.config.stage1, share)) for share in (0.25, 1.0)
+        share: forecast.student_tokens(forecast.Drawn(workspace), forecast.cut(workspace.config.stage1, share))
+        for share in (0.25, 1.0)
     }
     halved = stage(workspace, num_candidates=9, cohort=8, rungs=(0.25, 1.0))
     assert parts(halved)["stage1"].tokens == 8 * tokens[0.25] + 2 * tokens[1.0] + tokens[1.0]
@@ -54,19 +55,24 @@ def test_the_teacher_reads_once_for_all_that_train_together(workspace):
 
 def test_scoring_is_counted_for_every_candidate(workspace):
     scoring = parts(workspace, Rates(0.0, 0.0, 0.0, 1.0, "test"))
-    assert scoring["stage3"].seconds == workspace.config.stage3.num_candidates * forecast.ranking_tokens(workspace)
+    assert scoring["stage3"].seconds == workspace.config.stage3.num_candidates * forecast.Drawn(workspace).ranking()
     assert scoring["stage1"].seconds > 0 and scoring["supernet"].seconds == 0
 
 
 def test_assumed_rates_follow_the_sizes_and_measured_ones_are_times(workspace):
-    slow, fast = forecast.assume(workspace, 1e9), forecast.assume(workspace, 2e9)
-    assert slow.teacher == pytest.approx(2 * fast.teacher) and slow.supernet > slow.candidate > slow.scoring > 0
+    sizes = workspace.config, workspace.student_config(), workspace.teacher_config
+    slow, fast = forecast.assume(*sizes, 1e9, 1e9), forecast.assume(*sizes, 2e9, 1e9)
+    assert (
+        slow.teacher == pytest.approx(2 * fast.teacher)
+        and slow.candidate == fast.candidate
+        and slow.supernet > slow.candidate > slow.scoring > 0
+    )
     assert slow.candidate == pytest.approx(3 * slow.scoring)
     before = workspace.general_teacher
     measured = forecast.measure(dataclasses.replace(workspace))
     assert min(measured.teacher, measured.candidate, measured.supernet, measured.scoring) > 0
     assert workspace.general_teacher is before
-    text = forecast.lines(workspace, forecast.forecast(workspace, measured), measured)
+    text = forecast.lines_of_workspace(workspace, measured)
     assert "measured: 3 steps" in text[0] and "final distillation" in text[-1]
 
 

@@ -1,0 +1,68 @@
+"""The forecast for data and a GPU that are not here: it counts as a dry run does, and says what it assumes."""
+
+import dataclasses
+import json
+
+import pytest
+
+from effbert.bench import forecast
+from effbert.bench.hardware import GPUS
+from effbert.config import PRESETS, paper, paper_fast
+from effbert.search.forecast import search_hours
+
+H200 = next(gpu for gpu in GPUS if gpu.name == "H200")
+
+
+def hours(config, **assumed):
+    return search_hours(forecast.of_preset(config, H200, forecast.Assumptions(**assumed))[0])
+
+
+def test_the_fast_preset_is_forecast_below_six_hours_and_says_so_in_its_file(tmp_path, capsys):
+    assert forecast.main(["--gpu", "H200", "--output", str(tmp_path / "new" / "forecast.json")]) == 0
+    shown, found = capsys.readouterr().out, json.loads((tmp_path / "new" / "forecast.json").read_text())
+    assert "not measured" in shown and "final distillation" in shown
+    fast, published = (found["presets"][name]["search_hours"] for name in ("paper-fast", "paper"))
+    assert fast < 6 < published
+    assert [part["name"] for part in found["presets"]["paper"]["parts"]] == [
+        "supernet", "stage1", "stage2", "stage3", "final",
+    ]  # fmt: skip
+
+
+def test_hours_follow_the_assumed_shares():
+    half = hours(paper_fast(), teaching=0.2, training=0.075)
+    assert half == pytest.approx(2 * hours(paper_fast(), teaching=0.4, training=0.15))
+
+
+def test_a_candidate_sees_sixteen_million_tokens_of_text():
+    config = paper_fast()
+    assert forecast.Declared(config).general(config.stage1.general_share, 64) == 16_000_000
+
+
+def test_each_difference_of_the_presets_saves_time():
+    base = paper()
+    no_padding = dataclasses.replace(base, pad_to_max_length=False)
+    together = dataclasses.replace(no_padding, stage1=dataclasses.replace(base.stage1, cohort=27), population=27)
+    halved = dataclasses.replace(together, stage1=dataclasses.replace(together.stage1, rungs=(1 / 9, 1 / 3, 1.0)))
+    times = [hours(config) for config in (base, no_padding, together, halved)]
+    assert times == sorted(times, reverse=True) and len(set(times)) == len(times)
+
+
+def test_every_gpu_with_a_data_sheet_has_its_memory():
+    assert {gpu.name for gpu in GPUS} == set(forecast.MEMORY)
+
+
+def test_an_unknown_gpu_is_one_line():
+    with pytest.raises(ValueError, match="--gpu H300: no such data sheet; known: A100"):
+        forecast.main(["--gpu", "H300"])
+
+
+@pytest.mark.parametrize("name", ["paper", "paper-fast"])
+def test_the_presets_say_what_has_to_be_given(name, capsys, tmp_path):
+    from effbert.__main__ import main
+
+    command = ["search", "--preset", name, "--output_dir", str(tmp_path / "run")]
+    assert main(command) == 2
+    assert "--teacher" in capsys.readouterr().err
+    assert main([*command, "--teacher", "bert-base-uncased"]) == 2
+    assert "--corpus" in capsys.readouterr().err
+    assert PRESETS[name]().student == PRESETS["paper"]().student and not (tmp_path / "run").exists()
