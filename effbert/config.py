@@ -77,7 +77,8 @@ class SearchStage(Budget):
     candidates are scored without training. sampler: who proposes candidates, the first initial_samples at random; what
     it learns from their values is learned anew every refit_every of them. cohort: candidates proposed at once, before
     any of them has a value, so a whole first cohort is random. rungs: rising shares of the budget, the last one 1; a
-    cohort is trained on the first, its best on the next, so many that every rung costs the same.
+    cohort is trained on the first, its best on the next, so many that every rung costs the same. filter: a score before
+    any training by which filter_share of a cohort is discarded (effbert.search.proxies).
     """
 
     num_candidates: int = 80
@@ -86,9 +87,13 @@ class SearchStage(Budget):
     refit_every: int = 2
     cohort: int = 1
     rungs: tuple[float, ...] = (1.0,)
+    filter: Literal["none", "parameters", "w-pca", "supernet"] = "none"
+    filter_share: float = 0.5
 
     def __post_init__(self):
         super().__post_init__()
+        if not 0 < self.filter_share < 1:
+            raise ValueError(f"filter_share is {self.filter_share}: it must be above 0 and below 1")
         for name, least in {"num_candidates": 1, "cohort": 1, "initial_samples": 2, "refit_every": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
@@ -146,6 +151,8 @@ class SearchConfig:
         params: Find a sub-network of so many parameters: the published band, 15 to 16 million for 15.74, scaled to it,
             in place of min_params and max_params.
         max_flops: Most FLOPs of a candidate for a text of max_length tokens, with the projection; 0 for any.
+        max_latency_ms: Most milliseconds of a candidate's deployed model for one text of max_length tokens, in fp32 on
+            this device; 0 for any. Slower ones are discarded before they train.
         weight_sharing: What each batch of stage 3 trains: "single-path" one drawn architecture, "sandwich" the smallest
             and the largest of the band too.
         task_temperature: Stage 3 draws a task of n batches in proportion to n^(1/task_temperature); 1 takes all there
@@ -182,6 +189,7 @@ class SearchConfig:
     max_params: int = 0
     params: int = 0
     max_flops: int = 0
+    max_latency_ms: float = 0.0
     weight_sharing: Literal["single-path", "sandwich"] = "single-path"
     task_temperature: float = 1.0
     agreement_candidates: int = 0
@@ -210,6 +218,7 @@ class SearchConfig:
             "population": 0,
             "params": 0,
             "max_flops": 0,
+            "max_latency_ms": 0,
             "agreement_candidates": 0,
         }
         for name, minimum in least.items():
@@ -219,6 +228,8 @@ class SearchConfig:
             raise ValueError(
                 f"stage3.rungs is {self.stage3.rungs}: its candidates are scored, not trained: leave it out"
             )
+        if self.stage3.filter != "none":
+            raise ValueError(f"stage3.filter is {self.stage3.filter}: its candidates cost a moment: leave it out")
         if not self.task_temperature >= 1:
             raise ValueError(f"task_temperature is {self.task_temperature}: it must be at least 1")
         if not 0 < self.validation_share < 1:

@@ -75,3 +75,10 @@ def of_rungs(evaluations: Sequence[Evaluation]) -> dict[int, Interval]:
         return {}
     full = [rungs[-1] for rungs in whole]
     return {rung: kendall([rungs[rung] for rungs in whole], full) for rung in range(longest - 1)}
+
+
+def of_filter(evaluations: Sequence[Evaluation], name: str) -> Interval | None:
+    """Agreement of a first filter's score, kept as `name`, with full budget, among candidates that it let through; None
+    for fewer than two."""
+    both = [(e.attrs[name], e.value) for e in evaluations if e.state == "complete" and name in e.attrs]
+    return kendall(*zip(*both, strict=True)) if len(both) > 1 else None

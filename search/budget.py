@@ -48,7 +48,7 @@ def survivors(values: Mapping[int, float], keys: Mapping[int, str], count: int) 
 
 
 def fitness(cohort: Sequence[Evaluation], rungs: int) -> dict[int, float | None]:
-    """What a sampler is told of the finished candidates of one cohort, by number; None for failed ones.
+    """What a sampler is told of the finished candidates of one cohort, by number; None for those without any value.
 
     The full-budget value where there is one. A candidate that stopped earlier gets its last value plus what those that
     went on gained on average, rung by rung: values of different rungs do not compare, differences on one rung do.
@@ -60,7 +60,7 @@ def fitness(cohort: Sequence[Evaluation], rungs: int) -> dict[int, float | None]
         reached = values[evaluation.number]
         if evaluation.state == "complete":
             found[evaluation.number] = evaluation.value
-        elif evaluation.state == "pruned":
+        elif evaluation.state == "pruned" and reached:
             found[evaluation.number] = reached[-1] + sum(gains[len(reached) - 1 :])
         else:
             found[evaluation.number] = None

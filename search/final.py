@@ -6,8 +6,6 @@ JSON file in <run>/final, so a resumed run redoes none.
 """
 
 import json
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +19,12 @@ from effbert.engine import Phase, forget
 from effbert.evaluate import evaluate
 from effbert.files import atomic_dir, write_atomic
 from effbert.model import EffBertConfig, EffBertHeadModel, new_student
+from effbert.search.latency import latency
 from effbert.search.progress import Reporter
 from effbert.search.space import Space
 from effbert.student import Student, distil, warm_up
 from effbert.supernet import Supernet, derive_config
 from effbert.workspace import Workspace, model_inputs, must_finish, show
-
-LATENCY_RUNS = 20
 
 
 @dataclass(frozen=True)
@@ -154,25 +151,16 @@ def costs(model: EffBertHeadModel, architecture: Architecture, length: int) -> d
     return {
         "parameters": parameters.total + pooled * parameters.pooler + parameters.head(config.num_labels),
         "flops": flops.total + pooled * flops.pooler + flops.head(config.num_labels, head_tokens),
-        **latency(model, config.vocab_size, length),
+        **cpu_latency(model, config.vocab_size, length),
     }
 
 
-def latency(model, vocab_size: int, length: int) -> dict[str, float]:
-    """Median and quartile distance, in ms, of `LATENCY_RUNS` forward passes of one sequence in fp32 on the CPU."""
+def cpu_latency(model, vocab_size: int, length: int) -> dict[str, float]:
+    """`latency` on the CPU, wherever the model is."""
     device = next(model.parameters()).device
-    model.eval().to("cpu")
-    ids = torch.arange(length)[None] % vocab_size
-    times = []
-    with torch.inference_mode():
-        for run in range(LATENCY_RUNS + 3):
-            begun = time.perf_counter()
-            model(input_ids=ids, attention_mask=torch.ones_like(ids))
-            if run >= 3:
-                times.append(1e3 * (time.perf_counter() - begun))
+    measured = latency(model.to("cpu"), vocab_size, length)
     model.to(device)
-    low, median, high = statistics.quantiles(times, n=4)
-    return {"latency_ms": median, "latency_spread_ms": high - low}
+    return measured
 
 
 def teacher_row(workspace: Workspace) -> dict:
@@ -188,7 +176,7 @@ def teacher_row(workspace: Workspace) -> dict:
         "scores": scores,
         "parameters": sum(parameter.numel() for parameter in teacher.model.parameters()),
         "flops": flops.total,
-        **latency(teacher.model, config.vocab_size, length),
+        **cpu_latency(teacher.model, config.vocab_size, length),
     }
 
 

@@ -123,7 +123,8 @@ def candidates(name: str, settings: SearchStage, data: DataSizes, rates: Rates, 
     cohorts, rest = divmod(settings.num_candidates, settings.cohort)
     tokens, seconds = 0, 0.0
     for size, times in ((settings.cohort, cohorts), (rest, 1)):
-        for rung in ladder(settings, size) if size and times else ():
+        trained = size if settings.filter == "none" else max(1, round(size * (1 - settings.filter_share)))
+        for rung in ladder(settings, trained) if size and times else ():
             each = student_tokens(data, cut(settings, rung.share))
             groups = -(-rung.places // together)
             scored = (settings.task_phase.num_train_epochs if rung.share == 1 else 1) * data.ranking()

@@ -18,6 +18,7 @@ from effbert.engine import Phase
 from effbert.evaluate import evaluate_rows
 from effbert.search.budget import cut
 from effbert.search.progress import Reporter
+from effbert.search.screen import Screen, make_screen
 from effbert.student import Distillation, Student, distil
 from effbert.supernet import Supernet
 from effbert.workspace import Workspace, model_inputs
@@ -43,10 +44,11 @@ Member = tuple[int, Architecture]  # a candidate's number and architecture
 @dataclass(frozen=True)
 class Evaluator:
     """How a stage scores candidates. room: how many of these it evaluates at once. evaluate: with a share of the
-    budget, the outcomes as they come."""
+    budget, the outcomes as they come. screen: who is not evaluated at all."""
 
     room: Callable[[Sequence[Architecture]], int]
     evaluate: Callable[[Sequence[Member], float], Iterable[tuple[int, Outcome]]]
+    screen: Screen | None = None
 
 
 def trained_candidates(
@@ -69,7 +71,8 @@ def trained_candidates(
             for (number, architecture), result in zip(group, distilled, strict=True)
         ]
 
-    return Evaluator(lambda architectures: population_size(workspace, supernet, architectures), evaluate)
+    screen = make_screen(workspace, supernet, settings)
+    return Evaluator(lambda architectures: population_size(workspace, supernet, architectures), evaluate, screen)
 
 
 def _student(

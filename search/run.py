@@ -10,17 +10,18 @@ from pathlib import Path
 
 import torch
 
-from effbert import __version__
+from effbert import __version__, random
 from effbert.architecture import Architecture
 from effbert.config import SearchConfig, as_dict
 from effbert.files import remove_partial, write_atomic
 from effbert.search import forecast, report
-from effbert.search.agreement import Interval, kendall, of_rungs
+from effbert.search.agreement import Interval, kendall, of_filter, of_rungs
 from effbert.search.budget import ladder
 from effbert.search.final import final_rows, rows, teacher_row
 from effbert.search.population import Evaluator, remove_stale, trained_candidates
 from effbert.search.progress import Reporter
 from effbert.search.report_html import write_report
+from effbert.search.screen import FILTER, check_latency
 from effbert.search.shared import shared_candidates, shared_supernet
 from effbert.search.space import ArchitectureSpace
 from effbert.search.stages import run_cohort, search_stage, warm_supernet
@@ -74,12 +75,12 @@ def dry_run(config: SearchConfig, flops_per_second: float | None = None) -> list
 
 
 def coarse_space(workspace: Workspace, reporter: Reporter) -> ArchitectureSpace:
-    """The space of stage 1; ValueError where no architecture is within the parameter band."""
+    """The space of stage 1; ValueError where no architecture is within the limits."""
     dims = workspace.student_config()
     low, high = workspace.config.band(dims)
     reporter.say(f"a candidate has {low:,} to {high:,} parameters, with the projection, without pooler and head")
     config = workspace.config
-    return ArchitectureSpace(
+    space = ArchitectureSpace(
         "coarse",
         dims,
         config.student.num_hidden_layers,
@@ -88,6 +89,8 @@ def coarse_space(workspace: Workspace, reporter: Reporter) -> ArchitectureSpace:
         max_flops=config.max_flops,
         length=config.max_length,
     )
+    check_latency(workspace, space, random.generator(config.seed, "latency"))
+    return space
 
 
 def three_stages(workspace: Workspace, coarse: ArchitectureSpace, study: Study, reporter: Reporter) -> Architecture:
@@ -141,7 +144,7 @@ ALONE = "agreement"  # the study and folder of stage 3's candidates trained alon
 
 def train_alone(workspace: Workspace, study: Study, space: ArchitectureSpace, reporter: Reporter) -> None:
     """Train the first --agreement_candidates of stage 3 by themselves, from the warm supernet with stage 1's budget."""
-    settings = dataclasses.replace(workspace.config.stage1, rungs=(1.0,))
+    settings = dataclasses.replace(workspace.config.stage1, rungs=(1.0,), filter="none")
     scored = [evaluation for evaluation in study.stage("stage3").evaluations() if evaluation.state == "complete"]
     chosen = scored[: workspace.config.agreement_candidates]
     stage, members = open_stage(study, ALONE), [(e.number, Architecture.parse(e.architecture)) for e in chosen]
@@ -178,6 +181,10 @@ class Pages:
             for index, found in of_rungs(self.study.stage(name).evaluations()).items():
                 entry = {"stage": name, "what": f"rung {rungs[index].share:.2g} against full budget"}
                 entries.append(entry | _tau(found))
+            found = of_filter(self.study.stage(name).evaluations(), FILTER)
+            if found is not None:
+                what = f"filter {settings.filter} against full budget, among those it let through"
+                entries.append({"stage": name, "what": what} | _tau(found))
         found = self._shared_weights()
         if found is not None:
             entries.append({"stage": "stage3", "what": "shared weights against training alone"} | _tau(found))

@@ -18,6 +18,7 @@ from effbert.engine import Phase, forget, train
 from effbert.evaluate import evaluate_rows
 from effbert.search.population import Evaluator, Member, Outcome, costs_of
 from effbert.search.progress import Reporter
+from effbert.search.screen import make_screen
 from effbert.search.space import ArchitectureSpace
 from effbert.search.stages import load_supernet
 from effbert.step import Lesson, MixedPlan, general_lesson, task_lesson
@@ -140,4 +141,5 @@ def shared_candidates(workspace: Workspace, supernet: Supernet) -> Evaluator:
                 attrs["hits"] = scores.pop("hits")
             yield number, Outcome(scores[task.spec.metrics[0]], attrs | {"scores": scores})
 
-    return Evaluator(lambda architectures: min(len(architectures), AT_ONCE), evaluate)
+    screen = make_screen(workspace, supernet, workspace.config.stage3)
+    return Evaluator(lambda architectures: min(len(architectures), AT_ONCE), evaluate, screen)

@@ -24,6 +24,7 @@ from effbert.search.budget import fitness, ladder, survivors
 from effbert.search.population import Evaluator, Member, Outcome
 from effbert.search.progress import Reporter, StageLine
 from effbert.search.sampler import Sampler, SpaceExhausted, make_sampler
+from effbert.search.screen import DISCARDED, SCREENED, Screen
 from effbert.search.space import Space
 from effbert.search.study import Evaluation, StageStudy, TakenOver
 from effbert.search.workers import SHARING, Workers
@@ -59,9 +60,9 @@ def search_stage(
         numbers = range(begin, min(begin + settings.cohort, settings.num_candidates))
         with workers.turn(SHARING):
             members = propose(stage, name, space, sampler, numbers, seed, first, reporter)
-        run_cohort(stage, members, space, settings, evaluator, line, workers)
+        trained = run_cohort(stage, members, space, settings, evaluator, line, workers)
         cohort = [evaluation for evaluation in stage.evaluations() if evaluation.number in numbers]
-        told = fitness(cohort, len(ladder(settings, len(members))))
+        told = fitness(cohort, len(ladder(settings, len(trained))))
         for number, architecture in members:
             sampler.tell(architecture, told[number])
         after_cohort()
@@ -94,7 +95,8 @@ def propose(
             architecture = known[number]
             sampler.asked(architecture)
         else:
-            if number == 0 and first is not None:
+            known_good = {SCREENED: True} if number == 0 and first is not None else {}  # where the stage starts from
+            if known_good:
                 architecture = first
                 sampler.asked(architecture)
             else:
@@ -103,7 +105,7 @@ def propose(
                 except SpaceExhausted as exhausted:
                     reporter.say(f"{name} ends after {number} candidates: {exhausted}")
                     break
-            stage.begin(number, str(architecture), space.key(architecture))
+            stage.begin(number, str(architecture), space.key(architecture), **known_good)
         members.append((number, architecture))
     return members
 
@@ -116,10 +118,13 @@ def run_cohort(
     evaluator: Evaluator,
     line: StageLine,
     workers: Workers,
-) -> None:
+) -> list[Member]:
     """Every rung of a cohort, from where the study says it stands: evaluate, then drop all but the best. Returns when
-    all workers together are done with it."""
-    architectures, rungs = dict(members), ladder(settings, len(members))
+    all workers together are done with it: those that were not discarded before."""
+    if evaluator.screen is not None:
+        with workers.turn(SHARING):
+            members = screened(stage, members, space, evaluator.screen, line)
+    architectures, rungs = dict(members), ladder(settings, len(members)) if members else []
     keys = {number: space.key(architecture) for number, architecture in members}
     for index, rung in enumerate(rungs):
         last = rung is rungs[-1]
@@ -141,6 +146,28 @@ def run_cohort(
         if not last:
             with workers.turn(SHARING):
                 _drop(stage, keys, index, rungs[index + 1].places, rung.share, line)
+    return list(members)
+
+
+def screened(
+    stage: StageStudy, members: Sequence[Member], space: Space, screen: Screen, line: StageLine
+) -> list[Member]:
+    """The members of a cohort that are worth training; the others are pruned, with what was found of them. The winner
+    of the stage before, SCREENED from the start, always stays."""
+    there = {evaluation.number: evaluation for evaluation in stage.evaluations()}
+    found, keys = {}, {}
+    for number, architecture in members:
+        keys[number], attrs = space.key(architecture), there[number].attrs
+        if SCREENED not in attrs:
+            attrs = {**screen.look(architecture), SCREENED: True}
+            stage.note(number, **attrs)
+        found[number] = attrs
+    gone = screen.discard(found, keys)
+    for number, reason in sorted(gone.items()):
+        if there[number].state == "running":
+            stage.prune(number, **{DISCARDED: reason})
+            line.done_one(f"candidate {number} {reason}", _ended(stage))
+    return [member for member in members if member[0] not in gone]
 
 
 def _drop(stage: StageStudy, keys: dict[int, str], rung: int, places: int, share: float, line: StageLine) -> None:

@@ -182,14 +182,14 @@ class StageStudy:
         complete = [evaluation for evaluation in self.evaluations() if evaluation.state == "complete"]
         return max(complete, key=lambda evaluation: (evaluation.value, -evaluation.number), default=None)
 
-    def begin(self, number: int, architecture_text: str, key: str) -> None:
-        """Commit a candidate before its evaluation starts. ValueError if the number is taken."""
+    def begin(self, number: int, architecture_text: str, key: str, **attrs) -> None:
+        """Commit a candidate before its evaluation starts, JSON values beside it. ValueError if the number is taken."""
         for other in self.evaluations():
             if other.number == number:
                 raise ValueError(f"{self._where}: cannot begin candidate {number}: it is {other.state}")
         import optuna
 
-        attrs = {_NUMBER: number, _ARCHITECTURE: architecture_text, _KEY: key}
+        attrs = {**attrs, _NUMBER: number, _ARCHITECTURE: architecture_text, _KEY: key}
         with _errors_in_one_line(self._where):
             self._study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING, user_attrs=attrs))
 
@@ -227,6 +227,11 @@ class StageStudy:
             for trial in self._newest().values():
                 if _is_abandoned(trial):  # failed as stale by a worker that died before it could add another
                     retry(self._study, trial)
+
+    def note(self, number: int, **attrs) -> None:
+        """Commit JSON values beside an open candidate that nobody trains yet."""
+        with self._open_trial(number) as trial_id:
+            self._set(trial_id, number, attrs)
 
     def report(self, number: int, rung: int, value: float, **attrs) -> None:
         """Commit the value of an open candidate on a rung, finite, higher is better, and JSON values beside it. It

@@ -1,0 +1,72 @@
+"""What is known of a candidate before it trains, and who is discarded for it: latency over its limit, a first filter.
+
+Both cost a moment where training costs minutes. What was found is kept beside the candidate, and who goes follows from
+that alone; a discarded candidate keeps its number, is pruned without a value, and no sampler learns from it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from effbert.architecture import Architecture
+from effbert.config import SearchStage
+from effbert.search.budget import survivors
+from effbert.search.latency import Latencies
+from effbert.search.proxies import Score, make_filter
+from effbert.search.space import ArchitectureSpace
+from effbert.supernet import Supernet
+from effbert.workspace import Workspace
+
+FILTER, LATENCY, SCREENED, DISCARDED = "filter_score", "latency_ms", "screened", "discarded"  # beside a candidate
+TRIED = 8  # architectures measured before a search whose latency is limited
+
+
+@dataclass(frozen=True)
+class Screen:
+    """latencies, score: None where there is no such limit or filter. share: of a cohort, discarded by the filter."""
+
+    latencies: Latencies | None
+    max_latency_ms: float
+    score: Score | None
+    share: float
+
+    def look(self, architecture: Architecture) -> dict[str, float]:
+        """What is kept beside a candidate."""
+        found = {} if self.latencies is None else {LATENCY: self.latencies.of(architecture)}
+        return found if self.score is None else {**found, FILTER: self.score(architecture)}
+
+    def discard(self, found: Mapping[int, Mapping], keys: Mapping[int, str]) -> dict[int, str]:
+        """Of a cohort, by number, what `look` found: those that go, and why. One without a time is
+        fast enough, and one without a score stays; of those with one at least one does."""
+        gone = {
+            number: f"takes {attrs[LATENCY]:.2f} ms, over {self.max_latency_ms:g}"
+            for number, attrs in found.items()
+            if attrs.get(LATENCY, 0) > self.max_latency_ms
+        }
+        scores = {number: attrs[FILTER] for number, attrs in found.items() if FILTER in attrs and number not in gone}
+        if scores:
+            stay = survivors(scores, keys, max(1, round(len(scores) * (1 - self.share))))
+            gone |= {number: "among the worst by the filter" for number in scores.keys() - set(stay)}
+        return gone
+
+
+def make_screen(workspace: Workspace, supernet: Supernet, settings: SearchStage) -> Screen | None:
+    """The screen of a stage; None where nothing is asked for."""
+    limit, score = workspace.config.max_latency_ms, make_filter(settings.filter, workspace, supernet)
+    if not limit and score is None:
+        return None
+    return Screen(Latencies(workspace) if limit else None, limit, score, settings.filter_share)
+
+
+def check_latency(workspace: Workspace, space: ArchitectureSpace, rng) -> None:
+    """ValueError where TRIED architectures drawn from a space are all slower than --max_latency_ms."""
+    limit = workspace.config.max_latency_ms
+    if not limit:
+        return
+    latencies, tried = Latencies(workspace), [space.sample(rng) for _ in range(TRIED)]
+    fastest = min(tried, key=latencies.of)
+    if latencies.of(fastest) <= limit:
+        return
+    raise ValueError(
+        f"--max_latency_ms {limit:g}: of {TRIED} architectures within the other limits the fastest takes "
+        f"{latencies.of(fastest):.2f} ms on {latencies.name}: {fastest}"
+    )

@@ -1,0 +1,212 @@
+"""What discards a candidate before it trains: filters, latency; what they find, who goes, and what is left of it."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from effbert import random
+from effbert.config import SearchConfig, SearchStage
+from effbert.kernels import Expression
+from effbert.search import proxies, screen
+from effbert.search.agreement import of_filter
+from effbert.search.latency import Latencies
+from effbert.search.population import Evaluator, Outcome
+from effbert.search.progress import Reporter
+from effbert.search.run import coarse_space
+from effbert.search.screen import Screen, check_latency, make_screen
+from effbert.search.stages import search_stage
+from effbert.search.study import Study
+from effbert.search.workers import Workers
+from effbert.step import general_lesson
+from effbert.supernet import Supernet, supernet_config
+from effbert.workspace import model_inputs
+
+
+@pytest.fixture(scope="module")
+def space(workspace):
+    return coarse_space(workspace, Reporter())
+
+
+@pytest.fixture(scope="module")
+def supernet(workspace):
+    torch.manual_seed(0)
+    base = supernet_config(workspace.student_config(), workspace.config.student.num_hidden_layers)
+    return Supernet(base, [workspace.main_task.spec]).eval()
+
+
+@pytest.fixture(scope="module")
+def architectures(space):
+    return [space.sample(random.generator(0, "screen", number)) for number in range(4)]
+
+
+def changed(workspace, folder=None, **changes):
+    found = dataclasses.replace(workspace, config=dataclasses.replace(workspace.config, **changes))
+    return dataclasses.replace(found, folder=folder) if folder else found
+
+
+def test_components_are_counted_by_the_variance_they_carry():
+    torch.manual_seed(0)
+    assert proxies.components(torch.outer(torch.randn(50), torch.randn(8)), 0.99) == 1
+    assert proxies.components(torch.randn(5000, 8), 0.99) == 8
+    assert proxies.components(torch.randn(5000, 8), 0.5) in (4, 5)
+    assert proxies.components(torch.ones(50, 8), 0.99) == 0
+    spread = torch.linalg.qr(torch.randn(50, 50))[0][:, :2]
+    spread = spread - spread.mean(dim=0)
+    scaled = torch.linalg.qr(spread)[0] * torch.tensor([10.0, 1.0])
+    assert proxies.components(scaled, 0.99) == 1 and proxies.components(scaled, 0.991) == 2
+
+
+def test_the_first_linear_of_an_expression_is_cut_out():
+    whole = Expression.parse("tanh(linear2_2(gelu(linear2_2(max(x,tanh(x)),wb1)),wb2))")
+    assert str(proxies.up_to_first_linear(whole)) == "linear2_2(max(x,tanh(x)),wb1)"
+
+
+def test_w_pca_is_that_of_the_extracted_candidate(workspace, supernet, architectures):
+    batch = workspace.general_plan(1.0, 8, 0)[0]
+    for architecture in architectures:
+        model, seen = supernet.extract(architecture).eval(), []
+
+        for layer, expression in zip(model.layers, architecture.layers, strict=True):
+            for mlp in layer.mlps:
+                mlp.register_forward_hook(
+                    lambda mlp, arguments, _, expression=expression, seen=seen: seen.append(
+                        torch.nn.functional.linear(
+                            _before_first_linear(expression, arguments[0]), mlp.dense1.weight, mlp.dense1.bias
+                        )
+                    )
+                )
+        with torch.no_grad():
+            model.trace(*model_inputs(batch))
+        real = batch.attention_mask.bool()
+        counted = sum(proxies.components(inner[real], 0.99) for inner in seen)
+        assert len(seen) == sum(structure.stacks for structure in architecture.structures)
+        parameters = proxies.make_filter("parameters", workspace, supernet)(architecture)
+        assert proxies.w_pca(supernet, architecture, batch) == counted * parameters
+
+
+def _before_first_linear(expression, x):
+    """pre(x), by plain recursion."""
+    from effbert.kernels.eager import ACTIVATIONS, binary
+
+    def value(node):
+        if node.op == "x":
+            return x
+        arguments = [value(argument) for argument in node.args]
+        return ACTIVATIONS[node.op](*arguments) if len(arguments) == 1 else binary(node.op, *arguments, "truncate")
+
+    (first,) = (node for node in expression.nodes if node.op == "linear" and node.args[1].op == "wb1")
+    return value(first.args[0])
+
+
+def test_the_supernet_filter_is_minus_the_loss_of_the_extracted_candidate(workspace, supernet, architectures):
+    score = proxies.make_filter("supernet", workspace, supernet)
+    size = workspace.config.supernet.per_device_train_batch_size
+    batch, lesson = workspace.general_plan(1.0, size, 0)[0], general_lesson(workspace)
+    for architecture in architectures[:2]:
+        model = supernet.extract(architecture).eval()
+        trace_of = lambda batch, number, targets, model=model: model.trace(*model_inputs(batch), targets=targets)  # noqa: E731
+        with torch.no_grad():
+            loss = lesson.loss(trace_of, model.fit_dense)(batch, 0)
+        assert score(architecture) == pytest.approx(-float(loss), rel=1e-5)
+
+
+def test_no_filter_and_an_unknown_one(workspace, supernet):
+    assert proxies.make_filter("none", workspace, supernet) is None
+    with pytest.raises(ValueError, match="unknown filter 'best': one of none, parameters"):
+        proxies.make_filter("best", workspace, supernet)
+    assert make_screen(workspace, supernet, workspace.config.stage1) is None
+
+
+def test_a_filter_discards_the_worst_and_ties_go_by_key():
+    filter_only = Screen(None, 0.0, lambda architecture: 0.0, 0.5)
+    found = {number: {screen.FILTER: score} for number, score in enumerate([3.0, 1.0, 2.0, 1.0])}
+    gone = filter_only.discard(found, {number: str(9 - number) for number in found})
+    assert gone == {1: "among the worst by the filter", 3: "among the worst by the filter"}
+    one = filter_only.discard({7: {screen.FILTER: 0.0}}, {7: "key"})
+    assert one == {}
+
+
+def test_latency_goes_first_and_the_filter_chooses_among_the_rest():
+    both = Screen(None, 10.0, lambda architecture: 0.0, 0.5)
+    found = {
+        number: {screen.LATENCY: taken, screen.FILTER: score}
+        for number, (taken, score) in enumerate([(11, 9.0), (9, 1.0), (8, 2.0)])
+    }
+    gone = both.discard(found, {number: str(number) for number in found})
+    assert gone == {0: "takes 11.00 ms, over 10", 1: "among the worst by the filter"}
+
+
+def test_a_stage_trains_only_what_the_filter_left_and_a_resume_does_not_look_again(tmp_path, space):
+    settings = SearchStage(num_candidates=6, cohort=3, sampler="random", filter="parameters", filter_share=0.34)
+    looked, trained = [], []
+
+    def look(architecture):
+        looked.append(architecture)
+        return float(len(looked))
+
+    def evaluate(members, share):
+        trained.extend(number for number, _ in members)
+        return [(number, Outcome(float(number), {"parameters": 1})) for number, _ in members]
+
+    def run():
+        evaluator = Evaluator(len, evaluate, Screen(None, 0.0, look, settings.filter_share))
+        with Workers(tmp_path) as workers, Reporter() as reporter:
+            stage = Study(tmp_path, workers=workers).stage("stage1")
+            search_stage(stage, "stage1", space, settings, 0, evaluator, None, reporter, workers)
+            return stage.evaluations()
+
+    found = run()
+    states = [evaluation.state for evaluation in found]
+    assert states == ["pruned", "complete", "complete"] * 2 and trained == [1, 2, 4, 5] and len(looked) == 6
+    assert found[0].attrs["discarded"] == "among the worst by the filter" and found[0].attrs["rungs"] == []
+    assert run() == found and len(looked) == 6
+    assert of_filter(found, screen.FILTER).estimate == pytest.approx(1.0) and of_filter(found[:2], "x") is None
+
+
+def test_the_winner_of_the_stage_before_is_never_discarded(tmp_path, space, architectures):
+    settings = SearchStage(num_candidates=3, cohort=3, sampler="random", filter="parameters", filter_share=0.9)
+
+    def evaluate(members, share):
+        return [(number, Outcome(0.5, {"parameters": 1})) for number, _ in members]
+
+    evaluator = Evaluator(len, evaluate, Screen(None, 0.0, lambda architecture: 1.0, settings.filter_share))
+    with Workers(tmp_path) as workers, Reporter() as reporter:
+        stage = Study(tmp_path, workers=workers).stage("stage2")
+        search_stage(stage, "stage2", space, settings, 0, evaluator, architectures[0], reporter, workers)
+        states = [evaluation.state for evaluation in stage.evaluations()]
+    assert states[0] == "complete" and sorted(states[1:]) == ["complete", "pruned"]
+
+
+def test_a_measured_latency_is_read_back(workspace, architectures, tmp_path):
+    here = changed(workspace, tmp_path)
+    first = Latencies(here).of(architectures[0])
+    assert first > 0
+    assert json.loads((tmp_path / "latency.json").read_text()) == {"cpu": {str(architectures[0]): first}}
+    (tmp_path / "latency.json").write_text(json.dumps({"cpu": {str(architectures[0]): 123.0}}))
+    assert Latencies(here).of(architectures[0]) == 123.0
+
+
+def test_a_latency_that_nothing_reaches_is_said_before_anything_trains(workspace, space, tmp_path):
+    def rng():
+        return random.generator(0, "latency")
+
+    with pytest.raises(ValueError, match=r"--max_latency_ms 1e-06: of 8 architectures .* the fastest takes") as caught:
+        check_latency(changed(workspace, tmp_path, max_latency_ms=1e-6), space, rng())
+    assert "\n" not in str(caught.value)
+    check_latency(changed(workspace, tmp_path, max_latency_ms=1e6), space, rng())
+    check_latency(workspace, space, rng())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (lambda: SearchStage(filter_share=1.0), "filter_share is 1.0"),
+        (lambda: SearchConfig("", stage3=SearchStage(filter="w-pca")), "stage3.filter is w-pca"),
+        (lambda: SearchConfig("", max_latency_ms=-1.0), "max_latency_ms is -1.0"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(ValueError, match=message):
+        settings()
