@@ -106,10 +106,12 @@ class SearchStage(Budget):
 class FinalStage(Budget):
     """The full distillation of the winner, and of the rows it is compared with, all under this budget.
 
-    num_random: random architectures in the table.
+    num_random: random architectures in the table. num_front: candidates of stage 3's Pareto front beside the winner,
+    where there are costs to minimise.
     """
 
     num_random: int = 2
+    num_front: int = 2
 
 
 def _candidate() -> SearchStage:
@@ -153,6 +155,9 @@ class SearchConfig:
         max_flops: Most FLOPs of a candidate for a text of max_length tokens, with the projection; 0 for any.
         max_latency_ms: Most milliseconds of a candidate's deployed model for one text of max_length tokens, in fp32 on
             this device; 0 for any. Slower ones are discarded before they train.
+        minimize: Costs that count beside the task's metric: "parameters", "flops", "latency". Candidates are then
+            ranked by Pareto fronts, and the best others of stage 3's front join the final table; its winner still has
+            the best metric.
         weight_sharing: What each batch of stage 3 trains: "single-path" one drawn architecture, "sandwich" the smallest
             and the largest of the band too.
         task_temperature: Stage 3 draws a task of n batches in proportion to n^(1/task_temperature); 1 takes all there
@@ -190,6 +195,7 @@ class SearchConfig:
     params: int = 0
     max_flops: int = 0
     max_latency_ms: float = 0.0
+    minimize: tuple[Literal["parameters", "flops", "latency"], ...] = ()
     weight_sharing: Literal["single-path", "sandwich"] = "single-path"
     task_temperature: float = 1.0
     agreement_candidates: int = 0

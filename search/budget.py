@@ -41,9 +41,13 @@ def cut(settings: SearchStage, share: float) -> SearchStage:
     )
 
 
-def survivors(values: Mapping[int, float], keys: Mapping[int, str], count: int) -> list[int]:
-    """Numbers of the `count` candidates with the highest values, equal ones by key; in ascending order."""
-    ranked = sorted(values, key=lambda number: (-values[number], keys[number]))
+def survivors(
+    values: Mapping[int, float], keys: Mapping[int, str], count: int, fronts: Mapping[int, int] | None = None
+) -> list[int]:
+    """Numbers of the `count` candidates with the highest values, equal ones by key; in ascending order. With several
+    objectives those of the lowest of their `fronts` come first."""
+    order = fronts or dict.fromkeys(values, 0)
+    ranked = sorted(values, key=lambda number: (order[number], -values[number], keys[number]))
     return sorted(ranked[:count])
 
 

@@ -37,13 +37,15 @@ class Row:
     plain_width: int = 0
 
 
-def rows(workspace: Workspace, winner: Architecture, space: Space) -> list[Row]:
-    """Winner, published architecture at this size, plain BERT with as many parameters, random architectures."""
+def rows(workspace: Workspace, winner: Architecture, space: Space, others: Sequence[Architecture] = ()) -> list[Row]:
+    """Winner, others of its Pareto front, published architecture at this size, plain BERT with as many parameters,
+    random architectures."""
     config = workspace.config
     layers = config.student.num_hidden_layers
     plain_width = equal_plain_width(winner, workspace.student_config())
     lines = [
         Row("winner", winner),
+        *(Row(f"front {index}", other) for index, other in enumerate(others, start=1)),
         Row("published", published(layers)),
         Row("plain BERT", Architecture.uniform("1_1", layers), plain_width),
     ]

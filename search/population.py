@@ -44,11 +44,13 @@ Member = tuple[int, Architecture]  # a candidate's number and architecture
 @dataclass(frozen=True)
 class Evaluator:
     """How a stage scores candidates. room: how many of these it evaluates at once. evaluate: with a share of the
-    budget, the outcomes as they come. screen: who is not evaluated at all."""
+    budget, the outcomes as they come. screen: who is not evaluated at all. minimize: costs that count beside the value
+    (effbert.search.pareto)."""
 
     room: Callable[[Sequence[Architecture]], int]
     evaluate: Callable[[Sequence[Member], float], Iterable[tuple[int, Outcome]]]
     screen: Screen | None = None
+    minimize: tuple[str, ...] = ()
 
 
 def trained_candidates(
@@ -72,7 +74,12 @@ def trained_candidates(
         ]
 
     screen = make_screen(workspace, supernet, settings)
-    return Evaluator(lambda architectures: population_size(workspace, supernet, architectures), evaluate, screen)
+    return Evaluator(
+        lambda architectures: population_size(workspace, supernet, architectures),
+        evaluate,
+        screen,
+        workspace.config.minimize,
+    )
 
 
 def _student(

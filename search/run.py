@@ -18,6 +18,7 @@ from effbert.search import forecast, report
 from effbert.search.agreement import Interval, kendall, of_filter, of_rungs
 from effbert.search.budget import ladder
 from effbert.search.final import final_rows, rows, teacher_row
+from effbert.search.pareto import best_front
 from effbert.search.population import Evaluator, remove_stale, trained_candidates
 from effbert.search.progress import Reporter
 from effbert.search.report_html import write_report
@@ -211,9 +212,9 @@ def finish(
     """Distil the rows of the final table, write best/ and results.json, print the table."""
     config, spec = workspace.config, workspace.main_task.spec
     supernet = warm_supernet(workspace, reporter)
-    results = [teacher_row(workspace)]
+    results, lines = [teacher_row(workspace)], rows(workspace, winner, space, others_on_front(study, config))
     for repeat in range(config.seeds):
-        results += final_rows(workspace, supernet, rows(workspace, winner, space), repeat, reporter)
+        results += final_rows(workspace, supernet, lines, repeat, reporter)
     metric = spec.metrics[0]
     table = report.summarise(results, metric)
     summary = {
@@ -237,6 +238,14 @@ def finish(
     reporter.console.print(report.as_rich_table(table, metric, config.max_length))
     reporter.say(f"the winner is in {workspace.folder / 'best'}, a report in {workspace.folder / 'report.html'}")
     return summary
+
+
+def others_on_front(study: Study, config: SearchConfig) -> list[Architecture]:
+    """Stage 3's best on the Pareto front beside its winner; none where the metric alone counts."""
+    if not config.minimize:
+        return []
+    front = best_front(study.stage("stage3").evaluations(), config.minimize)
+    return [Architecture.parse(evaluation.architecture) for evaluation in front[1 : 1 + config.final.num_front]]
 
 
 def training_seconds(folder: Path, study: Study, results: list[dict]) -> dict[str, float]:

@@ -16,13 +16,15 @@ from effbert.search.space import ArchitectureSpace
 from effbert.supernet import Supernet
 from effbert.workspace import Workspace
 
-FILTER, LATENCY, SCREENED, DISCARDED = "filter_score", "latency_ms", "screened", "discarded"  # beside a candidate
+# Kept beside a candidate: what was found, that it was looked at, why it went, and that it stays whatever is found.
+FILTER, LATENCY, SCREENED, DISCARDED, STAYS = "filter_score", "latency_ms", "screened", "discarded", "stays"
 TRIED = 8  # architectures measured before a search whose latency is limited
 
 
 @dataclass(frozen=True)
 class Screen:
-    """latencies, score: None where there is no such limit or filter. share: of a cohort, discarded by the filter."""
+    """latencies, score: None where latency does not count, or there is no filter. max_latency_ms: 0 for no limit.
+    share: of a cohort, discarded by the filter."""
 
     latencies: Latencies | None
     max_latency_ms: float
@@ -35,14 +37,15 @@ class Screen:
         return found if self.score is None else {**found, FILTER: self.score(architecture)}
 
     def discard(self, found: Mapping[int, Mapping], keys: Mapping[int, str]) -> dict[int, str]:
-        """Of a cohort, by number, what `look` found: those that go, and why. One without a time is
-        fast enough, and one without a score stays; of those with one at least one does."""
+        """Of a cohort, by number, what `look` found: those that go, and why. One that STAYS does, and
+        of those with a score at least one."""
+        found = {number: attrs for number, attrs in found.items() if STAYS not in attrs}
         gone = {
             number: f"takes {attrs[LATENCY]:.2f} ms, over {self.max_latency_ms:g}"
             for number, attrs in found.items()
-            if attrs.get(LATENCY, 0) > self.max_latency_ms
+            if self.max_latency_ms and attrs[LATENCY] > self.max_latency_ms
         }
-        scores = {number: attrs[FILTER] for number, attrs in found.items() if FILTER in attrs and number not in gone}
+        scores = {number: attrs[FILTER] for number, attrs in found.items() if self.score and number not in gone}
         if scores:
             stay = survivors(scores, keys, max(1, round(len(scores) * (1 - self.share))))
             gone |= {number: "among the worst by the filter" for number in scores.keys() - set(stay)}
@@ -52,9 +55,10 @@ class Screen:
 def make_screen(workspace: Workspace, supernet: Supernet, settings: SearchStage) -> Screen | None:
     """The screen of a stage; None where nothing is asked for."""
     limit, score = workspace.config.max_latency_ms, make_filter(settings.filter, workspace, supernet)
-    if not limit and score is None:
+    timed = limit or "latency" in workspace.config.minimize
+    if not timed and score is None:
         return None
-    return Screen(Latencies(workspace) if limit else None, limit, score, settings.filter_share)
+    return Screen(Latencies(workspace) if timed else None, limit, score, settings.filter_share)
 
 
 def check_latency(workspace: Workspace, space: ArchitectureSpace, rng) -> None:

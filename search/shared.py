@@ -142,4 +142,6 @@ def shared_candidates(workspace: Workspace, supernet: Supernet) -> Evaluator:
             yield number, Outcome(scores[task.spec.metrics[0]], attrs | {"scores": scores})
 
     screen = make_screen(workspace, supernet, workspace.config.stage3)
-    return Evaluator(lambda architectures: min(len(architectures), AT_ONCE), evaluate, screen)
+    return Evaluator(
+        lambda architectures: min(len(architectures), AT_ONCE), evaluate, screen, workspace.config.minimize
+    )

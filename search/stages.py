@@ -21,10 +21,11 @@ from effbert.config import SearchStage
 from effbert.engine import Phase, forget, train
 from effbert.search.agreement import paired_difference
 from effbert.search.budget import fitness, ladder, survivors
+from effbert.search.pareto import fronts, point
 from effbert.search.population import Evaluator, Member, Outcome
 from effbert.search.progress import Reporter, StageLine
 from effbert.search.sampler import Sampler, SpaceExhausted, make_sampler
-from effbert.search.screen import DISCARDED, SCREENED, Screen
+from effbert.search.screen import DISCARDED, SCREENED, STAYS, Screen
 from effbert.search.space import Space
 from effbert.search.study import Evaluation, StageStudy, TakenOver
 from effbert.search.workers import SHARING, Workers
@@ -55,7 +56,7 @@ def search_stage(
     """
     sampler = make_sampler(settings.sampler, space, settings.initial_samples, settings.refit_every)
     finished = sum(evaluation.state != "running" for evaluation in stage.evaluations())
-    line = reporter.stage(name, settings.num_candidates, finished)
+    line, points = reporter.stage(name, settings.num_candidates, finished), []
     for begin in range(0, settings.num_candidates, settings.cohort):
         numbers = range(begin, min(begin + settings.cohort, settings.num_candidates))
         with workers.turn(SHARING):
@@ -63,6 +64,8 @@ def search_stage(
         trained = run_cohort(stage, members, space, settings, evaluator, line, workers)
         cohort = [evaluation for evaluation in stage.evaluations() if evaluation.number in numbers]
         told = fitness(cohort, len(ladder(settings, len(trained))))
+        if evaluator.minimize:
+            told = by_fronts(told, cohort, evaluator.minimize, points)
         for number, architecture in members:
             sampler.tell(architecture, told[number])
         after_cohort()
@@ -74,6 +77,19 @@ def search_stage(
         raise ValueError(f"{name}: every candidate diverged (loss not finite): lower the learning rates of --{name}")
     reporter.say(f"{name}: {comparison(stage.evaluations(), best)}")
     return Architecture.parse(best.architecture)
+
+
+def by_fronts(
+    told: dict[int, float | None], cohort: Sequence[Evaluation], minimize: Sequence[str], points: list[tuple]
+) -> dict[int, float | None]:
+    """What a sampler is told where costs count too: minus the front that a candidate is on, among all told so far.
+
+    points: of the cohorts before; this one's are added.
+    """
+    scored = [evaluation for evaluation in cohort if told[evaluation.number] is not None]
+    points += [point(told[evaluation.number], evaluation, minimize) for evaluation in scored]
+    ranks = fronts(points)[-len(scored) :] if scored else []
+    return told | {evaluation.number: -float(rank) for evaluation, rank in zip(scored, ranks, strict=True)}
 
 
 def propose(
@@ -95,7 +111,7 @@ def propose(
             architecture = known[number]
             sampler.asked(architecture)
         else:
-            known_good = {SCREENED: True} if number == 0 and first is not None else {}  # where the stage starts from
+            known_good = {STAYS: True} if number == 0 and first is not None else {}  # where the stage starts from
             if known_good:
                 architecture = first
                 sampler.asked(architecture)
@@ -145,7 +161,7 @@ def run_cohort(
                     _show(stage, line, outcome)
         if not last:
             with workers.turn(SHARING):
-                _drop(stage, keys, index, rungs[index + 1].places, rung.share, line)
+                _drop(stage, keys, index, rungs[index + 1].places, rung.share, line, evaluator.minimize)
     return list(members)
 
 
@@ -153,14 +169,15 @@ def screened(
     stage: StageStudy, members: Sequence[Member], space: Space, screen: Screen, line: StageLine
 ) -> list[Member]:
     """The members of a cohort that are worth training; the others are pruned, with what was found of them. The winner
-    of the stage before, SCREENED from the start, always stays."""
+    of the stage before, always stays."""
     there = {evaluation.number: evaluation for evaluation in stage.evaluations()}
     found, keys = {}, {}
     for number, architecture in members:
         keys[number], attrs = space.key(architecture), there[number].attrs
         if SCREENED not in attrs:
-            attrs = {**screen.look(architecture), SCREENED: True}
-            stage.note(number, **attrs)
+            seen = {**screen.look(architecture), SCREENED: True}
+            stage.note(number, **seen)
+            attrs = attrs | seen
         found[number] = attrs
     gone = screen.discard(found, keys)
     for number, reason in sorted(gone.items()):
@@ -170,10 +187,21 @@ def screened(
     return [member for member in members if member[0] not in gone]
 
 
-def _drop(stage: StageStudy, keys: dict[int, str], rung: int, places: int, share: float, line: StageLine) -> None:
+def _drop(
+    stage: StageStudy,
+    keys: dict[int, str],
+    rung: int,
+    places: int,
+    share: float,
+    line: StageLine,
+    minimize: Sequence[str],
+) -> None:
     """Stop all but the best of a rung, where no other worker has done so."""
-    values = {number: _rungs(found)[rung] for number, found in _running(stage, keys).items() if _rungs(found)[rung:]}
-    for number in sorted(values.keys() - set(survivors(values, keys, places))):
+    there = {number: found for number, found in _running(stage, keys).items() if _rungs(found)[rung:]}
+    values = {number: _rungs(found)[rung] for number, found in there.items()}
+    ranks = fronts([point(values[number], found, minimize) for number, found in there.items()])
+    stay = survivors(values, keys, places, dict(zip(there, ranks, strict=True)) if minimize else None)
+    for number in sorted(values.keys() - set(stay)):
         stage.prune(number)
         line.done_one(f"candidate {number} stops at {values[number]:.4f}, {share:.2g} of the budget", _ended(stage))
 
