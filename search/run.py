@@ -5,6 +5,7 @@ import json
 import platform
 import tempfile
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from effbert import __version__
 from effbert.architecture import Architecture
 from effbert.config import SearchConfig, as_dict
 from effbert.files import remove_partial, write_atomic
+from effbert.parallel import ALONE, World
 from effbert.search import forecast, report
 from effbert.search.agreement import Interval, kendall, of_rungs
 from effbert.search.budget import ladder
@@ -29,23 +31,41 @@ from effbert.workspace import Workspace, open_teachers, open_workspace
 REFRESH_SECONDS = 30.0  # between two reports while candidates come in
 
 
-def run_search(config: SearchConfig, reporter: Reporter | None = None) -> dict:
+def run_search(config: SearchConfig, reporter: Reporter | None = None, world: World = ALONE) -> dict:
     """Run or resume the search that `config` describes; returns what <output_dir>/results.json holds.
+
+    world: the processes that run it together, all of which call this. The supernets and the final distillation are
+    data-parallel, everything else happens on the first while the others wait.
 
     ValueError or FileNotFoundError, in one line, where the input or the folder will not do.
     """
-    with RunFolder(config.output_dir, as_dict(config)) as folder, reporter or Reporter() as reporter:
-        remove_partial(folder.path)
+    folder = Path(config.output_dir)
+    with claimed(config, world) as claim, reporter or Reporter(shown=world.is_first) as reporter:
         try:
-            workspace = open_workspace(config, folder.path, reporter.say)
+            workspace = world.first_then_all(lambda: open_workspace(config, folder, reporter.say, world))
             coarse = coarse_space(workspace, reporter)
+            world.wait()
         except Exception:
-            folder.abandon()
+            if claim is not None:
+                claim.abandon()
             raise
-        open_teachers(workspace, reporter.say, reporter.steps)
-        study = Study(folder.path)
+        if world.size > 1:
+            reporter.say(f"{world.size} processes share the batches of supernets and final rows; one does all the rest")
+        world.first_then_all(lambda: open_teachers(workspace, reporter.say, reporter.steps))
+        study = Study(folder)
         winner = three_stages(workspace, coarse, study, reporter)
         return finish(workspace, winner, coarse, study, reporter)
+
+
+def claimed(config: SearchConfig, world: World) -> AbstractContextManager[RunFolder | None]:
+    """The run's folder, claimed and swept, on the first process only. The number of processes is part of what a run is:
+    batches grow with it."""
+    if not world.is_first:
+        return nullcontext()
+    processes = {"processes": world.size} if world.size > 1 else {}
+    folder = RunFolder(config.output_dir, as_dict(config) | processes)
+    remove_partial(folder.path)
+    return folder
 
 
 def dry_run(config: SearchConfig, flops_per_second: float | None = None) -> list[str]:
@@ -78,7 +98,7 @@ def coarse_space(workspace: Workspace, reporter: Reporter) -> ArchitectureSpace:
 
 def three_stages(workspace: Workspace, coarse: ArchitectureSpace, study: Study, reporter: Reporter) -> Architecture:
     """Coarse, operations, fine; each stage starts from the winner of the one before. Returns the last winner."""
-    config = workspace.config
+    config, on_first = workspace.config, workspace.world.on_first
     supernet = warm_supernet(workspace, reporter)
 
     def space(stage: str, base: Architecture) -> ArchitectureSpace:
@@ -97,15 +117,15 @@ def three_stages(workspace: Workspace, coarse: ArchitectureSpace, study: Study, 
     pages = Pages(workspace.folder, study, config)
 
     evaluate = trained_candidates(workspace, supernet, "stage1", config.stage1, reporter)
-    found = run("stage1", config.stage1, coarse, evaluate, None)
+    found = on_first(run, "stage1", config.stage1, coarse, evaluate, None)
     evaluate = trained_candidates(workspace, supernet, "stage2", config.stage2, reporter)
-    found = run("stage2", config.stage2, space("operations", found), evaluate, found)
+    found = on_first(run, "stage2", config.stage2, space("operations", found), evaluate, found)
     fine = space("fine", found)
     evaluate = shared_candidates(workspace, shared_supernet(workspace, supernet, fine, config.stage3, reporter))
-    winner = run("stage3", config.stage3, fine, evaluate, found)
+    winner = on_first(run, "stage3", config.stage3, fine, evaluate, found)
     if config.agreement_candidates:
-        train_alone(workspace, study, fine, reporter)
-        pages.write()
+        on_first(train_alone, workspace, study, fine, reporter)
+        on_first(pages.write)
     return winner
 
 
@@ -174,11 +194,16 @@ def finish(
     workspace: Workspace, winner: Architecture, space: ArchitectureSpace, study: Study, reporter: Reporter
 ) -> dict:
     """Distil the rows of the final table, write best/ and results.json, print the table."""
-    config, spec = workspace.config, workspace.main_task.spec
-    supernet = warm_supernet(workspace, reporter)
-    results = [teacher_row(workspace)]
-    for repeat in range(config.seeds):
+    supernet, on_first = warm_supernet(workspace, reporter), workspace.world.on_first
+    results = [on_first(teacher_row, workspace)]
+    for repeat in range(workspace.config.seeds):
         results += final_rows(workspace, supernet, rows(workspace, winner, space), repeat, reporter)
+    return on_first(conclude, workspace, winner, study, results, reporter)
+
+
+def conclude(workspace: Workspace, winner: Architecture, study: Study, results: list[dict], reporter: Reporter) -> dict:
+    """Write results.json and the report, print the table."""
+    config, spec = workspace.config, workspace.main_task.spec
     metric = spec.metrics[0]
     table = report.summarise(results, metric)
     summary = {
