@@ -218,6 +218,7 @@ def conclude(workspace: Workspace, winner: Architecture, study: Study, results: 
         "results": results,
         "seconds": training_seconds(workspace.folder, study, results),
         "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "processes": workspace.world.size,
         "versions": {"effbert": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
     }

@@ -1,4 +1,4 @@
-"""What test_parallel.py runs in one process, and under torchrun in two: python ranks.py WHAT FOLDER BASE."""
+"""What test_parallel.py runs in one process, and under torchrun in two: ranks.py FOLDER WHAT ..."""
 
 import dataclasses
 import os
@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
-from effbert import parallel, random
+from effbert import __main__, cli, parallel, random
 from effbert.architecture import Architecture
 from effbert.config import PRESETS, SearchConfig
 from effbert.engine import Phase, train
+from effbert.flags import quiet_libraries
+from effbert.kernels import gradients_in_place
 from effbert.optim import TrainingArguments
 from effbert.search.final import Row, equal_plain_width, final_rows
 from effbert.search.progress import Reporter
@@ -19,19 +21,20 @@ from effbert.search.run import coarse_space
 from effbert.search.shared import Draws, shared_supernet
 from effbert.search.space import ArchitectureSpace
 from effbert.search.stages import warm_supernet
-from effbert.step import general_lesson
+from effbert.step import general_lesson, task_lesson
 from effbert.supernet import Supernet, supernet_config
 from effbert.workspace import Workspace, model_inputs, open_teachers, open_workspace
 
 KILLED_AT = 13  # a step after the save at step 10
+RATE = 1e-4  # AdamW's step in an element whose gradient is nothing but rounding is the rate times a sign
 
 
 def settings(batch: int) -> SearchConfig:
     """The smoke preset without dropout, at `batch` rows a process wherever training is data-parallel."""
     config = PRESETS["smoke"]()
-    phase = TrainingArguments(learning_rate=1e-3, per_device_train_batch_size=batch)
+    phase = TrainingArguments(learning_rate=RATE, per_device_train_batch_size=batch)
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    budget = {"general_share": 0.5, "task_share": 0.1, "general_phase": phase, "task_phase": phase}
+    budget = {"general_share": 0.52, "task_share": 0.1, "general_phase": phase, "task_phase": phase}
     return dataclasses.replace(
         config,
         device="cpu",
@@ -51,9 +54,9 @@ def workspace_in(folder: Path, batch: int, world: parallel.World) -> Workspace:
     return workspace
 
 
-def fresh_supernet(workspace: Workspace) -> Supernet:
+def fresh_supernet(workspace: Workspace, **changes) -> Supernet:
     torch.manual_seed(0)
-    base = supernet_config(workspace.student_config(), workspace.config.student.num_hidden_layers)
+    base = supernet_config(workspace.student_config(**changes), workspace.config.student.num_hidden_layers)
     return Supernet(base, [task.spec for task in workspace.tasks.values()])
 
 
@@ -79,7 +82,7 @@ def few_steps(workspace: Workspace, space: ArchitectureSpace) -> dict:
     """Two updates, of two batches each, of one architecture's slices each."""
     supernet, world = fresh_supernet(workspace), workspace.world
     draws, size = Draws(workspace, supernet, space, "general"), workspace.config.supernet.per_device_train_batch_size
-    arguments = TrainingArguments(learning_rate=1e-3, warmup_ratio=0.0, gradient_accumulation_steps=2)
+    arguments = TrainingArguments(learning_rate=RATE, warmup_ratio=0.0, gradient_accumulation_steps=2)
     before = {name: tensor.clone() for name, tensor in supernet.state_dict().items()}
     result = train(
         supernet,
@@ -93,16 +96,21 @@ def few_steps(workspace: Workspace, space: ArchitectureSpace) -> dict:
     return {"before": before, "after": supernet.state_dict(), "loss": result.loss, "tokens": result.tokens}
 
 
-def killed(workspace: Workspace, rank: int | None) -> dict:
-    """Distil a supernet with dropout; the process `rank` dies at step KILLED_AT."""
-    config = dataclasses.replace(workspace.config.student, hidden_dropout_prob=0.1)
-    workspace.config = dataclasses.replace(workspace.config, student=config)
-    supernet, world = fresh_supernet(workspace), workspace.world
+def gradient(workspace: Workspace) -> dict:
+    """The gradient of one batch of task distillation for one architecture, by parameter; None where there is none."""
+    supernet, world, name = fresh_supernet(workspace), workspace.world, workspace.main_task.spec.name
+    size = workspace.config.final.task_phase.per_device_train_batch_size
+    batch = workspace.plan(workspace.main_task.train, size, "task", 0, world=world)[-1]
+    loss_of = Draws(workspace, supernet, space_of(workspace), "tasks").loss(task_lesson(workspace, name), name)
+    with gradients_in_place():
+        loss_of(batch, 0).backward()
+    world.add_up(list(supernet.parameters()))
+    return {name: parameter.grad for name, parameter in supernet.named_parameters()}
 
-    def die(step: int, total: int) -> None:
-        assert total > KILLED_AT
-        if step == KILLED_AT and world.rank == rank:
-            os.kill(os.getpid(), signal.SIGKILL)
+
+def long_phase(workspace: Workspace, on_step=None) -> dict:
+    """Distil a supernet with dropout, and a checkpoint every ten steps."""
+    supernet, world = fresh_supernet(workspace, hidden_dropout_prob=0.1), workspace.world
 
     train(
         supernet,
@@ -112,15 +120,37 @@ def killed(workspace: Workspace, rank: int | None) -> dict:
             supernet.effbert.fit_dense,
         ),
         TrainingArguments(num_train_epochs=3),
-        Phase(("killed",), 0, workspace.folder / "killed.pt", save_seconds=-1.0),
-        on_step=die,
+        Phase(("long",), 0, workspace.folder / "long.pt", save_seconds=-1.0),
+        on_step=on_step,
         world=world,
     )
     return supernet.state_dict()
 
 
-def gradients(world: parallel.World) -> dict:
+def killed(workspace: Workspace) -> dict:
+    """The same; rank 1 dies at step KILLED_AT."""
+
+    def die(step: int, total: int) -> None:
+        if step == KILLED_AT and not workspace.world.is_first:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return long_phase(workspace, die)
+
+
+def failing(workspace: Workspace) -> dict:
+    """The same; rank 1 has an error that nobody foresaw."""
+
+    def fail(step: int, total: int) -> None:
+        if step == KILLED_AT and not workspace.world.is_first:
+            raise ArithmeticError("the sum is\nwrong")
+
+    (workspace.folder / "long.pt").unlink(missing_ok=True)
+    return long_phase(workspace, fail)
+
+
+def gradients(workspace: Workspace) -> dict:
     """Three parameters of which the first is used by all, the second by the last rank, the third by none."""
+    world = workspace.world
     parameters = [torch.nn.Parameter(torch.ones(3, 2)) for _ in range(3)]
     parameters[0].grad = torch.full((3, 2), 1.0 + world.rank)
     if world.rank == world.size - 1:
@@ -130,18 +160,19 @@ def gradients(world: parallel.World) -> dict:
     return {"gradients": [parameter.grad for parameter in parameters], "loss": loss}
 
 
-def main(what: str, folder: Path) -> None:
-    """Run `what` on this rank and keep what came of it in FOLDER/WHAT-RANK.pt."""
-    with parallel.joined() as world:
-        if what == "gradients":
-            found = gradients(world)
-        else:
-            workspace = workspace_in(folder, 4, world)
-            found = (
-                everything(workspace) if what == "everything" else killed(workspace, 1 if what == "killed" else None)
-            )
-        torch.save(found, folder / f"{what}-{world.rank}.pt")
+def main(folder: Path, parts: list[str]) -> int:
+    """Run `parts` on this rank as a command does, and keep what came of each in FOLDER/PART-RANK.pt."""
+
+    def run(arguments: list[str], world: parallel.World) -> int:
+        quiet_libraries()
+        workspace = workspace_in(folder, 4, world)
+        for part in arguments:
+            torch.save(globals()[part](workspace), folder / f"{part}-{world.rank}.pt")
+        return 0
+
+    cli.run = run
+    return __main__.main(parts)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
