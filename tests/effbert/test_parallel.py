@@ -11,6 +11,8 @@ from effbert import parallel, workspace
 from effbert.__main__ import main
 from effbert.data.batches import WHOLE, BatchPlan
 from effbert.distill import LossWeights, distillation_losses
+from effbert.engine import Phase, train
+from effbert.optim import TrainingArguments
 from effbert.parallel import ALONE, World
 from effbert.trace import Trace
 
@@ -93,6 +95,34 @@ def test_one_process_alone_leaves_everything_as_it_is():
     ALONE.check_same(3, "never")
     assert parameter.grad is None and ALONE.any([True, False]) == [True, False]
     assert ALONE.on_first(divmod, 7, 2) == (3, 1) and ALONE.first_then_all(lambda: "here") == "here"
+
+
+class Silent(World):
+    """A rank of two that talks to nobody."""
+
+    def any(self, flags):
+        return list(flags)
+
+    def add_up(self, parameters, *more):
+        pass
+
+    def check_same(self, value, message):
+        pass
+
+
+def test_each_rank_draws_dropout_of_its_own_and_the_first_that_of_a_process_alone():
+    def drawn(world):
+        model, found = torch.nn.Linear(1, 1), []
+
+        def loss_of(batch, number):
+            found.append(int(torch.randint(2**62, ())))
+            return model.weight.sum()
+
+        train(model, lambda epoch: plans(9, 2, 1)[0], loss_of, TrainingArguments(), Phase(("p",), 0), world=world)
+        return found
+
+    alone, first, second = (drawn(world) for world in (ALONE, Silent(0, 2), Silent(1, 2)))
+    assert alone == first and len(set(first + second)) == 2 * len(alone) > 2
 
 
 def test_every_process_has_a_gpu_of_its_own(monkeypatch):

@@ -127,25 +127,23 @@ def long_phase(workspace: Workspace, on_step=None) -> dict:
     return supernet.state_dict()
 
 
-def killed(workspace: Workspace) -> dict:
-    """The same; rank 1 dies at step KILLED_AT."""
+def killed(workspace: Workspace) -> None:
+    """The same from its start; rank 1 dies at step KILLED_AT."""
 
     def die(step: int, total: int) -> None:
         if step == KILLED_AT and not workspace.world.is_first:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return long_phase(workspace, die)
-
-
-def failing(workspace: Workspace) -> dict:
-    """The same; rank 1 has an error that nobody foresaw."""
-
-    def fail(step: int, total: int) -> None:
-        if step == KILLED_AT and not workspace.world.is_first:
-            raise ArithmeticError("the sum is\nwrong")
-
     (workspace.folder / "long.pt").unlink(missing_ok=True)
-    return long_phase(workspace, fail)
+    workspace.world.wait()
+    long_phase(workspace, die)
+
+
+def failing(workspace: Workspace) -> None:
+    """Rank 1 has an error that nobody foresaw, and the others wait for it."""
+    if not workspace.world.is_first:
+        raise ArithmeticError("the sum is\nwrong")
+    workspace.world.wait()
 
 
 def gradients(workspace: Workspace) -> dict:
@@ -158,6 +156,14 @@ def gradients(workspace: Workspace) -> dict:
     loss = torch.tensor(float(world.rank), dtype=torch.float64)
     world.add_up(parameters, loss)
     return {"gradients": [parameter.grad for parameter in parameters], "loss": loss}
+
+
+def disagreement(workspace: Workspace) -> dict:
+    """What ranks are told that stand at different steps."""
+    try:
+        workspace.world.check_same((0, workspace.world.rank), "the processes see different checkpoints")
+    except ValueError as error:
+        return {"told": str(error)}
 
 
 def main(folder: Path, parts: list[str]) -> int:

@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from effbert import checkpoint
 from effbert.__main__ import main
+from effbert.engine import Phase
 from effbert.parallel import ALONE
 from effbert.search.shared import Draws
 
@@ -66,7 +68,7 @@ def base(tmp_path_factory):
 def two(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks") / "two"
     shutil.copytree(base, folder)
-    output = in_two(folder, "gradients", "gradient", "everything", "long_phase", "failing", fails=True)
+    output = in_two(folder, "gradients", "disagreement", "gradient", "everything", "long_phase", "killed", fails=True)
     (folder / "output").write_text(output)
     return folder
 
@@ -150,21 +152,24 @@ def test_a_gradient_that_one_rank_has_counts_on_all_and_one_that_none_has_stays_
         assert by_none is None and found["loss"] == 1.0
 
 
-def test_a_killed_rank_ends_the_run_and_the_first_ones_checkpoint_goes_on(base, two, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(base, folder)
-    output = in_two(folder, "killed", fails=True)
+def test_ranks_that_stand_at_different_steps_are_all_told_so(two):
+    line = "the processes see different checkpoints: rank 0 (0, 0), rank 1 (0, 1)"
+    assert kept(two, "disagreement") == [{"told": line}] * 2
+
+
+def test_a_killed_rank_ends_the_run_and_the_first_ones_checkpoint_goes_on(two, tmp_path):
+    output = (two / "output").read_text()
     assert len(said(output)) <= 1 and "Signal 9" in output  # torchrun says it too, and may be faster
-    assert (folder / "long.pt").exists() and not list(folder.glob("killed-*"))
-    in_two(folder, "long_phase")
+    folder = tmp_path / "run"
+    shutil.copytree(two, folder)
+    assert not list(folder.glob("killed-*"))
+    assert checkpoint.load(folder / "long.pt", Phase(("long",), 0).fingerprint)["step"] == 10
+    output = in_two(folder, "long_phase", "failing", fails=True)
     for found, expected in zip(kept(folder, "long_phase"), kept(two, "long_phase"), strict=True):
         for name, tensor in expected.items():
             assert torch.equal(found[name], tensor), name
-
-
-def test_an_error_of_one_rank_ends_all_with_one_line(two):
-    printed = said((two / "output").read_text())
-    assert printed == ["effbert: rank 1: ArithmeticError: the sum is wrong (EFFBERT_TRACEBACK=1 shows where)"]
+    line = "effbert: rank 1: ArithmeticError: the sum is wrong (EFFBERT_TRACEBACK=1 shows where)"
+    assert said(output) == [line]  # an error of one rank ends all, and is told once
 
 
 SHORT = (
