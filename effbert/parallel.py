@@ -18,6 +18,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from effbert.errors import first_line
+
 WAITING = timedelta(days=365)  # a rank waits that long for another; one that has died is noticed at once
 BUCKET = 2**23  # elements added up at once
 
@@ -98,8 +100,9 @@ class World:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for bucket in buckets([*gradients, *more]):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
+            group = _group_for(flat.device.type)
             with _others():
-                dist.all_reduce(flat, group=_group_for(flat.device.type))
+                dist.all_reduce(flat, group=group)
             for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
@@ -159,10 +162,13 @@ def _group_for(device: str):
 
 @contextmanager
 def _others() -> Iterator[None]:
-    """What the backends raise when a peer is gone becomes one line."""
+    """What the backends raise when a peer is gone, or was never reached, becomes one line."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise RankError("another process of this run has ended; the same command goes on from here") from error
+        raise RankError(
+            f"another process of this run has ended or cannot be reached ({first_line(error)}); "
+            "the same command goes on from here"
+        ) from error
