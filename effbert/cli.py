@@ -6,10 +6,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 from effbert.flags import parse, preset, quiet_libraries, take_flag
+from effbert.parallel import ALONE, World
 
 USAGE = """usage: effbert COMMAND ...
 
-  search   find a small BERT: effbert search --preset demo --output_dir runs/demo
+  search   find a small BERT: effbert search --preset demo --output_dir runs/demo; with a process for each of two GPUs:
+           torchrun --nproc-per-node 2 -m effbert search ...
   arch     parameters and FLOPs of an architecture: effbert arch "TEXT" --preset efficientbert
   report   one HTML page about a search, finished or under way: effbert report runs/demo
   kernels  the code generated for an expression: effbert kernels show "TEXT", with --ptx sm_90 its assembly;
@@ -23,8 +25,10 @@ USAGE = """usage: effbert COMMAND ...
 effbert COMMAND --help lists a command's flags. EFFBERT_TRACEBACK=1 shows where an error came from."""
 
 
-def run(arguments: list[str]) -> int:
-    """Run one command; returns the exit status. ValueError and OSError carry one line for the person."""
+def run(arguments: list[str], world: World = ALONE) -> int:
+    """Run one command; returns the exit status. ValueError and OSError carry one line for the person.
+
+    world: the processes that all run it, a search only."""
     commands = {"search": search, "arch": arch, "report": report, "kernels": kernels, "bench": bench}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -37,6 +41,10 @@ def run(arguments: list[str]) -> int:
     if arguments[0] not in commands:
         raise ValueError(f"unknown command {arguments[0]!r}: one of {', '.join(commands)}; effbert --help tells more")
     refuse_repeats(arguments[1:])
+    if arguments[0] == "search":
+        return search(arguments[1:], world)
+    if world.size > 1:
+        raise ValueError(f"effbert {arguments[0]} is for one process: start it without torchrun")
     return commands[arguments[0]](arguments[1:])
 
 
@@ -48,7 +56,7 @@ def refuse_repeats(arguments: list[str]) -> None:
         raise ValueError(f"--{twice[0].lstrip('_')} is given {Counter(flags)[twice[0]]} times: give it once")
 
 
-def search(arguments: list[str]) -> int:
+def search(arguments: list[str], world: World = ALONE) -> int:
     """effbert search: run or resume a whole search."""
     from effbert.config import PRESETS, SearchConfig
 
@@ -70,12 +78,14 @@ def search(arguments: list[str]) -> int:
     quiet_libraries()
     from effbert.search.run import dry_run, run_search
 
+    if dry and world.size > 1:
+        raise ValueError("--dry_run forecasts a search in one process: start it without torchrun")
     if dry:
         print("\n".join(dry_run(config, _rate(assumed))))
     elif assumed is not None:
         raise ValueError("--flops_per_second is for --dry_run: a search takes the time it takes")
     else:
-        run_search(config)
+        run_search(config, world=world)
     return 0
 
 

@@ -169,7 +169,7 @@ class SearchConfig:
         population: Candidates trained at once on the same batches; 0 for as many of a cohort as memory holds.
         seed: Of everything random.
         seeds: Repeat the rows of the final table so often, for mean and spread.
-        device: "auto" (the GPU where there is one), "cpu", "cuda".
+        device: "auto" (the GPU where there is one), "cpu", "cuda"; each process of several has a GPU of its own.
         num_threads: CPU threads; 0 leaves it to PyTorch. The last bits of a score depend on it.
     """
 

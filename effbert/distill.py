@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from effbert import kernels
+from effbert.data.batches import WHOLE, Shares
 from effbert.teacher import layer_map
 from effbert.trace import ScoreTargets, Trace
 
@@ -126,12 +127,20 @@ def distillation_losses(
     weights: LossWeights,
     kind: str | None = None,
     labels: torch.Tensor | None = None,
+    shares: Shares = WHOLE,
 ) -> Losses:
-    """General distillation (attention + hidden), plus the prediction part where the task's `kind` is given."""
+    """General distillation (attention + hidden), plus the prediction part where the task's `kind` is given.
+
+    shares: of a part of a batch, which weigh each part of the total by what its mean runs over, so that the totals of
+    all parts of a batch add up to that of the batch.
+    """
+    real = weights.loss_mask == "real"
+    pairs, tokens = (shares.pairs, shares.tokens) if real else (shares.rows, shares.rows)
     attention = attention_loss(student, teacher, attention_mask, weights)
     hidden = hidden_loss(student, teacher, fit_dense, attention_mask, weights)
-    total = weights.attention * attention + weights.hidden * hidden
+    total = weights.attention * pairs * attention + weights.hidden * tokens * hidden
     if kind is None:
         return Losses(total, attention, hidden)
     prediction = prediction_loss(kind, student.logits, teacher.logits, labels, attention_mask, weights)
-    return Losses(total + weights.prediction * prediction, attention, hidden, prediction)
+    total = total + weights.prediction * (tokens if kind == "spans" else shares.rows) * prediction
+    return Losses(total, attention, hidden, prediction)

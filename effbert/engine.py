@@ -3,7 +3,8 @@
 A phase is a model, the batches of each epoch, and a function from batch to loss. Everything random is keyed by
 (seed, phase name, step), so a phase killed at any moment and started again gives the same numbers, and a model trained
 among others the same as alone. Models that train together take each step in turn on the same batch; what all of them
-need of a batch, such as a teacher's outputs, is computed once for it.
+need of a batch, such as a teacher's outputs, is computed once for it. Several processes may train them, each on its
+part of every batch (effbert.parallel).
 """
 
 import math
@@ -22,6 +23,7 @@ from effbert import checkpoint, random
 from effbert.data.batches import Batch
 from effbert.kernels import gradients_in_place
 from effbert.optim import Optimizer, PartlyUsed, TrainingArguments
+from effbert.parallel import ALONE, World
 
 CHECK_EVERY = 10  # steps between reads of the loss: a read waits for the device
 DIVERGED = 10.0  # times the mean loss of the first CHECK_EVERY steps: more, over CHECK_EVERY steps, ends a phase
@@ -97,10 +99,11 @@ def train(
     after_epoch: Callable[[int], dict] | None = None,
     on_step: Callable[[int, int], None] | None = None,
     partly_used: Callable[[Sequence[int]], PartlyUsed] | None = None,
+    world: World = ALONE,
 ) -> TrainingResult:
     """`train_together` of one model, whose loss_of takes (batch on `device`, number of the batch in the phase)."""
     trainee = Trainee(model, lambda batch, number, _: loss_of(batch, number), phase, after_epoch, partly_used)
-    return train_together([trainee], plan_of, arguments, device=device, on_step=on_step)[0]
+    return train_together([trainee], plan_of, arguments, device=device, on_step=on_step, world=world)[0]
 
 
 def train_together(
@@ -111,6 +114,7 @@ def train_together(
     share: Callable[[Batch], Any] | None = None,
     device: torch.device | str = "cpu",
     on_step: Callable[[int, int], None] | None = None,
+    world: World = ALONE,
 ) -> list[TrainingResult]:
     """Train models in place over `arguments.num_train_epochs` epochs, step by step on the same batches.
 
@@ -119,10 +123,14 @@ def train_together(
     loss grows past DIVERGED, ends its own phase; nothing is raised. With a checkpoint on disk a phase goes on from it,
     and the others catch up with it or it waits for them; the caller deletes the files (`forget`) once the outcome is
     safe elsewhere. Where a GPU's memory does not hold all, half of them go first and the rest waits on the CPU.
+
+    world: the processes that train these models, each with its part of the same batches as `plan_of`; the first of
+    them writes the checkpoints, which all read. Dropout draws its own masks on each. There is no going by halves then:
+    too little memory is an error.
     """
     if not trainees:
         return []
-    together = _Together(trainees, plan_of, arguments, share, torch.device(device))
+    together = _Together(trainees, plan_of, arguments, share, torch.device(device), world)
     with _Interrupts() as interrupts:
         together.run(interrupts, on_step)
     return [learner.result() for learner in together.learners]
@@ -156,10 +164,12 @@ class _Interrupts:
 class _Together:
     """Learners in lockstep: each takes the step that is due where it stands, the one furthest behind first."""
 
-    def __init__(self, trainees, plan_of, arguments: TrainingArguments, share, device: torch.device):
-        self.plan_of, self.arguments, self.share, self.device = plan_of, arguments, share, device
+    def __init__(self, trainees, plan_of, arguments: TrainingArguments, share, device: torch.device, world: World):
+        self.plan_of, self.arguments, self.share, self.device, self.world = plan_of, arguments, share, device, world
         self.plan = (0, plan_of(0)) if arguments.num_train_epochs else (0, ())
-        self.learners = [_Learner(trainee, arguments, len(self.plan[1]), device) for trainee in trainees]
+        self.learners = [_Learner(trainee, arguments, len(self.plan[1]), device, world) for trainee in trainees]
+        stand = [(*learner.where, learner.step) for learner in self.learners]
+        world.check_same(stand, f"{trainees[0].phase.fingerprint}: the processes see different checkpoints")
         self.width = len(self.learners)
         self.save_every = max(trainee.phase.save_seconds for trainee in trainees)
         self.started = self.saved = time.monotonic()
@@ -175,7 +185,7 @@ class _Together:
                 while running := [learner for learner in group if not learner.done]:
                     self.step(running, interrupts, on_step)
             except torch.OutOfMemoryError:
-                if self.width == 1:
+                if self.width == 1 or self.world.size > 1:
                     raise
                 self.width = max(1, len(group) // 2)
                 waiting = group + waiting
@@ -207,7 +217,7 @@ class _Together:
                 learner.end_epoch()
         for learner in due:
             learner.seconds += (time.monotonic() - begun) / len(due)
-        if interrupts.pending:
+        if self.world.any([interrupts.pending])[0]:
             self.save(self.learners)
             raise KeyboardInterrupt
         if due[0].step % CHECK_EVERY == 0 or position == due[0].steps:
@@ -260,10 +270,12 @@ class _Learner:
         "records", "seconds",
     )  # fmt: skip
 
-    def __init__(self, trainee: Trainee, arguments: TrainingArguments, batches: int, device: torch.device):
+    def __init__(
+        self, trainee: Trainee, arguments: TrainingArguments, batches: int, device: torch.device, world: World
+    ):
         self.model, self.loss_of, self.phase = trainee.model, trainee.loss_of, trainee.phase
         self.after_epoch, self.partly_used = trainee.after_epoch, trainee.partly_used
-        self.arguments, self.batches, self.device = arguments, batches, device
+        self.arguments, self.batches, self.device, self.world = arguments, batches, device, world
         self.steps = -(-batches // arguments.gradient_accumulation_steps)
         self.total = self.steps * arguments.num_train_epochs
         self.optimizer = Optimizer(self.model, arguments, self.total)
@@ -292,7 +304,8 @@ class _Learner:
         """Add the gradient of one batch, the `of`-th part of an update."""
         if not self.model.training:
             self.model.train()
-        torch.manual_seed(random.key(self.phase.seed, *self.phase.name, "step", self.epoch, index))
+        rank = () if self.world.is_first else ("rank", self.world.rank)  # else its rows would have rank 0's masks
+        torch.manual_seed(random.key(self.phase.seed, *self.phase.name, "step", self.epoch, index, *rank))
         number = self.epoch * self.batches + index
         with gradients_in_place():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.arguments.bf16):
@@ -304,6 +317,7 @@ class _Learner:
 
     def update(self) -> None:
         """One step of the optimiser, and what it was worth."""
+        self.world.add_up(self.optimizer.parameters, self.pending)
         norm = self.optimizer.step(self.step, self.partly_used and self.partly_used(self.pending_numbers))
         mean = self.pending + 0 * norm.double()  # a gradient that is not finite shows in the sums
         self.loss_sum = self.loss_sum.to(mean.device) + mean
@@ -359,7 +373,7 @@ class _Learner:
 
     def save(self) -> None:
         """Write the checkpoint, where the phase keeps one."""
-        if self.phase.checkpoint is None or self.diverged:
+        if self.phase.checkpoint is None or self.diverged or not self.world.is_first:
             return
         state = {name: getattr(self, name) for name in self.COUNTERS}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.adamw.state_dict()}

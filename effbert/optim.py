@@ -19,7 +19,8 @@ class TrainingArguments:
     """One training phase; names as in transformers.
 
     num_train_epochs: passes over the phase's data. warmup_ratio: share of all steps with a rising learning rate.
-    bf16: autocast (weights stay fp32). A step is gradient_accumulation_steps batches.
+    bf16: autocast (weights stay fp32). A step is gradient_accumulation_steps batches, and where several processes train
+    one model a batch has per_device_train_batch_size rows for each.
     """
 
     learning_rate: float = 1e-4

@@ -36,7 +36,7 @@ class Lesson:
             student = trace_of(batch, number, score_targets(teacher, self.num_layers, self.weights))
             labels = None if self.kind is None else batch.labels
             return distillation_losses(
-                student, teacher, fit_dense, batch.attention_mask, self.weights, self.kind, labels
+                student, teacher, fit_dense, batch.attention_mask, self.weights, self.kind, labels, batch.shares
             ).total
 
         return loss_of

@@ -9,6 +9,7 @@ from effbert.data.batches import subset
 from effbert.engine import Phase, Trainee, TrainingResult, train_together
 from effbert.model import EffBertHeadModel
 from effbert.optim import TrainingArguments
+from effbert.parallel import ALONE, World
 from effbert.step import general_lesson, task_lesson
 from effbert.workspace import Workspace, model_inputs
 
@@ -40,8 +41,11 @@ def distil(
     students: Sequence[Student],
     budget: Budget,
     on_step: Callable[[int, int], None] | None = None,
+    world: World = ALONE,
 ) -> list[Distillation]:
-    """Distil students of one seed on the main task, in step with each other and from one pass of the teacher."""
+    """Distil students of one seed on the main task, in step with each other and from one pass of the teacher.
+
+    world: the processes that share every batch; each takes so many rows of it as the budget's batch sizes say."""
     phases = [(student.phase.sub("general"), student.phase.sub("task")) for student in students]
     general = warm_up(
         workspace,
@@ -49,6 +53,7 @@ def distil(
         budget.general_share,
         budget.general_phase,
         on_step,
+        world,
     )
     task, arguments = workspace.main_task, budget.task_phase
     rows, lesson = subset(task.train, budget.task_share), task_lesson(workspace, task.spec.name)
@@ -63,11 +68,14 @@ def distil(
             )
             for place in going
         ],
-        lambda epoch: workspace.plan(rows, arguments.per_device_train_batch_size, "task", epoch, _seed(students)),
+        lambda epoch: workspace.plan(
+            rows, arguments.per_device_train_batch_size, "task", epoch, _seed(students), world
+        ),
         arguments,
         share=lesson.teacher_of,
         device=workspace.device,
         on_step=on_step,
+        world=world,
     )
     task_of = dict(zip(going, results, strict=True))
     return [_joined(first, task_of.get(place), phases[place]) for place, first in enumerate(general)]
@@ -79,8 +87,9 @@ def warm_up(
     share: float,
     arguments: TrainingArguments,
     on_step: Callable[[int, int], None] | None = None,
+    world: World = ALONE,
 ) -> list[TrainingResult]:
-    """General distillation in place on the first `share` of the corpus."""
+    """General distillation in place on the first `share` of the corpus; `world` as in `distil`."""
     lesson = general_lesson(workspace)
     return train_together(
         [
@@ -91,11 +100,14 @@ def warm_up(
             )
             for student in students
         ],
-        lambda epoch: workspace.general_plan(share, arguments.per_device_train_batch_size, epoch, _seed(students)),
+        lambda epoch: workspace.general_plan(
+            share, arguments.per_device_train_batch_size, epoch, _seed(students), world
+        ),
         arguments,
         share=lesson.teacher_of,
         device=workspace.device,
         on_step=on_step,
+        world=world,
     )
 
 

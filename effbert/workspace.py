@@ -27,6 +27,7 @@ from effbert.evaluate import evaluate
 from effbert.files import atomic_dir, write_atomic
 from effbert.mlm import MaskedPlan, masked_lm_loss, new_bert
 from effbert.model import EffBertConfig
+from effbert.parallel import ALONE, World
 from effbert.teacher import (
     Teacher,
     check_family,
@@ -56,6 +57,7 @@ class Workspace:
         official training rows. held_out: the official validation split, for the final table only.
     teacher_config: the encoder's transformers config, known before its weights. teachers: one a task.
     general_teacher: the one for general distillation, where a given teacher has the main task's head the same one.
+    world: the processes that train supernets and final rows together.
     """
 
     config: SearchConfig
@@ -68,6 +70,7 @@ class Workspace:
     teacher_config: object
     general_teacher: Teacher | None = None
     teachers: dict[str, Teacher] = field(default_factory=dict)
+    world: World = ALONE
 
     @property
     def main_task(self) -> EncodedTask:
@@ -95,12 +98,17 @@ class Workspace:
             }
         )
 
-    def general_plan(self, share: float, batch_size: int, epoch: int, seed: int | None = None) -> BatchPlan:
+    def general_plan(
+        self, share: float, batch_size: int, epoch: int, seed: int | None = None, world: World = ALONE
+    ) -> BatchPlan:
         """Batches over the first `share` of the corpus, in an order that depends on the seed and the epoch alone."""
-        return self.plan(subset(self.corpus, share), batch_size, "general", epoch, seed)
+        return self.plan(subset(self.corpus, share), batch_size, "general", epoch, seed, world)
 
-    def plan(self, data, batch_size: int, name: str, epoch: int, seed: int | None = None) -> BatchPlan:
-        """Shuffled batches of any encoded data; `seed` None is the run's."""
+    def plan(
+        self, data, batch_size: int, name: str, epoch: int, seed: int | None = None, world: World = ALONE
+    ) -> BatchPlan:
+        """Shuffled batches of any encoded data; `seed` None is the run's. In a `world` of several processes batches are
+        that many times batch_size rows large, and the plan gives this one's part of each."""
         return BatchPlan(
             data,
             batch_size,
@@ -109,15 +117,16 @@ class Workspace:
             name=name,
             epoch=epoch,
             buckets=(self.config.max_length,) if self.config.pad_to_max_length else None,
+            part=(world.rank, world.size),
         )
 
 
-def open_workspace(config: SearchConfig, folder: Path, say: Say) -> Workspace:
+def open_workspace(config: SearchConfig, folder: Path, say: Say, world: World = ALONE) -> Workspace:
     """Make or read back tokenizer and data, and check that they, the teacher and the student go together.
 
     Cheap beside what follows: `open_teachers` makes the teachers.
     """
-    device = pick_device(config.device)
+    device = pick_device(config.device, world)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     given = read_config(config.teacher) if config.teacher else None
@@ -136,7 +145,7 @@ def open_workspace(config: SearchConfig, folder: Path, say: Say) -> Workspace:
             f"{len(held_out[name].validation):,} held out"
         )
     teacher_config = given or own_teacher_config(config, tokenizer)
-    return Workspace(config, folder, device, tokenizer, corpus, tasks, held_out, teacher_config)
+    return Workspace(config, folder, device, tokenizer, corpus, tasks, held_out, teacher_config, world=world)
 
 
 def open_teachers(workspace: Workspace, say: Say, steps: Steps = no_steps) -> None:
@@ -159,10 +168,13 @@ def open_teachers(workspace: Workspace, say: Say, steps: Steps = no_steps) -> No
             workspace.teachers[name] = tuned_teacher(workspace, base, task, say, steps)
 
 
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the GPU where there is one. ValueError where this machine has no such one."""
+def pick_device(name: str, world: World = ALONE) -> torch.device:
+    """The device called `name`; "auto" is the GPU where there is one. ValueError where this machine has no such one.
+
+    Each process of a `world` of several has a GPU of its own, that of its local rank, which becomes CUDA's current one.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -173,7 +185,19 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(
             f"--device {name}: PyTorch finds {torch.cuda.device_count()} GPUs here; use --device cpu or auto"
         )
-    return device
+    return device if world.size == 1 or device.type == "cpu" else _own_gpu(name, device, world)
+
+
+def _own_gpu(name: str, device: torch.device, world: World) -> torch.device:
+    if device.index is not None:
+        raise ValueError(f"--device {name}: each of {world.size} processes needs a GPU of its own: use --device cuda")
+    if world.local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {world.local_rank} of this machine has no GPU: PyTorch finds {torch.cuda.device_count()} here; "
+            "start no more than that, or use --device cpu"
+        )
+    torch.cuda.set_device(world.local_rank)
+    return torch.device("cuda", world.local_rank)
 
 
 def load_tasks(config: SearchConfig) -> dict[str, Task]:

@@ -65,9 +65,9 @@ def equal_plain_width(architecture: Architecture, config: EffBertConfig) -> int:
 def final_rows(
     workspace: Workspace, supernet: Supernet, lines: Sequence[Row], repeat: int, reporter: Reporter
 ) -> list[dict]:
-    """Distil rows fully with seed `config.seed + repeat`, together, and score them on the held-out rows; or read what
-    became of them."""
-    folder = workspace.folder / "final"
+    """Distil rows fully with seed `config.seed + repeat`, together and data-parallel, and score them on the held-out
+    rows; or read what became of them."""
+    folder, world = workspace.folder / "final", workspace.world
     folder.mkdir(exist_ok=True)
     files = {row.name: folder / f"{row.name.replace(' ', '-')}-{repeat}.json" for row in lines}
     phases = {row.name: _phase(workspace, row, repeat, files[row.name]) for row in lines}
@@ -76,16 +76,12 @@ def final_rows(
         on_step = reporter.steps(f"final, {len(missing)} at once")
         started = [initial_model(workspace, supernet, row, phases[row.name].sub("warm-up"), on_step) for row in missing]
         students = [Student(model, phases[row.name]) for row, (model, _) in zip(missing, started, strict=True)]
-        distilled = distil(workspace, students, workspace.config.final, on_step)
+        distilled = distil(workspace, students, workspace.config.final, on_step, world)
         for row, (model, warm_seconds), student in zip(missing, started, distilled, strict=True):
             if student.diverged:
                 raise ValueError(f"final {row.name}: {student.diverged}: lower the learning rates of --final")
-            result = _result(workspace, row, repeat, model, student.seconds + warm_seconds)
-            if row.name == "winner" and repeat == 0:
-                save_best(workspace, model)
-            write_atomic(files[row.name], json.dumps(result, indent=1))
-            scores, seed = show(result["scores"]), workspace.config.seed + repeat
-            reporter.say(f"final {row.name} (seed {seed}): {scores} held out, {result['parameters']:,} parameters")
+            seconds = student.seconds + warm_seconds
+            world.on_first(_keep, workspace, row, repeat, model, seconds, files[row.name], reporter)
     forget([phase.sub(part) for phase in phases.values() for part in ("warm-up", "general", "task")])
     return [json.loads(files[row.name].read_text()) for row in lines]
 
@@ -93,6 +89,16 @@ def final_rows(
 def _phase(workspace: Workspace, row: Row, repeat: int, file: Path) -> Phase:
     seed = workspace.config.seed + repeat
     return Phase(("final", row.name, repeat), seed, file.with_suffix(".pt"), str(row.architecture))
+
+
+def _keep(workspace: Workspace, row: Row, repeat: int, model, seconds: float, file: Path, reporter: Reporter) -> None:
+    """Score a finished row and write its file, for the winner best/ too."""
+    result = _result(workspace, row, repeat, model, seconds)
+    if row.name == "winner" and repeat == 0:
+        save_best(workspace, model)
+    write_atomic(file, json.dumps(result, indent=1))
+    scores, seed = show(result["scores"]), workspace.config.seed + repeat
+    reporter.say(f"final {row.name} (seed {seed}): {scores} held out, {result['parameters']:,} parameters")
 
 
 def _result(workspace: Workspace, row: Row, repeat: int, model: EffBertHeadModel, seconds: float) -> dict:
@@ -115,7 +121,7 @@ def initial_model(workspace: Workspace, supernet: Supernet, row: Row, warm: Phas
         plain = derive_config(supernet.config, row.architecture, intermediate_size=row.plain_width)
         torch.manual_seed(random.key(warm.seed, "final", row.name, "init"))
         model = new_student(plain, spec.kind, spec.labels).to(workspace.device)
-        (result,) = warm_up(workspace, [Student(model, warm)], 1.0, config.supernet, on_step)
+        (result,) = warm_up(workspace, [Student(model, warm)], 1.0, config.supernet, on_step, workspace.world)
         must_finish(result, f"the warm-up of {row.name}", "--supernet.learning_rate")
         seconds = result.seconds
     else:

@@ -11,13 +11,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Reporter:
-    """Prints lines, and keeps the live lines of the stage and of the training phase under way; use it in a `with`."""
+    """Prints lines, and keeps the live lines of the stage and of the training phase under way; use it in a `with`.
+    Not `shown`, it is silent."""
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console(highlight=False, soft_wrap=True)
+    def __init__(self, console: Console | None = None, shown: bool = True):
+        self.console = console or Console(highlight=False, soft_wrap=True, quiet=not shown)
         self.started = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        self._live = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        silent = not (shown and self.console.is_terminal)
+        self._live = Progress(*columns, console=self.console, transient=True, disable=silent)
         self._log, self._logged = logging.getLogger("effbert"), _Said(self)
 
     def __enter__(self) -> "Reporter":

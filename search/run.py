@@ -5,15 +5,17 @@ import json
 import platform
 import tempfile
 import time
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
-from effbert import __version__, random
+from effbert import __version__
 from effbert.architecture import Architecture
 from effbert.config import SearchConfig, as_dict
 from effbert.files import remove_partial, write_atomic
+from effbert.parallel import ALONE, World
 from effbert.search import forecast, report
 from effbert.search.agreement import Interval, kendall, of_filter, of_rungs
 from effbert.search.budget import ladder
@@ -33,40 +35,89 @@ from effbert.workspace import Workspace, open_teachers, open_workspace
 REFRESH_SECONDS = 30.0  # between two reports while candidates come in
 
 
-def run_search(config: SearchConfig, reporter: Reporter | None = None) -> dict:
+def run_search(config: SearchConfig, reporter: Reporter | None = None, world: World = ALONE) -> dict:
     """Run or resume the search that `config` describes; returns what <output_dir>/results.json holds.
 
-    Several processes may do so at once, with one configuration and one folder: candidates they share, and what is made
+    world: the processes that run it together, all of which call this. The supernets and the final distillation are
+    data-parallel, everything else happens on the first while the others wait.
+
+    Several such calls may run at once, with one configuration and one folder: candidates they share, and what is made
     once one of them makes while the others wait. ValueError or FileNotFoundError, in one line, where the input, the
     folder or the storage will not do.
     """
-    with RunFolder(config.output_dir, as_dict(config)) as folder, reporter or Reporter() as reporter:
-        workers = folder.workers
-        workers.say = reporter.say
-        if workers.others():
-            reporter.say(f"joining {len(workers.others())} other workers in {folder.path}")
-        with closing(Study(folder.path, config.storage, folder.id, workers)) as study:
-            with workers.turn("tokenizer, data and teachers"):
-                if not workers.others():
-                    remove_partial(folder.path)
+    folder = Path(config.output_dir)
+    with claimed(config, world) as claim, reporter or Reporter(shown=world.is_first) as reporter:
+        if claim is not None:
+            claim.workers.say = reporter.say
+        with study_of(config, claim) as study:
+            turn = turns(world, study)
+            with turn("tokenizer, data and teachers"):
                 try:
-                    study.reach()
-                    workspace = open_workspace(config, folder.path, reporter.say)
+                    if study is not None:
+                        tidy(study, reporter)
+                    workspace = world.first_then_all(lambda: open_workspace(config, folder, reporter.say, world))
                     coarse = coarse_space(workspace, reporter)
+                    world.on_first(check_latency, workspace, coarse)
                 except Exception:
-                    folder.abandon()
+                    if claim is not None:
+                        claim.abandon()
                     raise
-                open_teachers(workspace, reporter.say, reporter.steps)
-            winner = three_stages(workspace, coarse, study, reporter)
-            with workers.turn("the final distillation"):
+                if world.size > 1:
+                    reporter.say(
+                        f"{world.size} processes share the batches of supernets and final rows; one does all the rest"
+                    )
+                world.first_then_all(lambda: open_teachers(workspace, reporter.say, reporter.steps))
+            winner = three_stages(workspace, coarse, study, reporter, turn)
+            with turn("the final distillation"):
                 return finish(workspace, winner, coarse, study, reporter)
+
+
+def claimed(config: SearchConfig, world: World) -> AbstractContextManager[RunFolder | None]:
+    """The run's folder, joined by the first process only. The number of processes is part of what a run is: batches
+    grow with it."""
+    if not world.is_first:
+        return nullcontext()
+    processes = {"processes": world.size} if world.size > 1 else {}
+    return RunFolder(config.output_dir, as_dict(config) | processes)
+
+
+def study_of(config: SearchConfig, claim: RunFolder | None) -> AbstractContextManager[Study | None]:
+    """The study of a claimed folder; the processes beside the first have none."""
+    if claim is None:
+        return nullcontext()
+    return closing(Study(claim.path, config.storage, claim.id, claim.workers))
+
+
+def tidy(study: Study, reporter: Reporter) -> None:
+    """Reach the storage, and sweep the folder where no other worker is in it."""
+    others = study.workers.others()
+    if others:
+        reporter.say(f"joining {len(others)} other workers in {study.output_dir}")
+    else:
+        remove_partial(study.output_dir)
+    study.reach()
+
+
+Turn = Callable[[str], AbstractContextManager[None]]
+
+
+def turns(world: World, study: Study | None) -> Turn:
+    """`Workers.turn` for all processes of a world together: no one goes on before the first has it."""
+
+    @contextmanager
+    def turn(what: str) -> Iterator[None]:
+        with nullcontext() if study is None else study.workers.turn(what):
+            world.wait()
+            yield
+
+    return turn
 
 
 def dry_run(config: SearchConfig, flops_per_second: float | None = None) -> list[str]:
     """What `run_search` would cost, as text, from a few real steps here or at an assumed rate; nothing is kept."""
     with tempfile.TemporaryDirectory() as folder, Reporter() as reporter:
         workspace = open_workspace(config, Path(folder), reporter.say)
-        coarse_space(workspace, reporter)
+        check_latency(workspace, coarse_space(workspace, reporter))
         if flops_per_second is None:
             rates = forecast.measure(workspace)
         else:
@@ -81,7 +132,7 @@ def coarse_space(workspace: Workspace, reporter: Reporter) -> ArchitectureSpace:
     low, high = workspace.config.band(dims)
     reporter.say(f"a candidate has {low:,} to {high:,} parameters, with the projection, without pooler and head")
     config = workspace.config
-    space = ArchitectureSpace(
+    return ArchitectureSpace(
         "coarse",
         dims,
         config.student.num_hidden_layers,
@@ -90,14 +141,14 @@ def coarse_space(workspace: Workspace, reporter: Reporter) -> ArchitectureSpace:
         max_flops=config.max_flops,
         length=config.max_length,
     )
-    check_latency(workspace, space, random.generator(config.seed, "latency"))
-    return space
 
 
-def three_stages(workspace: Workspace, coarse: ArchitectureSpace, study: Study, reporter: Reporter) -> Architecture:
+def three_stages(
+    workspace: Workspace, coarse: ArchitectureSpace, study: Study | None, reporter: Reporter, turn: Turn
+) -> Architecture:
     """Coarse, operations, fine; each stage starts from the winner of the one before. Returns the last winner."""
-    config, workers = workspace.config, study.workers
-    with workers.turn("the supernet"):
+    config, on_first = workspace.config, workspace.world.on_first
+    with turn("the supernet"):
         supernet = warm_supernet(workspace, reporter)
 
     def space(stage: str, base: Architecture) -> ArchitectureSpace:
@@ -109,7 +160,7 @@ def three_stages(workspace: Workspace, coarse: ArchitectureSpace, study: Study, 
     def run(name: str, settings, where: ArchitectureSpace, evaluator: Evaluator, first) -> Architecture:
         stage = open_stage(study, name)
         best = search_stage(
-            stage, name, where, settings, config.seed, evaluator, first, reporter, workers, pages.refresh
+            stage, name, where, settings, config.seed, evaluator, first, reporter, study.workers, pages.refresh
         )
         pages.write()
         reporter.say(f"{name}: {best}")
@@ -118,16 +169,16 @@ def three_stages(workspace: Workspace, coarse: ArchitectureSpace, study: Study, 
     pages = Pages(workspace.folder, study, config)
 
     trained = trained_candidates(workspace, supernet, "stage1", config.stage1, reporter)
-    found = run("stage1", config.stage1, coarse, trained, None)
+    found = on_first(run, "stage1", config.stage1, coarse, trained, None)
     trained = trained_candidates(workspace, supernet, "stage2", config.stage2, reporter)
-    found = run("stage2", config.stage2, space("operations", found), trained, found)
+    found = on_first(run, "stage2", config.stage2, space("operations", found), trained, found)
     fine = space("fine", found)
-    with workers.turn("stage 3's supernet"):
+    with turn("stage 3's supernet"):
         shared = shared_supernet(workspace, supernet, fine, config.stage3, reporter)
-    winner = run("stage3", config.stage3, fine, shared_candidates(workspace, shared), found)
+    winner = on_first(run, "stage3", config.stage3, fine, shared_candidates(workspace, shared), found)
     if config.agreement_candidates:
-        train_alone(workspace, study, fine, reporter)
-        pages.write()
+        on_first(train_alone, workspace, study, fine, reporter)
+        on_first(pages.write)
     return winner
 
 
@@ -210,11 +261,17 @@ def finish(
     workspace: Workspace, winner: Architecture, space: ArchitectureSpace, study: Study, reporter: Reporter
 ) -> dict:
     """Distil the rows of the final table, write best/ and results.json, print the table."""
-    config, spec = workspace.config, workspace.main_task.spec
-    supernet = warm_supernet(workspace, reporter)
-    results, lines = [teacher_row(workspace)], rows(workspace, winner, space, others_on_front(study, config))
-    for repeat in range(config.seeds):
+    supernet, on_first = warm_supernet(workspace, reporter), workspace.world.on_first
+    results = [on_first(teacher_row, workspace)]
+    lines = rows(workspace, winner, space, on_first(others_on_front, study, workspace.config))
+    for repeat in range(workspace.config.seeds):
         results += final_rows(workspace, supernet, lines, repeat, reporter)
+    return on_first(conclude, workspace, winner, study, results, reporter)
+
+
+def conclude(workspace: Workspace, winner: Architecture, study: Study, results: list[dict], reporter: Reporter) -> dict:
+    """Write results.json and the report, print the table."""
+    config, spec = workspace.config, workspace.main_task.spec
     metric = spec.metrics[0]
     table = report.summarise(results, metric)
     summary = {
@@ -229,6 +286,7 @@ def finish(
         "results": results,
         "seconds": training_seconds(workspace.folder, study, results),
         "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "processes": workspace.world.size,
         "versions": {"effbert": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
     }

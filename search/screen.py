@@ -7,6 +7,7 @@ that alone; a discarded candidate keeps its number, is pruned without a value, a
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from effbert import random
 from effbert.architecture import Architecture
 from effbert.config import SearchStage
 from effbert.search.budget import survivors
@@ -61,12 +62,13 @@ def make_screen(workspace: Workspace, supernet: Supernet, settings: SearchStage)
     return Screen(Latencies(workspace) if timed else None, limit, score, settings.filter_share)
 
 
-def check_latency(workspace: Workspace, space: ArchitectureSpace, rng) -> None:
+def check_latency(workspace: Workspace, space: ArchitectureSpace) -> None:
     """ValueError where TRIED architectures drawn from a space are all slower than --max_latency_ms."""
     limit = workspace.config.max_latency_ms
     if not limit:
         return
-    latencies, tried = Latencies(workspace), [space.sample(rng) for _ in range(TRIED)]
+    rng, latencies = random.generator(workspace.config.seed, "latency"), Latencies(workspace)
+    tried = [space.sample(rng) for _ in range(TRIED)]
     fastest = min(tried, key=latencies.of)
     if latencies.of(fastest) <= limit:
         return

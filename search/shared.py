@@ -71,8 +71,8 @@ def shared_supernet(
     workspace: Workspace, warm: Supernet, space: ArchitectureSpace, settings: SearchStage, reporter: Reporter
 ) -> Supernet:
     """Stage 3's supernet, kept in <run>/stage3/supernet: `warm` trained further, in place, on the corpus and then on
-    all tasks."""
-    folder = workspace.folder / "stage3"
+    all tasks; data-parallel, every process with the same architecture for its part of a batch."""
+    folder, world = workspace.folder / "stage3", workspace.world
     target = folder / "supernet"
     folder.mkdir(exist_ok=True)
     phase = Phase(("stage3",), workspace.config.seed, folder / "supernet.pt")
@@ -83,13 +83,16 @@ def shared_supernet(
         draws = Draws(workspace, warm, space, "general")
         result = train(
             warm,
-            lambda epoch: workspace.general_plan(settings.general_share, general.per_device_train_batch_size, epoch),
+            lambda epoch: workspace.general_plan(
+                settings.general_share, general.per_device_train_batch_size, epoch, world=world
+            ),
             draws.loss(general_lesson(workspace)),
             general,
             phases[0],
             device=workspace.device,
             on_step=on_step,
             partly_used=draws.partly_used,
+            world=world,
         )
         must_finish(result, "stage 3's general distillation", "--stage3.general_phase.learning_rate")
         draws = Draws(workspace, warm, space, "tasks")
@@ -103,10 +106,11 @@ def shared_supernet(
             device=workspace.device,
             on_step=on_step,
             partly_used=draws.partly_used,
+            world=world,
         )
         must_finish(tasks_result, "stage 3's task distillation", "--stage3.task_phase.learning_rate")
         reporter.say(f"stage3: shared supernet distilled, last epoch's loss {tasks_result.loss:.4f}")
-        keep(warm, target, result, tasks_result)
+        world.on_first(keep, warm, target, result, tasks_result)
     forget(phases)
     return load_supernet(workspace, target)
 
@@ -115,7 +119,9 @@ def mixed_tasks(workspace: Workspace, settings: SearchStage, epoch: int) -> Mixe
     """One epoch over a share of every task's rows."""
     config, size = workspace.config, settings.task_phase.per_device_train_batch_size
     plans = {
-        name: workspace.plan(subset(task.train, settings.task_share), size, f"stage3 {name}", epoch)
+        name: workspace.plan(
+            subset(task.train, settings.task_share), size, f"stage3 {name}", epoch, world=workspace.world
+        )
         for name, task in workspace.tasks.items()
     }
     return MixedPlan(plans, config.seed, epoch, config.task_temperature)

@@ -265,8 +265,8 @@ def comparison(evaluations: Sequence[Evaluation], best: Evaluation) -> str:
 
 
 def warm_supernet(workspace: Workspace, reporter: Reporter) -> Supernet:
-    """The supernet after general distillation with all its weights, kept in <run>/supernet."""
-    config, target = workspace.config, workspace.folder / "supernet"
+    """The supernet after general distillation with all its weights, kept in <run>/supernet; data-parallel."""
+    config, target, world = workspace.config, workspace.folder / "supernet", workspace.world
     phase = Phase(("supernet", "general"), config.seed, workspace.folder / "supernet.pt")
     if not target.exists():
         specs = [task.spec for task in workspace.tasks.values()]
@@ -276,7 +276,7 @@ def warm_supernet(workspace: Workspace, reporter: Reporter) -> Supernet:
         reporter.say(f"supernet: general distillation, {supernet.num_parameters():,} parameters")
         result = train(
             supernet,
-            lambda epoch: workspace.general_plan(1.0, config.supernet.per_device_train_batch_size, epoch),
+            lambda epoch: workspace.general_plan(1.0, config.supernet.per_device_train_batch_size, epoch, world=world),
             general_lesson(workspace).loss(
                 lambda batch, number, targets: supernet.trace(*model_inputs(batch), targets=targets),
                 supernet.effbert.fit_dense,
@@ -285,6 +285,7 @@ def warm_supernet(workspace: Workspace, reporter: Reporter) -> Supernet:
             phase,
             device=workspace.device,
             on_step=reporter.steps("supernet"),
+            world=world,
         )
         must_finish(result, "the supernet's general distillation", "--supernet.learning_rate")
         rate = result.tokens / max(result.seconds, 1e-9)
@@ -292,7 +293,7 @@ def warm_supernet(workspace: Workspace, reporter: Reporter) -> Supernet:
             f"supernet: loss {result.loss:.4f} after {result.tokens:,} tokens in {result.seconds:.0f} s "
             f"({rate:,.0f} tokens/s)"
         )
-        keep(supernet, target, result)
+        world.on_first(keep, supernet, target, result)
     forget([phase])
     return load_supernet(workspace, target)
 

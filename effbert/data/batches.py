@@ -4,7 +4,7 @@ length share a batch, and a batch is padded to one of a few lengths only. Ids ar
 stays memory-mapped."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,12 +18,25 @@ if TYPE_CHECKING:
 _WINDOW = 64  # batches among which rows are grouped by length
 
 
+class Shares(NamedTuple):
+    """What a part of a batch has of the whole: of its rows, of its real tokens, and of the pairs of real tokens of one
+    row. A loss that is a mean over one of these, times the share, summed over the parts, is the whole batch's."""
+
+    rows: float = 1.0
+    tokens: float = 1.0
+    pairs: float = 1.0
+
+
+WHOLE = Shares()
+
+
 @dataclass(frozen=True)
 class Batch:
     """B rows padded to length L. Without labels or positions those fields are None.
 
     input_ids, attention_mask (1 = keep), token_type_ids: int64 [B, L]. labels: int64 or float32 [B].
-    start_positions, end_positions: int64 [B]. indices: rows of the data set [B]. tokens: ids that are no padding.
+    start_positions, end_positions: int64 [B]. indices: rows of the data set [B]. tokens: ids that are no padding, those
+    of the whole batch where this is a part of one. shares: how large a part.
     """
 
     input_ids: torch.Tensor
@@ -34,6 +47,7 @@ class Batch:
     end_positions: torch.Tensor | None
     indices: np.ndarray
     tokens: int
+    shares: Shares = WHOLE
 
     def to(self, device: torch.device | str) -> "Batch":
         fields = {name: value for name, value in vars(self).items()}
@@ -94,6 +108,9 @@ class BatchPlan(Sequence[Batch]):
 
     Every row occurs once (with `drop_last` the rows of an incomplete batch are left out, others each epoch). Without a
     seed rows go by length, in their order within a length. Raises ValueError if a row is longer than the last bucket.
+
+    part (r, n) makes `plan[i]` the r-th of n parts of batch i, which is then n times batch_size rows large. Parts
+    differ by a row at most and are padded alike; where rows are fewer than parts, some hold one row without a share.
     """
 
     def __init__(
@@ -107,6 +124,7 @@ class BatchPlan(Sequence[Batch]):
         epoch: int = 0,
         buckets: Sequence[int] | None = None,
         drop_last: bool = False,
+        part: tuple[int, int] = (0, 1),
     ):
         self.rows = dataset if isinstance(dataset, Rows) else Rows(dataset)
         if len(self.rows) == 0:
@@ -118,7 +136,8 @@ class BatchPlan(Sequence[Batch]):
         if longest > self.buckets[-1]:
             raise ValueError(f"a row of {longest} ids does not fit the longest bucket, {self.buckets[-1]}")
         self._pad_token_id = pad_token_id
-        self._batches = self._draw(batch_size, seed, name, epoch, drop_last)
+        self._part = part
+        self._batches = self._draw(batch_size * part[1], seed, name, epoch, drop_last)
         bucket_of_row = self.buckets[np.searchsorted(self.buckets, self.rows.lengths)]
         self._lengths = [int(bucket_of_row[batch].max()) for batch in self._batches]
         self.tokens = Tokens(
@@ -130,7 +149,20 @@ class BatchPlan(Sequence[Batch]):
         return len(self._batches)
 
     def __getitem__(self, i: int) -> Batch:
-        return self.rows.batch(self._batches[i], self._lengths[i], self._pad_token_id)
+        whole, (number, parts) = self._batches[i], self._part
+        if parts == 1:
+            return self.rows.batch(whole, self._lengths[i], self._pad_token_id)
+        mine = np.array_split(whole, parts)[number]
+        batch = self.rows.batch(mine if len(mine) else whole[:1], self._lengths[i], self._pad_token_id)
+        return replace(batch, tokens=int(self.rows.lengths[whole].sum()), shares=self._shares(mine, whole))
+
+    def _shares(self, mine: np.ndarray, whole: np.ndarray) -> Shares:
+        lengths, all_lengths = self.rows.lengths[mine], self.rows.lengths[whole]
+        return Shares(
+            len(mine) / len(whole),
+            float(lengths.sum() / all_lengths.sum()),
+            float((lengths**2).sum() / (all_lengths**2).sum()),
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[i] for i in range(len(self)))
