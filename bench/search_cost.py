@@ -47,7 +47,8 @@ PLAN, RESULT = "plan.json", "search-cost.json"
 
 @dataclass(frozen=True)
 class Mode:
-    """A procedure. what: in words. backend: of the ops. together: candidates share batches and the teacher's pass.
+    """A procedure. what: in words. backend: of the ops. together: candidates share batches and the teacher's pass,
+    and on a CPU its kept outputs.
     bf16: autocast, on a GPU. tf32: PyTorch's switch. buckets: batches of like length. halving: over the rungs of stage
     1. published: the loss too is the published one, over padding. seed: added to the run's. gpu: on a GPU only."""
 
@@ -205,6 +206,7 @@ def configured(config: SearchConfig, mode: Mode) -> SearchConfig:
         config,
         seed=config.seed + mode.seed,
         population=0 if mode.together else 1,
+        teacher_cache=config.teacher_cache if mode.together else 0.0,
         pad_to_max_length=not mode.buckets,
         loss=loss,
         stage1=dataclasses.replace(config.stage1, rungs=rungs, **phases),

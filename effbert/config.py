@@ -167,6 +167,8 @@ class SearchConfig:
         storage: URL of the database that keeps the study, such as postgresql+psycopg://user@machine/name, for workers
             on several machines, which all share output_dir; empty for SQLite in output_dir.
         population: Candidates trained at once on the same batches; 0 for as many of a cohort as memory holds.
+        teacher_cache: On a CPU, keep the teacher's outputs for the rows that candidates train on in the run's folder,
+            in bf16 and while candidates train, where they take at most so many GB; 0 for never.
         seed: Of everything random.
         seeds: Repeat the rows of the final table so often, for mean and spread.
         device: "auto" (the GPU where there is one), "cpu", "cuda"; each process of several has a GPU of its own.
@@ -201,6 +203,7 @@ class SearchConfig:
     agreement_candidates: int = 0
     storage: str = ""
     population: int = 0
+    teacher_cache: float = 2.0
     seed: int = 0
     seeds: int = 1
     device: str = "auto"
@@ -225,6 +228,7 @@ class SearchConfig:
             "params": 0,
             "max_flops": 0,
             "max_latency_ms": 0,
+            "teacher_cache": 0,
             "agreement_candidates": 0,
         }
         for name, minimum in least.items():

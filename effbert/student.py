@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from effbert.config import Budget
-from effbert.data.batches import subset
+from effbert.data.batches import Batch, subset
 from effbert.engine import Phase, Trainee, TrainingResult, train_together
 from effbert.model import EffBertHeadModel
 from effbert.optim import TrainingArguments
 from effbert.parallel import ALONE, World
 from effbert.step import general_lesson, task_lesson
+from effbert.trace import Trace
 from effbert.workspace import Workspace, model_inputs
 
 
@@ -42,10 +43,12 @@ def distil(
     budget: Budget,
     on_step: Callable[[int, int], None] | None = None,
     world: World = ALONE,
+    teacher_of: Callable[[Batch], Trace] | None = None,
 ) -> list[Distillation]:
     """Distil students of one seed on the main task, in step with each other and from one pass of the teacher.
 
-    world: the processes that share every batch; each takes so many rows of it as the budget's batch sizes say."""
+    world: the processes that share every batch; each takes so many rows of it as the budget's batch sizes say.
+    teacher_of: a batch of the task -> the teacher's trace, where that need not be asked (effbert.teacher_cache)."""
     phases = [(student.phase.sub("general"), student.phase.sub("task")) for student in students]
     general = warm_up(
         workspace,
@@ -72,7 +75,7 @@ def distil(
             rows, arguments.per_device_train_batch_size, "task", epoch, _seed(students), world
         ),
         arguments,
-        share=lesson.teacher_of,
+        share=teacher_of or lesson.teacher_of,
         device=workspace.device,
         on_step=on_step,
         world=world,

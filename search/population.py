@@ -5,6 +5,7 @@ Because the batches are the same, so are the rows that candidates are scored on:
 answers rightly, and two candidates are compared row by row (effbert.search.agreement).
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch
 
 from effbert.architecture import Architecture, Dimensions, count_flops, count_parameters
 from effbert.config import SearchStage
+from effbert.data.batches import Batch, subset
 from effbert.engine import Phase
 from effbert.evaluate import evaluate_rows
 from effbert.search.budget import cut
@@ -21,7 +23,9 @@ from effbert.search.progress import Reporter
 from effbert.search.screen import Screen, make_screen
 from effbert.student import Distillation, Student, distil
 from effbert.supernet import Supernet
-from effbert.workspace import Workspace, model_inputs
+from effbert.teacher_cache import open_cache
+from effbert.trace import Trace
+from effbert.workspace import Say, Workspace, model_inputs
 
 BYTES_A_PARAMETER = 16  # fp32 weight, gradient and both moments of AdamW
 MEMORY_SHARE = 0.5  # of what is free, for weights and optimiser; activations, data and caches need the rest
@@ -45,12 +49,13 @@ Member = tuple[int, Architecture]  # a candidate's number and architecture
 class Evaluator:
     """How a stage scores candidates. room: how many of these it evaluates at once. evaluate: with a share of the
     budget, the outcomes as they come. screen: who is not evaluated at all. minimize: costs that count beside the value
-    (effbert.search.pareto)."""
+    (effbert.search.pareto). prepare: called in a turn of this worker before it evaluates, for what is made once."""
 
     room: Callable[[Sequence[Architecture]], int]
     evaluate: Callable[[Sequence[Member], float], Iterable[tuple[int, Outcome]]]
     screen: Screen | None = None
     minimize: tuple[str, ...] = ()
+    prepare: Callable[[], object] = lambda: None
 
 
 def trained_candidates(
@@ -61,12 +66,14 @@ def trained_candidates(
     """
     folder = workspace.folder / name
     folder.mkdir(exist_ok=True)
+    kept = functools.cache(lambda: kept_teacher(workspace, settings, reporter.say))
 
     def evaluate(group: Sequence[Member], share: float) -> list[tuple[int, Outcome]]:
         budget, last_epoch = cut(settings, share), settings.task_phase.num_train_epochs - 1
         scored_from = 0 if share == 1 else last_epoch
         students = [_student(workspace, supernet, name, member, share, folder, scored_from) for member in group]
-        distilled = distil(workspace, students, budget, reporter.steps(f"{name} candidates, {len(group)} at once"))
+        on_step = reporter.steps(f"{name} candidates, {len(group)} at once")
+        distilled = distil(workspace, students, budget, on_step, teacher_of=kept())
         metric, length = workspace.main_task.spec.metrics[0], workspace.config.max_length
         return [
             (number, outcome(result, metric, costs_of(architecture, supernet.config, length)))
@@ -79,7 +86,30 @@ def trained_candidates(
         evaluate,
         screen,
         workspace.config.minimize,
+        kept,
     )
+
+
+KEPT_TEACHER = "teacher-outputs"
+
+
+def kept_teacher(workspace: Workspace, settings: SearchStage, say: Say) -> Callable[[Batch], Trace] | None:
+    """The teacher's traces of the rows that a stage's candidates train on, read back from <run>/teacher-outputs; None
+    where each batch had better ask the teacher: on a GPU, with losses over padding, or where they are too large."""
+    config, task = workspace.config, workspace.main_task
+    if workspace.device.type != "cpu" or not config.teacher_cache or config.loss.loss_mask != "real":
+        return None
+    cache = open_cache(
+        workspace.folder / KEPT_TEACHER,
+        workspace.teachers[task.spec.name],
+        subset(task.train, settings.task_share),
+        config.student.num_hidden_layers,
+        model_inputs,
+        workspace.pad_token_id,
+        config.teacher_cache,
+        say,
+    )
+    return None if cache is None else cache.trace
 
 
 def _student(

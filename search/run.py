@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from effbert.search.agreement import Interval, kendall, of_filter, of_rungs
 from effbert.search.budget import ladder
 from effbert.search.final import final_rows, rows, teacher_row
 from effbert.search.pareto import best_front
-from effbert.search.population import Evaluator, remove_stale, trained_candidates
+from effbert.search.population import KEPT_TEACHER, Evaluator, remove_stale, trained_candidates
 from effbert.search.progress import Reporter
 from effbert.search.report_html import write_report
 from effbert.search.screen import FILTER, check_latency
@@ -179,6 +180,8 @@ def three_stages(
     if config.agreement_candidates:
         on_first(train_alone, workspace, study, fine, reporter)
         on_first(pages.write)
+    with turn("clearing up"):
+        on_first(shutil.rmtree, workspace.folder / KEPT_TEACHER, True)
     return winner
 
 

@@ -153,6 +153,8 @@ def run_cohort(
                 time.sleep(POLL_SECONDS)
                 line.catch_up(_ended(stage))
                 continue
+            with workers.turn("the teacher's outputs"):
+                evaluator.prepare()
             before = _running(stage, taken)
             for number, outcome in evaluator.evaluate([(n, architectures[n]) for n in taken], rung.share):
                 with workers.turn(SHARING):

@@ -1,0 +1,109 @@
+"""A teacher's kept outputs: what comes back is what it said, in bf16; what no longer fits is made anew."""
+
+import errno
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+
+from effbert import teacher_cache
+from effbert.data.batches import BatchPlan
+from effbert.files import DiskFullError
+from effbert.teacher import Teacher, layer_map
+from effbert.teacher_cache import open_cache
+
+SIZES = {"vocab_size": 60, "hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 4}
+KINDS = {
+    "classification": transformers.BertForSequenceClassification,
+    "spans": transformers.BertForQuestionAnswering,
+}
+
+
+def teacher_of(kind="classification", seed=0):
+    torch.manual_seed(seed)
+    return Teacher(KINDS[kind](transformers.BertConfig(**SIZES, num_labels=3 if kind == "classification" else 2)))
+
+
+@pytest.fixture
+def rows():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 40, 23)
+    return Dataset.from_dict({"input_ids": [rng.integers(1, 60, length).astype(np.int32) for length in lengths]})
+
+
+def inputs_of(batch):
+    return batch.input_ids, batch.attention_mask, batch.token_type_ids
+
+
+def opened(folder, teacher, rows, limit=1.0, say=None, layers=2):
+    said = [] if say is None else say
+    return open_cache(folder, teacher, rows, layers, inputs_of, 0, limit, said.append)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_comes_back_as_the_teacher_said_it(tmp_path, rows, kind):
+    teacher = teacher_of(kind)
+    cache = opened(tmp_path / "kept", teacher, rows)
+    targets = layer_map(4, 2)
+    for batch in BatchPlan(rows, 5, pad_token_id=0, seed=3, name="x"):
+        said, kept = teacher.trace(*inputs_of(batch)), cache.trace(batch)
+        real = batch.attention_mask.bool()
+        expected = [said.hidden_states[0], *(said.hidden_states[target + 1] for target in targets)]
+        assert len(kept.hidden_states) == 3 and len(kept.queries) == len(kept.keys) == 2
+        for mine, its in zip(kept.hidden_states, expected, strict=True):
+            torch.testing.assert_close(mine[real], its[real], rtol=2**-8, atol=1e-5)
+            assert mine.dtype == torch.float32 and not mine[~real].any()
+        for mine, its in ((kept.queries, said.queries), (kept.keys, said.keys)):
+            for layer, target in enumerate(targets):
+                assert mine[layer].shape == its[target].shape
+                here, there = (heads.transpose(1, 2)[real] for heads in (mine[layer], its[target]))
+                torch.testing.assert_close(here, there, rtol=2**-8, atol=1e-5)
+        if kind == "spans":
+            torch.testing.assert_close(kept.logits[real], said.logits[real], rtol=1e-4, atol=1e-5)
+        else:
+            torch.testing.assert_close(kept.logits, said.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_made_once_and_its_size_is_said_before(tmp_path, rows):
+    teacher, said, passes = teacher_of(), [], []
+    teacher.encoder.register_forward_hook(lambda *_: passes.append(1))
+    first = opened(tmp_path / "kept", teacher, rows, say=said)
+    made = len(passes)
+    again = opened(tmp_path / "kept", teacher, rows, say=said)
+    assert made == len(passes) > 0 and len(said) == 1
+    size = (tmp_path / "kept" / "values.bf16").stat().st_size
+    assert f"23 rows take {size / 1e9:.3f} GB" in said[0]
+    batch = BatchPlan(rows, 5, pad_token_id=0)[0]
+    assert torch.equal(first.trace(batch).hidden_states[1], again.trace(batch).hidden_states[1])
+
+
+def test_one_of_another_teacher_or_of_other_rows_is_made_anew(tmp_path, rows):
+    said = []
+    opened(tmp_path / "kept", teacher_of(), rows)
+    other = teacher_of(seed=1)
+    cache = opened(tmp_path / "kept", other, rows, say=said)
+    assert "is of another teacher or other rows: made anew" in said[0]
+    batch = BatchPlan(rows, 23, pad_token_id=0)[0]
+    torch.testing.assert_close(cache.trace(batch).logits, other.trace(*inputs_of(batch)).logits, rtol=1e-4, atol=1e-5)
+    said.clear()
+    opened(tmp_path / "kept", other, rows.select(range(9)), say=said)
+    assert "made anew" in said[0]
+
+
+def test_one_that_would_be_too_large_is_not_made(tmp_path, rows):
+    said = []
+    assert opened(tmp_path / "kept", teacher_of(), rows, limit=1e-6, say=said) is None
+    assert "more than --teacher_cache 1e-06: each batch asks the teacher" in said[0]
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path, rows, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(teacher_cache.np, "save", full)
+    with pytest.raises(DiskFullError, match="kept: no space left on device"):
+        opened(tmp_path / "kept", teacher_of(), rows)
+    assert list(tmp_path.iterdir()) == []
