@@ -10,7 +10,7 @@ mask costs about ten integer operations an element, and keeping either would cos
 The one idea is the tile. A power of two would be 1024 for 540 columns, and half of all Philox calls, registers and
 instructions would be spent on nothing. So a row is two powers of two, HEAD and TAIL (540 = 512 + 28 of 32, 768 = 512 +
 256, 360 = 256 + 104 of 128), of which less than a third is wasted. On GPUs a program takes one row after the other, on
-as few warps as its registers allow: at 540 columns one warp forward, so no sum leaves the warp, and two backward.
+as few warps as its registers allow: at 540 columns one warp forward, so no sum leaves the warp, and four backward.
 """
 
 import torch

@@ -112,7 +112,7 @@ RULES: tuple[Rule, ...] = (
     Rule("norm_fwd", dict(ROWS=1, PROGRAMS=1, num_warps=16)),
     Rule("norm_bwd", dict(ROWS=8, PROGRAMS=1, num_warps=4), "interpreter"),
     Rule("norm_bwd", dict(ROWS=1, PROGRAMS=12, num_warps=1), up_to=384),
-    Rule("norm_bwd", dict(ROWS=1, PROGRAMS=8, num_warps=2), up_to=768),
+    Rule("norm_bwd", dict(ROWS=1, PROGRAMS=5, num_warps=4), up_to=768),
     Rule("norm_bwd", dict(ROWS=1, PROGRAMS=4, num_warps=4), up_to=1152),
     Rule("norm_bwd", dict(ROWS=1, PROGRAMS=2, num_warps=8), up_to=2304),
     Rule("norm_bwd", dict(ROWS=1, PROGRAMS=1, num_warps=16)),
