@@ -158,7 +158,7 @@ RULES: tuple[Rule, ...] = (
     Rule("row_block_bwd", _rows(32, 32, 32, 512, 4, 1), "interpreter"),
     Rule("row_block_bwd", {}, itemsize=4),
     Rule("row_block_bwd", {}, "gfx*"),
-    Rule("row_block_bwd", _rows(64, 64, 64, 4096, 8, 3), up_to=10),
+    Rule("row_block_bwd", _rows(64, 64, 64, 4096, 8, 3), up_to=8),
     Rule("row_block_bwd", _rows(64, 32, 64, 2048, 8, 3)),
     # slot_bwd: size = columns; elementwise.
     Rule("slot_bwd", {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}, "interpreter"),
