@@ -68,6 +68,9 @@ def cases(drawn: int | None = None, reduced: bool = False) -> list[Case]:
     expressions = [*published, *(random_expression(STRUCTURES[i % len(STRUCTURES)], rng) for i in range(drawn))]
     found = [case for expression in expressions for case in mlp_cases(expression)]
     found += mlp_cases(mixing, 256, 256)[1:]  # narrow enough for the whole block in one kernel
+    few, many = 1024, 32768  # rows that every architecture gives to separate kernels, or to those of whole rows
+    found += [case for expression in published for case in mlp_cases(expression, rows=few)[1:]]
+    found += mlp_cases(mixing, rows=many)[1:]
     if not reduced:
         found += mlp_cases(mixing, 768, 3072, "pad")
     found += _row_cases()

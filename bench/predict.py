@@ -4,9 +4,11 @@ The one idea: both run on meta tensors and every kernel they would start is note
 ours by `effbert.kernels.launch`. A kernel then lasts as long as its bytes (each tensor it touches, once) at a share of
 the memory bandwidth, or its FLOPs at a share of the peak rate, whichever is longer, plus a fixed time for its start in
 a CUDA graph. The three assumed numbers are the same for both sides and printed with the result. Caches, tails and the
-host are left out, so the ratios mean more than the times, and neither is a measurement. Meta tensors know no fused
-attention of PyTorch's: attention is therefore predicted for the fused form alone, and distill_attention's rival is
-materialised. torch.compile is not predicted.
+host are left out, so the ratios mean more than the times, and neither is a measurement. Once is once: what a program of
+effbert.kernels.row_block writes and reads back a stage later is one write, as a tensor is one read that a kernel of
+PyTorch's goes through twice. Of a published block that is 9 MB forward and at most 27 MB backward, less than an L2 of
+50 MB holds. Meta tensors know no fused attention of PyTorch's: attention is therefore predicted for the fused form
+alone, and distill_attention's rival is materialised. torch.compile is not predicted.
 
     effbert bench predict --gpu H200
     effbert bench predict --gpu B200 --output predicted.json
@@ -135,7 +137,8 @@ def fused_costs(run: Callable[[], object], gpu: Gpu) -> list[Cost]:
 def launch_cost(launch: Launch) -> Cost:
     """Bytes of every tensor it reads or writes, once, and the FLOPs of its products."""
     given, products = launch.arguments, _PRODUCTS.get(launch.name)
-    unread = () if given.get("USES_X") else _UNREAD.get(launch.name, ())
+    flag, names = _UNREAD.get(launch.name, (None, ()))
+    unread = () if given.get(flag) else names
     moved = _bytes(value for name, value in given.items() if name not in unread)
     return Cost(moved, products(given) if products else 0)
 
@@ -225,6 +228,11 @@ def _layer(arguments) -> int:
     return 2 * arguments["rows"] * arguments["cols"] * arguments["depth"]
 
 
+def _row_block(arguments, products: int) -> int:
+    """`products` of all rows, channels and inner width."""
+    return 2 * products * arguments["rows"] * arguments["channels"] * arguments["X_UNIT"] * arguments["width"]
+
+
 def _pairs(arguments) -> int:
     """One product of all pairs of `projected_mse`: d is [pairs, rows, W], `packed` [W, C and padding]."""
     (pairs, rows, width), students = arguments["d"].shape, arguments.get("students", arguments.get("gradients"))
@@ -250,7 +258,11 @@ def _attention(arguments, products: int) -> int:
 _PRODUCTS: dict[str, Callable[[dict], int]] = {
     "linear_fwd_kernel": _layer,
     "linear_dgrad_kernel": _layer,
-    "linear_gradients_kernel": lambda given: 6 * given["rows"] * given["inner"] * given["channels"],
+    "linear_gradients_kernel": lambda given: (
+        (4 + 2 * given["INPUT"]) * given["rows"] * given["inner"] * given["channels"]
+    ),
+    "row_block_fwd_kernel": partial(_row_block, products=1),
+    "row_block_bwd_kernel": lambda given: _row_block(given, products=1 + given["FINISHES"]),
     "projected_mse_fwd_kernel": _pairs,
     "projected_mse_dgrad_kernel": _pairs,
     "projected_mse_wgrad_kernel": _pairs,
@@ -259,6 +271,9 @@ _PRODUCTS: dict[str, Callable[[dict], int]] = {
     "attention_fwd_kernel": partial(_attention, products=2),
     "attention_bwd_kernel": partial(_attention, products=5),
 }
-_UNREAD = {
-    name: ("x", "dx") for name in ("linear_fwd_kernel", "linear_dgrad_kernel", "slot_bwd_kernel")
-}  # unless USES_X
+# Kernel -> a flag, and the tensors that it neither reads nor writes unless that flag is set.
+_UNREAD: dict[str, tuple[str, tuple[str, ...]]] = {
+    **{name: ("USES_X", ("x", "dx")) for name in ("linear_fwd_kernel", "linear_dgrad_kernel", "slot_bwd_kernel")},
+    "linear_gradients_kernel": ("INPUT", ("w", "added", "dx")),
+    "row_block_bwd_kernel": ("FINISHES", ("w1",)),
+}

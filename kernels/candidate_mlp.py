@@ -2,11 +2,15 @@
 
     mlp_block    LayerNorm(x + Dropout(f(x)))      x [..., C], W1 [I, C], b1 [I], W2 [C, I], b2 [C], inner width E <= I
 
-Forward, three launches: pre, first GEMM and mid; second GEMM; post, dropout, residual and LayerNorm; or one where a
-row fits on the chip (effbert.kernels.whole_block). Backward, four: the last stage's; the second GEMM's input gradient
-and mid's; the first one's, and both weight gradients with their bias gradients; and one that adds up all partial sums,
-straight into the used slice of the parent's gradient where `gradients_in_place` allows it. Where weights are of another
-type than the computation, or their rows start at odd addresses, one more launch packs both slices.
+Stages forward: pre, first GEMM and mid; second GEMM; post, dropout, residual and LayerNorm. Backward: the last stage's;
+the second GEMM's input gradient and mid's; the first one's, and both weight gradients with their bias gradients; and
+the sum of all partial sums, straight into the used slice of the parent's gradient where `gradients_in_place` allows it.
+
+With rows enough (effbert.kernels.row_block) that is two launches forward, the last two stages being one, and three
+backward, of which the first is the last stage's, the second GEMM's and, where pre does nothing, the first GEMM's input
+gradient. With fewer it is three and four; and one forward where a row fits on the chip (effbert.kernels.whole_block).
+Where weights are of another type than the computation, or their rows start at odd addresses, one more launch packs both
+slices.
 
 Kept for backward: the two pre-activations h [M, E] and y [M, C], the input, mean and reciprocal deviation of each row,
 and the packed weights (small). mid(h, x), pre(x), post(y, x), the dropout mask and the normalised rows are computed
@@ -17,15 +21,16 @@ import torch
 from torch import Tensor
 
 from effbert.kernels import tiles
-from effbert.kernels.codegen import SlotFunctions, slot_functions
+from effbert.kernels.codegen import SlotFunction, SlotFunctions, slot_functions
 from effbert.kernels.expression import Expression
 from effbert.kernels.launch import compute_dtype
 from effbert.kernels.library import FusedOp, gradient_of
 from effbert.kernels.linear import linear_forward, need_packing, pack, padded_width
 from effbert.kernels.linear_gradient import linear_gradients, linear_input_gradient, slot_gradient
-from effbert.kernels.norm import Unchanged, as_rows, norm_backward, norm_forward
+from effbert.kernels.norm import Unchanged, as_rows, norm_backward, norm_forward, pieces
 from effbert.kernels.philox import Dropout, split
 from effbert.kernels.reduction import reduce_partials
+from effbert.kernels.row_block import row_block_backward, row_block_forward
 from effbert.kernels.whole_block import whole_block_forward
 
 
@@ -76,25 +81,28 @@ class _Weights:
         self.first, self.second = packed if packed[0].numel() else views
 
 
+def _first_gemm(x, weights: _Weights, bias1, slots, width, dtype, keep_h):
+    """h [M, E] (None unless keep_h) and mid(h, x), padded."""
+    return linear_forward(
+        x, weights.first, bias1, width, x.shape[1], dtype, slots.pre, slots.mid, x, keep_z=keep_h
+    )  # fmt: skip
+
+
 def _gemms(x, weights: _Weights, bias1, bias2, slots, width, dtype, keep_h, post=None, keep_y=True, pad=True):
     """h [M, E] (None unless keep_h), then y = W2 mid(h, x) + b2 [M, C] and post(y, x); x [M, C]."""
-    channels = x.shape[1]
-    h, middle = linear_forward(
-        x, weights.first, bias1, width, channels, dtype, slots.pre, slots.mid, x, keep_z=keep_h
-    )  # fmt: skip
-    y, value = linear_forward(middle, weights.second, bias2, channels, width, dtype, None, post, x, pad, keep_y)
+    h, middle = _first_gemm(x, weights, bias1, slots, width, dtype, keep_h)
+    y, value = linear_forward(middle, weights.second, bias2, x.shape[1], width, dtype, None, post, x, pad, keep_y)
     return h, y, value
 
 
-def _gemm_gradients(dy, dx, x, h, weights: _Weights, slots, width, dtype):
-    """From the gradient dy [M, C] of the second GEMM's output: that of x, and partial sums for W1, b1, W2, b2.
+def _second_gradient(dy, dx, x, h, weights: _Weights, slots, width, dtype):
+    """dx, dh [M, E] and mid(h, x) from the gradient dy [M, C] of the second GEMM's output.
 
     dx [M, C], overwritten: what x has got already; None for nothing.
     """
     if dx is None and slots.mid.uses_x:
         dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    dh, middle = linear_input_gradient(dy, weights.second, h, width, x.shape[1], slots.mid, dtype, x, dx)
-    return linear_gradients(dh, dy, middle, weights.first, x, width, dtype, slots.pre, dx)
+    return dx, *linear_input_gradient(dy, weights.second, h, width, x.shape[1], slots.mid, dtype, x, dx)
 
 
 def _weight_gradients(partials, parameters, width, in_place: bool) -> list[Tensor | None]:
@@ -151,7 +159,8 @@ def _mlp_backward(
     if not slots.post.is_identity:
         dy, dx = slot_gradient(dy, y, rows, slots.post, dtype)
     weights = _Weights(weight1, weight2, inner_width, dtype, packed)
-    dx, partials = _gemm_gradients(dy, dx, rows, h, weights, slots, inner_width, dtype)
+    dx, dh, middle = _second_gradient(dy, dx, rows, h, weights, slots, inner_width, dtype)
+    dx, partials = linear_gradients(dh, dy, middle, weights.first, rows, inner_width, dtype, slots.pre, dx)
     parameters = [weight1, bias1, weight2, bias2]
     return [dx.view(x.shape), *_weight_gradients(partials, parameters, inner_width, in_place)]
 
@@ -184,10 +193,22 @@ def _mlp_block_forward(
             rows, weights.first, bias1, weights.second, bias2, norm_weight, norm_bias, inner_width, eps, dropout, slots,
             dtype, need_grad, tile,
         )  # fmt: skip
+    elif tile := _rows_tile("row_block_fwd", rows, dtype, slots.post):
+        h, middle = _first_gemm(rows, weights, bias1, slots, inner_width, dtype, need_grad)
+        out, y, mean, rstd = row_block_forward(
+            middle, weights.second, bias2, inner_width, rows, norm_weight, norm_bias, eps, dropout, _last(slots), dtype,
+            tile,
+        )  # fmt: skip
     else:
         h, y, _ = _gemms(rows, weights, bias1, bias2, slots, inner_width, dtype, need_grad)
         out, mean, rstd = norm_forward(y, rows, norm_weight, norm_bias, eps, *dropout, dtype, _last(slots))
     return out.view(x.shape), *_kept(need_grad, x, dtype, h, y, *weights.packed), mean, rstd
+
+
+def _rows_tile(kernel: str, rows: Tensor, dtype: torch.dtype, *slots: SlotFunction) -> dict[str, int]:
+    """The tile of a kernel that takes whole rows; {} for separate kernels."""
+    cols = sum(pieces(padded_width(rows.shape[1], dtype)))
+    return tiles.choose_rows(kernel, rows.device, dtype, max(slot.statements for slot in slots), len(rows), cols)
 
 
 def _last(slots: SlotFunctions):
@@ -218,11 +239,21 @@ def _mlp_block_backward(
     in_place=False,
 ):
     slots, rows, (h, y, *packed, mean, rstd) = slot_functions(expression, combine), as_rows(x), kept
-    dy, dx, norm_partials = norm_backward(
-        as_rows(grads[0]), y, rows, norm_weight, mean, rstd, p, key, key_tensor, site, _last(slots)
-    )  # fmt: skip
     weights = _Weights(weight1, weight2, inner_width, dtype, packed)
-    dx, partials = _gemm_gradients(dy, dx, rows, h, weights, slots, inner_width, dtype)
+    dropout, grad_out = (p, key, key_tensor, site), as_rows(grads[0])
+    tile = _rows_tile("row_block_bwd", rows, dtype, slots.mid, slots.post)
+    finished = bool(tile) and slots.pre.is_identity
+    if tile:
+        dy, dx, dh, middle, norm_partials = row_block_backward(
+            grad_out, y, rows, norm_weight, mean, rstd, dropout, _last(slots), h, weights.first, weights.second,
+            inner_width, slots.mid, finished, dtype, tile,
+        )  # fmt: skip
+    else:
+        dy, dx, norm_partials = norm_backward(
+            grad_out, y, rows, norm_weight, mean, rstd, *dropout, _last(slots)
+        )  # fmt: skip
+        dx, dh, middle = _second_gradient(dy, dx, rows, h, weights, slots, inner_width, dtype)
+    dx, partials = linear_gradients(dh, dy, middle, weights.first, rows, inner_width, dtype, slots.pre, dx, finished)
     parameters = [weight1, bias1, weight2, bias2, norm_weight, norm_bias]
     gradients = _weight_gradients([*partials, *norm_partials], parameters, inner_width, in_place)
     return [dx.view(x.shape), *gradients]

@@ -49,6 +49,43 @@ def row_products(
     return total
 
 
+@triton.jit
+def linear_tile(
+    a, w, bias, x, z, y, first_row, first_col, rows, cols, depth, a_cols, w_cols, x_cols, stored_cols,
+    stride_a, stride_w, stride_x, stride_z, stride_y,
+    PRE: tl.constexpr, PRE_IS_IDENTITY: tl.constexpr, POST: tl.constexpr, USES_X: tl.constexpr,
+    STORE_Z: tl.constexpr, STORE_Y: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """z [rows, cols] = pre(a) Wᵀ + bias and y = post(z, x), for one tile; either may be left out.
+
+    z is rounded to its type before `post` reads it, so that the backward pass, which reads z back, differentiates what
+    was computed. Columns from `cols` to `stored_cols` are stored as zeros.
+    """
+    total = row_products(
+        a, w, first_row, first_col, rows, cols, a_cols, w_cols, depth, stride_a, stride_w,
+        PRE, PRE_IS_IDENTITY, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    row = first_row + tl.arange(0, BLOCK_M)
+    col = first_col + tl.arange(0, BLOCK_N)
+    total += tl.load(bias + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
+    stored = (row < rows)[:, None] & (col < stored_cols)[None, :]
+    total = tl.where((col < cols)[None, :], total, 0.0).to(z.dtype.element_ty)
+    long_row = row.to(tl.int64)[:, None]
+    if STORE_Z:
+        tl.store(z + long_row * stride_z + col[None, :], total, mask=stored)
+    if STORE_Y:
+        inside = (col < x_cols)[None, :]
+        if USES_X:
+            x_at = x + long_row * stride_x + col[None, :]
+            x_tile = tl.load(x_at, mask=(row < rows)[:, None] & inside, other=0.0).to(tl.float32)
+        else:
+            x_tile = 0.0
+        value = POST(total.to(tl.float32), x_tile, inside)
+        value = tl.where((col < cols)[None, :], value, 0.0)
+        tl.store(y + long_row * stride_y + col[None, :], value.to(y.dtype.element_ty), mask=stored)
+
+
 @triton.jit(
     do_not_specialize=[
         "rows", "cols", "depth", "a_cols", "w_cols", "x_cols", "stored_cols",
@@ -63,36 +100,16 @@ def linear_fwd_kernel(
     A_UNIT: tl.constexpr, W_UNIT: tl.constexpr, X_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """z [rows, cols] = pre(a) Wᵀ + bias and y = post(z, x), for one tile; either may be left out.
-
-    z is rounded to its type before `post` reads it, so that the backward pass, which reads z back, differentiates what
-    was computed. Columns from `cols` to `stored_cols` are stored as zeros.
-    """
+    """`linear_tile` for every tile."""
     col_tiles = tl.cdiv(stored_cols * OUT_UNIT, BLOCK_N)
     first_row = (tl.program_id(0) // col_tiles) * BLOCK_M
     first_col = (tl.program_id(0) % col_tiles) * BLOCK_N
-    total = row_products(
-        a, w, first_row, first_col, rows, cols, a_cols * A_UNIT, w_cols * W_UNIT, depth,
-        stride_a * A_UNIT, stride_w * W_UNIT, PRE, PRE_IS_IDENTITY, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    linear_tile(
+        a, w, bias, x, z, y, first_row, first_col, rows, cols, depth,
+        a_cols * A_UNIT, w_cols * W_UNIT, x_cols * X_UNIT, stored_cols * OUT_UNIT,
+        stride_a * A_UNIT, stride_w * W_UNIT, stride_x * X_UNIT, stride_z * OUT_UNIT, stride_y * OUT_UNIT,
+        PRE, PRE_IS_IDENTITY, POST, USES_X, STORE_Z, STORE_Y, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    row = first_row + tl.arange(0, BLOCK_M)
-    col = first_col + tl.arange(0, BLOCK_N)
-    total += tl.load(bias + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
-    stored = (row < rows)[:, None] & (col < stored_cols * OUT_UNIT)[None, :]
-    total = tl.where((col < cols)[None, :], total, 0.0).to(z.dtype.element_ty)
-    long_row = row.to(tl.int64)[:, None]
-    if STORE_Z:
-        tl.store(z + long_row * (stride_z * OUT_UNIT) + col[None, :], total, mask=stored)
-    if STORE_Y:
-        inside = (col < x_cols * X_UNIT)[None, :]
-        if USES_X:
-            x_at = x + long_row * (stride_x * X_UNIT) + col[None, :]
-            x_tile = tl.load(x_at, mask=(row < rows)[:, None] & inside, other=0.0).to(tl.float32)
-        else:
-            x_tile = 0.0
-        value = POST(total.to(tl.float32), x_tile, inside)
-        value = tl.where((col < cols)[None, :], value, 0.0)
-        tl.store(y + long_row * (stride_y * OUT_UNIT) + col[None, :], value.to(y.dtype.element_ty), mask=stored)
 
 
 @triton.jit(

@@ -37,6 +37,46 @@ def column_products(
     return total
 
 
+@triton.jit
+def input_gradient_tile(
+    g, w, v, x, dv, dx, value, first_row, first_col, rows, cols, depth, g_cols, w_cols, v_cols, x_cols,
+    stride_g, stride_w, stride_v, stride_x, stride_dv, stride_dx, stride_value,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, USES_X: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """d = g W for one tile, g [rows, depth], W [depth, cols]; then the slot's derivative at (v, x).
+
+    dv [rows, cols] gets the gradient of v. Where the slot reads x, its gradient is added to dx [rows, x_cols] in place:
+    each element by one program. value gets the slot's value again, which the weight gradient needs and the forward pass
+    does not keep. dv and value have zeros in the columns of v that pad it.
+    """
+    row = first_row + tl.arange(0, BLOCK_M)
+    col = first_col + tl.arange(0, BLOCK_N)
+    d = column_products(
+        g, w, row, col, rows, g_cols, w_cols, depth, stride_g, stride_w, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+    )
+    long_row = row.to(tl.int64)[:, None]
+    in_v = (row < rows)[:, None] & (col < v_cols)[None, :]
+    inside = (col < x_cols)[None, :]
+    in_x = (row < rows)[:, None] & inside
+    v_tile = tl.load(v + long_row * stride_v + col[None, :], mask=in_v, other=0.0).to(tl.float32)
+    if USES_X:
+        x_tile = tl.load(x + long_row * stride_x + col[None, :], mask=in_x, other=0.0).to(tl.float32)
+    else:
+        x_tile = 0.0
+    gradient, x_gradient = BACKWARD(v_tile, x_tile, inside, d)
+    real = (col < cols)[None, :]
+    gradient = tl.where(real, gradient, 0.0)
+    tl.store(dv + long_row * stride_dv + col[None, :], gradient.to(dv.dtype.element_ty), mask=in_v)
+    if USES_X:
+        dx_at = dx + long_row * stride_dx + col[None, :]
+        mask = in_x & real
+        x_gradient += tl.load(dx_at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_at, x_gradient.to(dx.dtype.element_ty), mask=mask)
+    again = tl.where(real, FORWARD(v_tile, x_tile, inside), 0.0)
+    tl.store(value + long_row * stride_value + col[None, :], again.to(value.dtype.element_ty), mask=in_v)
+
+
 @triton.jit(
     do_not_specialize=[
         "rows", "cols", "depth", "g_cols", "w_cols", "v_cols", "x_cols",
@@ -51,41 +91,17 @@ def linear_dgrad_kernel(
     G_UNIT: tl.constexpr, W_UNIT: tl.constexpr, V_UNIT: tl.constexpr, X_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """d = g W for one tile, g [rows, depth], W [depth, cols]; then the slot's derivative at (v, x).
-
-    dv [rows, cols] gets the gradient of v. Where the slot reads x, its gradient is added to dx [rows, x_cols] in place:
-    each element by one program. value gets the slot's value again, which the weight gradient needs and the forward pass
-    does not keep. dv and value have zeros in the columns of v that pad it.
-    """
+    """`input_gradient_tile` for every tile."""
     col_tiles = tl.cdiv(v_cols * V_UNIT, BLOCK_N)
-    row = (tl.program_id(0) // col_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = (tl.program_id(0) % col_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = column_products(
-        g, w, row, col, rows, g_cols * G_UNIT, w_cols * W_UNIT, depth, stride_g * G_UNIT, stride_w * W_UNIT,
-        PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    first_row = (tl.program_id(0) // col_tiles) * BLOCK_M
+    first_col = (tl.program_id(0) % col_tiles) * BLOCK_N
+    input_gradient_tile(
+        g, w, v, x, dv, dx, value, first_row, first_col, rows, cols, depth,
+        g_cols * G_UNIT, w_cols * W_UNIT, v_cols * V_UNIT, x_cols * X_UNIT,
+        stride_g * G_UNIT, stride_w * W_UNIT, stride_v * V_UNIT, stride_x * X_UNIT,
+        stride_dv * V_UNIT, stride_dx * X_UNIT, stride_value * V_UNIT,
+        FORWARD, BACKWARD, USES_X, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    long_row = row.to(tl.int64)[:, None]
-    in_v = (row < rows)[:, None] & (col < v_cols * V_UNIT)[None, :]
-    inside = (col < x_cols * X_UNIT)[None, :]
-    in_x = (row < rows)[:, None] & inside
-    v_tile = tl.load(v + long_row * (stride_v * V_UNIT) + col[None, :], mask=in_v, other=0.0).to(tl.float32)
-    if USES_X:
-        x_tile = tl.load(x + long_row * (stride_x * X_UNIT) + col[None, :], mask=in_x, other=0.0).to(tl.float32)
-    else:
-        x_tile = 0.0
-    gradient, x_gradient = BACKWARD(v_tile, x_tile, inside, d)
-    real = (col < cols)[None, :]
-    gradient = tl.where(real, gradient, 0.0)
-    dv_at = dv + long_row * (stride_dv * V_UNIT) + col[None, :]
-    tl.store(dv_at, gradient.to(dv.dtype.element_ty), mask=in_v)
-    if USES_X:
-        dx_at = dx + long_row * (stride_dx * X_UNIT) + col[None, :]
-        mask = in_x & real
-        x_gradient += tl.load(dx_at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_at, x_gradient.to(dx.dtype.element_ty), mask=mask)
-    again = tl.where(real, FORWARD(v_tile, x_tile, inside), 0.0)
-    value_at = value + long_row * (stride_value * V_UNIT) + col[None, :]
-    tl.store(value_at, again.to(value.dtype.element_ty), mask=in_v)
 
 
 @triton.jit
@@ -123,6 +139,32 @@ def weight_products(
         tl.store(bias_partial + part * cols + col, sums, mask=col < cols)
 
 
+@triton.jit
+def first_gradient_tile(
+    dh, w, x, added, dx, first_row, first_col, rows, inner, dh_cols, w_cols, x_cols,
+    stride_dh, stride_w, stride_x, stride_dx,
+    PRE_BACKWARD: tl.constexpr, READS_X: tl.constexpr, ADDS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dx = pre'(x) (dh W) for one tile, plus `added` where ADDS: dh [rows, inner], W [inner, x_cols]."""
+    row = first_row + tl.arange(0, BLOCK_M)
+    col = first_col + tl.arange(0, BLOCK_N)
+    gradient = column_products(
+        dh, w, row, col, rows, dh_cols, w_cols, inner, stride_dh, stride_w, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+    )
+    long_row = row.to(tl.int64)[:, None]
+    mask = (row < rows)[:, None] & (col < x_cols)[None, :]
+    if READS_X:
+        x_tile = tl.load(x + long_row * stride_x + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    else:
+        x_tile = gradient
+    gradient, _ = PRE_BACKWARD(x_tile, 0.0, True, gradient)
+    at = long_row * stride_dx + col[None, :]
+    if ADDS:
+        gradient += tl.load(added + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dx + at, gradient.to(dx.dtype.element_ty), mask=mask)
+
+
 @triton.jit(
     do_not_specialize=[
         "parts", "rows", "rows_each", "inner", "channels", "dh_cols", "dy_cols", "middle_cols", "w_cols", "x_cols",
@@ -134,12 +176,12 @@ def linear_gradients_kernel(
     parts, rows, rows_each, inner, channels, dh_cols, dy_cols, middle_cols, w_cols, x_cols,
     stride_dh, stride_dy, stride_middle, stride_w, stride_x, stride_dx,
     PRE: tl.constexpr, PRE_BACKWARD: tl.constexpr, PRE_IS_IDENTITY: tl.constexpr, READS_X: tl.constexpr,
-    ADDS: tl.constexpr, PRECISION: tl.constexpr,
+    ADDS: tl.constexpr, INPUT: tl.constexpr, PRECISION: tl.constexpr,
     PAD_UNIT: tl.constexpr, DY_UNIT: tl.constexpr, W_UNIT: tl.constexpr, X_UNIT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dW1 = dhᵀ pre(x), of dW2 = dyᵀ middle, or of dx = pre'(x) (dh W1), plus `added` where ADDS.
+    """A tile of dW1 = dhᵀ pre(x), of dW2 = dyᵀ middle, or, where INPUT, of dx = pre'(x) (dh W1), plus `added` if ADDS.
 
     dh, middle [rows, inner], dy, x, dx [rows, channels], w = W1 [inner, channels]. Weight gradients have tiles of COLS
     outputs by DEPTH inputs and take ROWS rows at a time; dx has tiles BLOCK_M by BLOCK_N.
@@ -159,26 +201,15 @@ def linear_gradients_kernel(
             dy_cols * DY_UNIT, middle_cols * PAD_UNIT, stride_dy * DY_UNIT, stride_middle * PAD_UNIT,
             PRE, True, PRECISION, ROWS, COLS, DEPTH,
         )  # fmt: skip
-    else:
+    elif INPUT:
         program -= first + second
         col_tiles = tl.cdiv(channels, BLOCK_N)
-        row = (program // col_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-        col = (program % col_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-        gradient = column_products(
-            dh, w, row, col, rows, dh_cols * PAD_UNIT, w_cols * W_UNIT, inner, stride_dh * PAD_UNIT, stride_w * W_UNIT,
-            PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        first_gradient_tile(
+            dh, w, x, added, dx, (program // col_tiles) * BLOCK_M, (program % col_tiles) * BLOCK_N, rows, inner,
+            dh_cols * PAD_UNIT, w_cols * W_UNIT, x_cols * X_UNIT,
+            stride_dh * PAD_UNIT, stride_w * W_UNIT, stride_x * X_UNIT, stride_dx * X_UNIT,
+            PRE_BACKWARD, READS_X, ADDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        long_row = row.to(tl.int64)[:, None]
-        mask = (row < rows)[:, None] & (col < x_cols * X_UNIT)[None, :]
-        if READS_X:
-            x_tile = tl.load(x + long_row * (stride_x * X_UNIT) + col[None, :], mask=mask, other=0.0).to(tl.float32)
-        else:
-            x_tile = gradient
-        gradient, _ = PRE_BACKWARD(x_tile, 0.0, True, gradient)
-        at = long_row * (stride_dx * X_UNIT) + col[None, :]
-        if ADDS:
-            gradient += tl.load(added + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx + at, gradient.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "cols", "stride_g", "stride_v", "stride_x", "stride_dv"])
@@ -268,15 +299,16 @@ def linear_gradients(
     dtype: torch.dtype,
     pre: SlotFunction,
     added: Tensor | None = None,
+    finished: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """dx of x's type, plus `added`, and fp32 partial sums [parts, ...] of the gradients of W1, b1, W2 and b2.
 
     Of y = W2 middle + b2 after h = W1 pre(x) + b1: dh, middle [M, >= inner], dy [M, >= C], weight [inner, >= C] is W1,
-    x [M, C], `added` [M, C] contiguous. `effbert.kernels.reduction.reduce_partials` adds the partial sums up in fixed
-    order, so with the same result on every run.
+    x [M, C], `added` [M, C] contiguous: dx already, where `finished`. `effbert.kernels.reduction.reduce_partials` adds
+    the partial sums up in fixed order, so with the same result on every run.
     """
     (rows, channels), device = x.shape, x.device
-    dx = torch.empty(rows, channels, dtype=x.dtype, device=device)
+    dx = added if finished else torch.empty(rows, channels, dtype=x.dtype, device=device)
     pad_unit = divisor(*(size for t in (dh, middle) for size in (t.shape[1], t.stride(0))))
     dy_unit, w_unit = divisor(dy.shape[1], dy.stride(0)), divisor(weight.shape[1], weight.stride(0))
     x_unit = divisor(channels, x.stride(0))
@@ -288,16 +320,16 @@ def linear_gradients(
     parts = min(steps, max(1, 2 * multiprocessors(device) // weight_tiles))
     shapes = (inner, channels), (inner,), (channels, inner), (channels,)
     partials = [torch.empty(parts, *shape, dtype=torch.float32, device=device) for shape in shapes]
+    input_tiles = 0 if finished else ceil_div(rows, tile["BLOCK_M"]) * ceil_div(channels, tile["BLOCK_N"])
     launch(
-        linear_gradients_kernel,
-        (weight_tiles * parts + ceil_div(rows, tile["BLOCK_M"]) * ceil_div(channels, tile["BLOCK_N"]),),
+        linear_gradients_kernel, (weight_tiles * parts + input_tiles,),
         dh, dy, middle, weight, x, dx if added is None else added, dx, *partials,
         parts, rows, ceil_div(steps, parts) * rows_at_once, inner, channels, dh.shape[1] // pad_unit,
         dy.shape[1] // dy_unit, middle.shape[1] // pad_unit, weight.shape[1] // w_unit, channels // x_unit,
         dh.stride(0) // pad_unit, dy.stride(0) // dy_unit, middle.stride(0) // pad_unit, weight.stride(0) // w_unit,
         x.stride(0) // x_unit, channels // x_unit,
         PRE=slot_function(pre), PRE_BACKWARD=pre.backward, PRE_IS_IDENTITY=pre.is_identity,
-        READS_X=pre.backward_uses_value, ADDS=added is not None, PRECISION=input_precision(dtype),
+        READS_X=pre.backward_uses_value, ADDS=added is not None, INPUT=not finished, PRECISION=input_precision(dtype),
         PAD_UNIT=pad_unit, DY_UNIT=dy_unit, W_UNIT=w_unit, X_UNIT=x_unit, **tile,
     )  # fmt: skip
     return dx, partials

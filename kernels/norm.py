@@ -10,7 +10,7 @@ mask costs about ten integer operations an element, and keeping either would cos
 The one idea is the tile. A power of two would be 1024 for 540 columns, and half of all Philox calls, registers and
 instructions would be spent on nothing. So a row is two powers of two, HEAD and TAIL (540 = 512 + 28 of 32, 768 = 512 +
 256, 360 = 256 + 104 of 128), of which less than a third is wasted. On GPUs a program takes one row after the other, on
-as few warps as its registers allow: at 540 columns one warp forward, so no sum leaves the warp, and two backward.
+as few warps as its registers allow: at 540 columns one warp forward, so no sum leaves the warp, and four backward.
 """
 
 import torch
@@ -116,21 +116,14 @@ def block_sum(
     return tl.where(inside, x + POST(v, x, inside) * kept, 0.0), v, x, kept
 
 
-@triton.jit(
-    do_not_specialize=["key", "site", "threshold", "rows", "cols", "y_cols", "stride_y", "stride_residual"]
-)  # fmt: skip
-def dropout_add_layer_norm_fwd_kernel(
+@triton.jit
+def normalise_rows(
     y, residual, weight, bias, out, mean, rstd, key, site, threshold, scale, eps,
-    rows, cols, y_cols, stride_y, stride_residual,
-    POST: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEY_IS_TENSOR: tl.constexpr,
-    UNIT: tl.constexpr, Y_UNIT: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+    first, last, step, rows, cols, y_cols, stride_y, stride_residual,
+    POST: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, cols] contiguous; mean and rstd [rows] of z. A program takes every so-many-th block of ROWS rows."""
-    cols *= UNIT
-    y_cols *= Y_UNIT
-    stride_y *= Y_UNIT
-    stride_residual *= UNIT
-    key = dropout_key(key, KEY_IS_TENSOR)
+    """out [rows, cols] contiguous; mean and rstd [rows] of z; for every step-th block of ROWS rows, first to last."""
     head_col = tl.arange(0, HEAD)
     head_weight = load_vector(weight, head_col, cols)
     head_bias = load_vector(bias, head_col, cols)
@@ -138,7 +131,7 @@ def dropout_add_layer_norm_fwd_kernel(
         tail_col = HEAD + tl.arange(0, TAIL)
         tail_weight = load_vector(weight, tail_col, cols)
         tail_bias = load_vector(bias, tail_col, cols)
-    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    for block in tl.range(first, last, step, num_stages=STAGES):
         row = (tl.zeros([], tl.int64) + block) * ROWS + tl.arange(0, ROWS)
         head, _, _, _ = block_sum(
             y, residual, row, rows, cols, y_cols, stride_y, stride_residual, key, site, threshold, scale,
@@ -165,6 +158,24 @@ def dropout_add_layer_norm_fwd_kernel(
             store_tile(out, tail * reciprocal * tail_weight + tail_bias, row, tail_col, rows, cols, cols)
 
 
+@triton.jit(
+    do_not_specialize=["key", "site", "threshold", "rows", "cols", "y_cols", "stride_y", "stride_residual"]
+)  # fmt: skip
+def dropout_add_layer_norm_fwd_kernel(
+    y, residual, weight, bias, out, mean, rstd, key, site, threshold, scale, eps,
+    rows, cols, y_cols, stride_y, stride_residual,
+    POST: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEY_IS_TENSOR: tl.constexpr,
+    UNIT: tl.constexpr, Y_UNIT: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`normalise_rows` by programs of which each takes every so-many-th block."""
+    normalise_rows(
+        y, residual, weight, bias, out, mean, rstd, dropout_key(key, KEY_IS_TENSOR), site, threshold, scale, eps,
+        tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0),
+        rows, cols * UNIT, y_cols * Y_UNIT, stride_y * Y_UNIT, stride_residual * UNIT,
+        POST, HAS_DROPOUT, HEAD, TAIL, ROWS, 1,
+    )  # fmt: skip
+
+
 @triton.jit
 def store_gradients(
     dy, dresidual, dz, v, x, kept, row, rows, cols, y_cols,
@@ -188,29 +199,18 @@ def store_partials(partials, dweight, dbias, col, cols):
     tl.store(at + tl.num_programs(0).to(tl.int64) * cols, tl.sum(dbias, axis=0), mask=col < cols)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "key", "site", "threshold", "rows", "cols", "y_cols", "stride_grad", "stride_y", "stride_residual"
-    ]
-)  # fmt: skip
-def dropout_add_layer_norm_bwd_kernel(
+@triton.jit
+def normalise_rows_backward(
     grad_out, y, residual, weight, mean, rstd, dy, dresidual, partials, key, site, threshold, scale,
-    rows, cols, y_cols, stride_grad, stride_y, stride_residual,
-    POST: tl.constexpr, POST_GRAD: tl.constexpr, USES_X: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, KEY_IS_TENSOR: tl.constexpr,
-    UNIT: tl.constexpr, Y_UNIT: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+    first, last, step, rows, cols, y_cols, stride_grad, stride_y, stride_residual,
+    POST: tl.constexpr, POST_GRAD: tl.constexpr, USES_X: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dy [rows, y_cols] and dresidual [rows, cols], contiguous; blocks of rows as in the forward kernel.
+    """dy [rows, y_cols] and dresidual [rows, cols], contiguous; for the blocks of rows of `normalise_rows`.
 
     partials [2, programs, cols], fp32: each program's sums over its rows of the gradients of weight and of bias. Until
     the end they are tiles [ROWS, cols], so the loop adds without exchange between threads.
     """
-    cols *= UNIT
-    y_cols *= Y_UNIT
-    stride_grad *= UNIT
-    stride_y *= Y_UNIT
-    stride_residual *= UNIT
-    key = dropout_key(key, KEY_IS_TENSOR)
     head_col = tl.arange(0, HEAD)
     head_weight = load_vector(weight, head_col, cols)
     head_dweight = tl.zeros([ROWS, HEAD], tl.float32)
@@ -220,7 +220,7 @@ def dropout_add_layer_norm_bwd_kernel(
         tail_weight = load_vector(weight, tail_col, cols)
         tail_dweight = tl.zeros([ROWS, TAIL], tl.float32)
         tail_dbias = tl.zeros([ROWS, TAIL], tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    for block in tl.range(first, last, step, num_stages=STAGES):
         row = (tl.zeros([], tl.int64) + block) * ROWS + tl.arange(0, ROWS)
         average = load_statistic(mean, row, rows, block)
         reciprocal = load_statistic(rstd, row, rows, block)
@@ -261,6 +261,28 @@ def dropout_add_layer_norm_bwd_kernel(
     store_partials(partials, head_dweight, head_dbias, head_col, cols)
     if TAIL:
         store_partials(partials, tail_dweight, tail_dbias, tail_col, cols)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "key", "site", "threshold", "rows", "cols", "y_cols", "stride_grad", "stride_y", "stride_residual"
+    ]
+)  # fmt: skip
+def dropout_add_layer_norm_bwd_kernel(
+    grad_out, y, residual, weight, mean, rstd, dy, dresidual, partials, key, site, threshold, scale,
+    rows, cols, y_cols, stride_grad, stride_y, stride_residual,
+    POST: tl.constexpr, POST_GRAD: tl.constexpr, USES_X: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, KEY_IS_TENSOR: tl.constexpr,
+    UNIT: tl.constexpr, Y_UNIT: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`normalise_rows_backward` by programs of which each takes every so-many-th block."""
+    normalise_rows_backward(
+        grad_out, y, residual, weight, mean, rstd, dy, dresidual, partials,
+        dropout_key(key, KEY_IS_TENSOR), site, threshold, scale,
+        tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0),
+        rows, cols * UNIT, y_cols * Y_UNIT, stride_grad * UNIT, stride_y * Y_UNIT, stride_residual * UNIT,
+        POST, POST_GRAD, USES_X, HAS_DROPOUT, HEAD, TAIL, ROWS, 1,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["key", "site", "threshold", "rows", "cols", "stride_x"])

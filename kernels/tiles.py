@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from effbert.kernels.launch import architecture
+from effbert.kernels.launch import architecture, ceil_div, multiprocessors
 
 ENVIRONMENT = "EFFBERT_TILES"
+FILLED = 0.75  # of the multiprocessors' time, that programs of many rows must use (`choose_rows`)
 
 
 class Question(NamedTuple):
@@ -73,6 +74,10 @@ def _whole(m: int, e: int, k: int, num_warps: int, num_stages: int) -> dict[str,
     return {"BLOCK_M": m, "BLOCK_E": e, "BLOCK_K": k, "num_warps": num_warps, "num_stages": num_stages}
 
 
+def _rows(m: int, n: int, k: int, elements: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    return _gemm(m, n, k, num_warps, num_stages) | {"ELEMENTS": elements}
+
+
 # The first rule that matches holds.
 RULES: tuple[Rule, ...] = (
     # score_mse_direct: size = columns of a student's and a teacher's tile together; BLOCK_M held, BLOCK_N going by.
@@ -107,7 +112,7 @@ RULES: tuple[Rule, ...] = (
     Rule("norm_fwd", dict(ROWS=1, PROGRAMS=1, num_warps=16)),
     Rule("norm_bwd", dict(ROWS=8, PROGRAMS=1, num_warps=4), "interpreter"),
     Rule("norm_bwd", dict(ROWS=1, PROGRAMS=12, num_warps=1), up_to=384),
-    Rule("norm_bwd", dict(ROWS=1, PROGRAMS=8, num_warps=2), up_to=768),
+    Rule("norm_bwd", dict(ROWS=1, PROGRAMS=5, num_warps=4), up_to=768),
     Rule("norm_bwd", dict(ROWS=1, PROGRAMS=4, num_warps=4), up_to=1152),
     Rule("norm_bwd", dict(ROWS=1, PROGRAMS=2, num_warps=8), up_to=2304),
     Rule("norm_bwd", dict(ROWS=1, PROGRAMS=1, num_warps=16)),
@@ -141,6 +146,20 @@ RULES: tuple[Rule, ...] = (
     Rule("mlp_block", {}, "gfx*"),
     Rule("mlp_block", _whole(64, 32, 64, 8, 3), itemsize=2, up_to=256),
     Rule("mlp_block", {}),
+    # row_block_*: size = statements of the longest slot's source. ELEMENTS of whole rows are normalised at a time. No
+    # tile, wider rows, or rows too few to fill the card (`choose_rows`), means separate kernels.
+    Rule("row_block_fwd", _rows(32, 32, 32, 512, 4, 1), "interpreter"),
+    Rule("row_block_fwd", {}, itemsize=4),
+    Rule("row_block_fwd", {}, "gfx*"),
+    Rule("row_block_fwd", _rows(64, 128, 64, 4096, 8, 3), "sm_1*", up_to=10),
+    Rule("row_block_fwd", _rows(64, 64, 64, 2048, 8, 3), "sm_1*"),
+    Rule("row_block_fwd", _rows(64, 128, 64, 8192, 16, 3), up_to=10),
+    Rule("row_block_fwd", _rows(64, 64, 64, 4096, 16, 3)),
+    Rule("row_block_bwd", _rows(32, 32, 32, 512, 4, 1), "interpreter"),
+    Rule("row_block_bwd", {}, itemsize=4),
+    Rule("row_block_bwd", {}, "gfx*"),
+    Rule("row_block_bwd", _rows(64, 64, 64, 4096, 8, 3), up_to=8),
+    Rule("row_block_bwd", _rows(64, 32, 64, 2048, 8, 3)),
     # slot_bwd: size = columns; elementwise.
     Rule("slot_bwd", {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}, "interpreter"),
     Rule("slot_bwd", {"BLOCK_M": 16, "BLOCK_N": 256, "num_warps": 8, "num_stages": 1}),
@@ -196,6 +215,25 @@ RULES: tuple[Rule, ...] = (
 def choose(kernel: str, device: torch.device, dtype: torch.dtype, size: int) -> dict[str, int]:
     """Block sizes, num_warps and num_stages of `kernel`, ready to be passed to `launch` as keywords."""
     return _choose(Question(kernel, architecture(device), dtype.itemsize, size), os.environ.get(ENVIRONMENT))
+
+
+def choose_rows(
+    kernel: str, device: torch.device, dtype: torch.dtype, size: int, rows: int, cols: int
+) -> dict[str, int]:
+    """`choose` for a kernel of which each program has BLOCK_M whole rows, of `rows` of `cols`; ROWS for ELEMENTS.
+
+    {} where a row has more than ELEMENTS, or where programs would leave too much of a GPU idle: those of one length run
+    in rounds, one for each multiprocessor, so the last round must be full, or rounds many, enough for FILLED of all
+    the time.
+    """
+    tile = dict(choose(kernel, device, dtype, size))
+    elements = tile.pop("ELEMENTS", 0)
+    if elements < cols:
+        return {}
+    programs, together = ceil_div(rows, tile["BLOCK_M"]), multiprocessors(device)
+    if programs < FILLED * together * ceil_div(programs, together):
+        return {}
+    return tile | {"ROWS": min(tile["BLOCK_M"], 1 << (elements // cols).bit_length() - 1)}
 
 
 @functools.lru_cache(maxsize=4096)

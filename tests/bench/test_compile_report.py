@@ -64,6 +64,8 @@ def test_every_op_is_there_with_its_kernels_and_costs(reduced):
             row["kernel"] for row in report["kernels"] if row["products"] and row["architecture"] == architecture
         }
         assert {"linear_fwd_kernel", "linear_dgrad_kernel", "linear_gradients_kernel"} < products
+        whole_rows = {"row_block_fwd_kernel", "row_block_bwd_kernel"}
+        assert products & whole_rows == (whole_rows if architecture == "sm_90" else set())
     assert all(row["registers"] > 0 and row["blocks_per_multiprocessor"] > 0 for row in kernels.values())
     assert set(report["versions"]) == {"python", "torch", "triton"} and set(report["limits"]) == {"sm_90", "gfx942"}
 
@@ -72,7 +74,9 @@ def test_a_search_is_counted_in_compilations_and_timed(reduced):
     search = reduced["search"]
     counts = list(search["compilations"].values())
     assert list(search["compilations"]) == ["1", "3"] and 0 < counts[0] < counts[1]
-    assert sum(search["by_kernel"].values()) == counts[1] and search["distinct_mlps"] <= 18
+    both = list(search["with_small_batches"].values())
+    assert all(one < two for one, two in zip(counts, both, strict=True))
+    assert sum(search["by_kernel"].values()) == both[1] and search["distinct_mlps"] <= 18
     assert search["seconds"]["median"] > 0.01  # compiled anew, not read from a cache
 
 

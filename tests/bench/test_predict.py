@@ -5,12 +5,15 @@ import json
 import pytest
 import torch
 
+from effbert import kernels
 from effbert.bench import predict
 from effbert.bench.costs import Cost
 from effbert.bench.hardware import GPUS
-from effbert.bench.kernel_cases import QUICK, all_cases
+from effbert.bench.kernel_cases import QUICK, Sizes, all_cases
 from effbert.bench.kernels import SIX_LAYERS
 
+LAUNCH_COST = predict.launch_cost
+BF16 = predict._MetaSetting(torch.device("meta"), torch.bfloat16, None)
 H200 = next(gpu for gpu in GPUS if gpu.name == "H200")
 
 
@@ -33,6 +36,25 @@ def test_our_launches_count_what_they_read_and_multiply():
     assert rows["triton"].flops == rows["eager"].flops == 3 * 2 * 2 * tokens * hidden * inner
     assert rows["triton"].kernels < rows["eager"].kernels
     assert rows["triton"].roofline_us == rows["eager"].roofline_us < rows["triton"].microseconds
+
+
+def test_a_block_of_whole_rows_counts_every_tensor_once_and_all_products(monkeypatch):
+    """By hand for one block of 8192 rows of 540, inner width 270, in bf16: padded to 544 and 288 between kernels."""
+    (block,) = (case for case in all_cases(Sizes()) if case.name == "mlp_block layer 3")
+    found = []
+    monkeypatch.setattr(predict, "launch_cost", lambda launch: found.append(launch) or LAUNCH_COST(launch))
+    costs = predict.fused_costs(predict._call(block, BF16, kernels.mlp_block), H200)
+    by_name = dict(zip((launch.name for launch in found), costs, strict=True))
+    rows, x, y, h = 8192, 2 * 8192 * 540, 2 * 8192 * 544, 2 * 8192 * 288
+    weight1, weight2, vector, statistics = 2 * 270 * 544, 2 * 540 * 288, 2 * 540, 8 * rows
+    product = 2 * rows * 540 * 270
+    assert by_name["row_block_fwd_kernel"] == Cost(2 * x + y + h + weight2 + 3 * vector + statistics, product)
+    partials = 4 * 2 * 128 * 540
+    backward = 3 * x + 2 * y + 3 * h + weight1 + weight2 + vector + statistics + partials
+    assert by_name["row_block_bwd_kernel"] == Cost(backward, 2 * product)
+    sums = 5 * 4 * (2 * 540 * 270 + 540 + 270)
+    assert by_name["linear_gradients_kernel"] == Cost(x + y + 2 * h + sums, 2 * product)
+    assert sum(cost.flops for cost in costs) == 6 * product
 
 
 def test_time_is_the_longer_of_bytes_and_flops_and_a_start():

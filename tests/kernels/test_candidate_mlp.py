@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 from effbert.architecture import PUBLISHED, Architecture
 from effbert.kernels import candidate_mlp as fused
-from effbert.kernels import eager, gradients_in_place
+from effbert.kernels import eager, gradients_in_place, tiles
 from effbert.kernels.expression import STRUCTURES, Expression
 from effbert.kernels.launch import recording
 from effbert.kernels.philox import Dropout
@@ -156,15 +156,57 @@ def test_mlp_passes_opcheck_and_compiles_whole(text, device):
         assert torch.equal(mine, theirs)
 
 
+ROWS = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "ELEMENTS": 128, "num_warps": 4, "num_stages": 1}
+PATHS = {"separate": {}, "rows": ROWS}
+
+
+@pytest.fixture(params=PATHS)
+def path(request, tmp_path, monkeypatch):
+    """Sends every block to separate kernels, or to those that take whole rows."""
+    rules = [{"kernel": kernel, "tile": PATHS[request.param]} for kernel in ("row_block_fwd", "row_block_bwd")]
+    file = tmp_path / "path.json"
+    file.write_text(json.dumps({"rules": rules}))
+    monkeypatch.setenv("EFFBERT_TILES", str(file))
+    monkeypatch.setattr(tiles, "FILLED", 0.0)
+    return request.param
+
+
+def names_of_launches(dtype=torch.float32, rows=4, channels=8, width=4, text=FIRST):
+    tensors = [t.to("meta").requires_grad_() for t in operands(rows, channels, channels, "cpu", dtype)]
+    with recording("sm_90") as launches:
+        fused.mlp_block(*tensors, Expression.parse(text), width, 1e-5).sum().backward()
+    return [launch.name for launch in launches]
+
+
+SEPARATE = [
+    "linear_fwd_kernel", "linear_fwd_kernel", "dropout_add_layer_norm_fwd_kernel",
+    "dropout_add_layer_norm_bwd_kernel", "linear_dgrad_kernel", "linear_gradients_kernel", "reduce_partials_kernel",
+]  # fmt: skip
+TOGETHER = [
+    "linear_fwd_kernel", "row_block_fwd_kernel",
+    "row_block_bwd_kernel", "linear_gradients_kernel", "reduce_partials_kernel",
+]  # fmt: skip
+
+
+def test_both_paths_are_what_they_are_called(path):
+    assert names_of_launches() == (TOGETHER if path == "rows" else SEPARATE)
+
+
+def test_many_rows_go_together_and_few_do_not():
+    sizes = dict(dtype=torch.bfloat16, channels=544, width=272)
+    assert names_of_launches(rows=8192, **sizes) == TOGETHER
+    assert names_of_launches(rows=4096, **sizes) == SEPARATE
+
+
 @pytest.mark.parametrize("text", [PUBLISHED_LAYERS[0], PUBLISHED_LAYERS[3], *drawn(4, seed=1)])
 @pytest.mark.parametrize("dropout", [None, Dropout(0.2, 2**60 + 77, 3)])
-def test_mlp_block_equals_plain_pytorch(text, dropout, device, dtype, check_error):
+def test_mlp_block_equals_plain_pytorch(text, dropout, path, device, dtype, check_error):
     expression = Expression.parse(text)
     width = expression.structure.inner_width(24)
     compare("mlp_block", operands(20, 24, 24, device, dtype), (expression, width, 1e-5, dropout), check_error)
 
 
-def test_mlp_block_takes_its_key_from_a_tensor_too(device):
+def test_mlp_block_takes_its_key_from_a_tensor_too(path, device):
     tensors = operands(9, 12, 12, device, torch.float32)
     by_value, by_tensor = (
         fused.mlp_block(*tensors, Expression.parse(FIRST), 6, 1e-5, Dropout(0.5, key, 2))
@@ -173,7 +215,7 @@ def test_mlp_block_takes_its_key_from_a_tensor_too(device):
     assert torch.equal(by_value, by_tensor)
 
 
-def test_mlp_block_adds_gradients_in_place(device):
+def test_mlp_block_adds_gradients_in_place(path, device):
     tensors = operands(24, 20, 20, device, torch.float32)
     constants = (Expression.parse(FIRST), 10, 1e-5, Dropout(0.1, 5, 1))
     expected = run(fused.mlp_block, tensors, *constants)
@@ -182,7 +224,7 @@ def test_mlp_block_adds_gradients_in_place(device):
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
 
 
-def test_mlp_block_passes_opcheck_and_compiles_whole(device):
+def test_mlp_block_passes_opcheck_and_compiles_whole(path, device):
     tensors = [tensor.requires_grad_() for tensor in operands(8, 12, 12, device, torch.float32)]
     text = PUBLISHED_LAYERS[3]
     arguments = (*tensors, text, 6, 1e-5, 0.1, 77, None, 4, "truncate", torch.float32, True)
@@ -193,7 +235,7 @@ def test_mlp_block_passes_opcheck_and_compiles_whole(device):
         assert torch.equal(mine, theirs)
 
 
-def test_autocast_computes_in_its_type_and_gives_gradients_in_the_parameters(device, check_error):
+def test_autocast_computes_in_its_type_and_gives_gradients_in_the_parameters(path, device, check_error):
     tensors = operands(20, 24, 24, device, torch.float32)
     dtype = torch.float16 if device.type == "cpu" else torch.bfloat16
     constants = (Expression.parse(PUBLISHED_LAYERS[2]), 12, 1e-5)

@@ -109,6 +109,29 @@ def test_a_choice_follows_device_dtype_and_size():
     assert half != full != interpreted
 
 
+@pytest.mark.parametrize(
+    "rows, cols, architecture, multiprocessors, dtype, together",
+    [
+        (8192, 544, "sm_90", 132, torch.bfloat16, 8),  # 128 programs for 132
+        (64 * 99, 544, "sm_90", 132, torch.bfloat16, 8),
+        (64 * 99 - 64, 544, "sm_90", 132, torch.bfloat16, 0),  # fewer than three quarters
+        (8192, 544, "sm_80", 108, torch.bfloat16, 0),  # the second round has 20 of 108
+        (32768, 544, "sm_80", 108, torch.bfloat16, 8),
+        (8192, 2048, "sm_90", 132, torch.float16, 4),
+        (8192, 8192, "sm_90", 132, torch.float16, 1),
+        (8192, 16384, "sm_90", 132, torch.float16, 0),  # a row does not fit
+        (8192, 16, "sm_90", 132, torch.float16, 64),
+        (8192, 544, "sm_90", 132, torch.float32, 0),
+        (8192, 544, "gfx942", 80, torch.bfloat16, 0),
+        (0, 544, "sm_90", 132, torch.bfloat16, 8),
+    ],
+)
+def test_programs_of_whole_rows_must_fill_the_card(rows, cols, architecture, multiprocessors, dtype, together):
+    with recording(architecture, multiprocessors):
+        tile = tiles.choose_rows("row_block_fwd", torch.device("meta"), dtype, 4, rows, cols)
+    assert tile.get("ROWS", 0) == together and "ELEMENTS" not in tile
+
+
 def test_an_unknown_kernel_is_one_line():
     with pytest.raises(ValueError, match=r"^no tile for nosuch on interpreter: .* has no rule that matches$"):
         tiles.choose("nosuch", CPU, torch.float32, 1)
