@@ -144,11 +144,12 @@ def run_cohort(
     keys = {number: space.key(architecture) for number, architecture in members}
     for index, rung in enumerate(rungs):
         last = rung is rungs[-1]
-        while due := sorted(n for n, e in _running(stage, keys).items() if len(_rungs(e)) == index):
-            with workers.turn(SHARING):
-                parts = len(workers.others()) + 1
-                room = evaluator.room([architectures[number] for number in due])
-                taken = stage.take(due, min(room, math.ceil(len(due) / parts)))
+        while True:
+            with workers.turn(SHARING):  # also to see what is due: outside, others may report it before it is taken
+                due = sorted(n for n, e in _running(stage, keys).items() if len(_rungs(e)) == index)
+                taken = _part(stage, due, architectures, evaluator, workers)
+            if not due:
+                break
             if not taken:
                 time.sleep(POLL_SECONDS)
                 line.catch_up(_ended(stage))
@@ -163,6 +164,16 @@ def run_cohort(
             with workers.turn(SHARING):
                 _drop(stage, keys, index, rungs[index + 1].places, rung.share, line, evaluator.minimize)
     return list(members)
+
+
+def _part(
+    stage: StageStudy, due: Sequence[int], architectures: dict[int, Architecture], evaluator: Evaluator, workers: Workers
+) -> list[int]:
+    """Take this worker's part of what is due, as far as nobody trains it."""
+    if not due:
+        return []
+    room = evaluator.room([architectures[number] for number in due])
+    return stage.take(due, min(room, math.ceil(len(due) / (len(workers.others()) + 1))))
 
 
 def screened(

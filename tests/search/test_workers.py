@@ -6,12 +6,17 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
-from effbert.config import SearchConfig, as_dict, without_password
+from effbert.config import SearchConfig, SearchStage, as_dict, published, without_password
 from effbert.search import study as study_module
+from effbert.search.population import Evaluator, Outcome
+from effbert.search.progress import Reporter
 from effbert.search.record import read_record
+from effbert.search.stages import run_cohort
 from effbert.search.study import RunFolder, Study, TakenOver
 from effbert.search.workers import Workers
 
@@ -80,6 +85,41 @@ def test_a_candidate_is_one_workers_until_it_has_reported(tmp_path):
         assert two.take([0], 1) == [0]
         two.complete(0, 0.75)
         assert one.evaluations()[0].value == 0.75 and one.evaluations()[0].attrs["rungs"] == [0.25, 0.75]
+
+
+def test_what_another_worker_reports_while_one_waits_for_its_turn_is_not_trained_again(tmp_path):
+    """Seen as due before the turn and reported by then, a candidate waits for the next rung, not for this one."""
+    settings = SearchStage(cohort=2, rungs=(0.5, 1.0))
+    members = [(number, published(6)) for number in range(2)]
+    trained = []
+
+    class Late(Workers):
+        waiting = False
+
+        @contextmanager
+        def turn(self, what):
+            if self.waiting:
+                self.waiting = False
+                one.report(0, 0, 0.25)
+                one.report(1, 0, 0.5)
+            with super().turn(what):
+                yield
+
+    def evaluate(group, share):
+        for number, _ in group:
+            trained.append((number, share))
+            yield number, Outcome(0.75, {"parameters": 1})
+
+    with Workers(tmp_path) as first, Late(tmp_path) as second, Reporter() as reporter:
+        one, two = opened(tmp_path, first), opened(tmp_path, second)
+        for number, _ in members:
+            one.begin(number, "text", f"key {number}")
+        assert one.take(range(2), 2) == [0, 1]
+        second.waiting = True
+        keys = SimpleNamespace(key=str)
+        run_cohort(two, members, keys, settings, Evaluator(len, evaluate), reporter.stage("stage1", 2, 0), second)
+        assert trained == [(1, 1.0)]
+        assert [evaluation.state for evaluation in two.evaluations()] == ["pruned", "complete"]
 
 
 def _take_and_die(folder, taken):
