@@ -147,7 +147,7 @@ def run_cohort(
         while True:
             with workers.turn(SHARING):  # also to see what is due: outside, others may report it before it is taken
                 due = sorted(n for n, e in _running(stage, keys).items() if len(_rungs(e)) == index)
-                taken = _part(stage, due, architectures, evaluator, workers)
+                taken = _part(stage, {number: architectures[number] for number in due}, evaluator, workers)
             if not due:
                 break
             if not taken:
@@ -166,14 +166,12 @@ def run_cohort(
     return list(members)
 
 
-def _part(
-    stage: StageStudy, due: Sequence[int], architectures: dict[int, Architecture], evaluator: Evaluator, workers: Workers
-) -> list[int]:
+def _part(stage: StageStudy, due: dict[int, Architecture], evaluator: Evaluator, workers: Workers) -> list[int]:
     """Take this worker's part of what is due, as far as nobody trains it."""
     if not due:
         return []
-    room = evaluator.room([architectures[number] for number in due])
-    return stage.take(due, min(room, math.ceil(len(due) / (len(workers.others()) + 1))))
+    room = evaluator.room(list(due.values()))
+    return stage.take(list(due), min(room, math.ceil(len(due) / (len(workers.others()) + 1))))
 
 
 def screened(
