@@ -46,9 +46,7 @@ def run_search(config: SearchConfig, reporter: Reporter | None = None, world: Wo
     folder or the storage will not do.
     """
     folder = Path(config.output_dir)
-    with claimed(config, world) as claim, reporter or Reporter(shown=world.is_first) as reporter:
-        if claim is not None:
-            claim.workers.say = reporter.say
+    with reporter or Reporter(shown=world.is_first) as reporter, claimed(config, world, reporter) as claim:
         with study_of(config, claim) as study:
             turn = turns(world, study)
             with turn("tokenizer, data and teachers"):
@@ -72,13 +70,13 @@ def run_search(config: SearchConfig, reporter: Reporter | None = None, world: Wo
                 return finish(workspace, winner, coarse, study, reporter)
 
 
-def claimed(config: SearchConfig, world: World) -> AbstractContextManager[RunFolder | None]:
+def claimed(config: SearchConfig, world: World, reporter: Reporter) -> AbstractContextManager[RunFolder | None]:
     """The run's folder, joined by the first process only. The number of processes is part of what a run is: batches
     grow with it."""
     if not world.is_first:
         return nullcontext()
     processes = {"processes": world.size} if world.size > 1 else {}
-    return RunFolder(config.output_dir, as_dict(config) | processes)
+    return RunFolder(config.output_dir, as_dict(config) | processes, reporter.say)
 
 
 def study_of(config: SearchConfig, claim: RunFolder | None) -> AbstractContextManager[Study | None]:

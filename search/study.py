@@ -14,7 +14,7 @@ import shutil
 import sqlite3
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -306,16 +306,17 @@ class RunFolder:
 
     The folder is made if need be, and config.json (the configuration, JSON values, and an id) written into it.
     ValueError, in one line, where the folder cannot be made or written, holds something else, or holds a run with
-    another configuration (the differences are named). id: of the run. workers: this process and those beside it.
+    another configuration (the differences are named). say: gets a line where another worker has to be waited for. id:
+    of the run. workers: this process and those beside it.
     """
 
-    def __init__(self, output_dir: str | Path, config: dict):
+    def __init__(self, output_dir: str | Path, config: dict, say: Callable[[str], None] = lambda text: None):
         self.path = Path(output_dir)
         config = json.loads(json.dumps(config, default=str))
         try:
             self._refuse_foreign()
             self.path.mkdir(parents=True, exist_ok=True)
-            self.workers = Workers(self.path)
+            self.workers = Workers(self.path, say)
             self.workers.join()
         except OSError as error:
             raise ValueError(
@@ -347,8 +348,9 @@ class RunFolder:
         self.workers.leave()
 
     def _refuse_foreign(self) -> None:
-        if self.path.is_dir() and self._stored() is None:
-            for entry in sorted(entry.name for entry in self.path.iterdir()):
+        there = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
+        if self._stored() is None:  # asked last: another worker may be making config.json
+            for entry in there:
                 if entry != FOLDER and not entry.startswith(PARTIAL):
                     raise ValueError(
                         f"{self.path} holds something else ({entry}); give an empty or a new folder as --output_dir"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -49,6 +50,37 @@ def test_a_turn_waits_for_the_one_before_and_says_for_whom(tmp_path):
     process.join()
     (line,) = said
     assert f".{process.pid}." in line and line.endswith(": the supernet")
+
+
+def test_who_joins_a_run_is_told_for_whom_it_waits(tmp_path):
+    with RunFolder(tmp_path, {}):
+        ready, said = FORK.Event(), []
+        process = FORK.Process(target=_hold_turn, args=(tmp_path, ready, 0.5))
+        process.start()
+        assert ready.wait(60)
+        with RunFolder(tmp_path, {}, said.append):
+            assert (tmp_path / "made").exists()
+        process.join()
+    assert len(said) == 1 and said[0].endswith(": the supernet")
+
+
+def test_a_worker_that_leaves_or_begins_the_run_while_another_joins_is_no_error(tmp_path, monkeypatch):
+    listed = Path.iterdir
+
+    def slowly(folder):
+        if folder == tmp_path:
+            (tmp_path / "config.json").write_text('{"effbert_run": {}}')
+        entries = list(listed(folder))
+        for entry in entries:
+            if entry.name.startswith("dead"):
+                entry.unlink()
+        return iter(entries)
+
+    (tmp_path / ".workers").mkdir()
+    (tmp_path / ".workers" / "dead.1.abcd").touch()
+    monkeypatch.setattr(Path, "iterdir", slowly)
+    with RunFolder(tmp_path, {}) as run:
+        assert not run.is_new
 
 
 def test_a_turn_ends_with_its_holder_however_it_ends(tmp_path):
