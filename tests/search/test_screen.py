@@ -226,7 +226,9 @@ def test_a_latency_that_nothing_reaches_is_said_before_anything_trains(workspace
     ("settings", "message"),
     [
         (lambda: SearchStage(filter_share=1.0), "filter_share is 1.0"),
-        (lambda: SearchConfig("", stage3=SearchStage(filter="w-pca")), "stage3.filter is w-pca"),
+        (lambda: SearchConfig("", stage3=SearchStage(filter="w-pca", cohort=2)), "stage3.filter is w-pca"),
+        (lambda: SearchStage(filter="w-pca"), "discard nobody of a cohort of 1"),
+        (lambda: SearchStage(filter="w-pca", cohort=3, filter_share=0.1), "discard nobody of a cohort of 3"),
         (lambda: SearchConfig("", max_latency_ms=-1.0), "max_latency_ms is -1.0"),
     ],
 )
