@@ -23,6 +23,7 @@ from effbert.search.final import final_rows, rows, teacher_row
 from effbert.search.pareto import best_front
 from effbert.search.population import Evaluator, remove_stale, trained_candidates
 from effbert.search.progress import Reporter
+from effbert.search.record import training_files
 from effbert.search.report_html import write_report
 from effbert.search.screen import FILTER, check_latency
 from effbert.search.shared import shared_candidates, shared_supernet
@@ -307,8 +308,7 @@ def others_on_front(study: Study, config: SearchConfig) -> list[Architecture]:
 def training_seconds(folder: Path, study: Study, results: list[dict]) -> dict[str, float]:
     """Seconds spent in training loops, by part, from what each part kept beside its outcome."""
     parts = {
-        str(file.parent.relative_to(folder)): json.loads(file.read_text())["seconds"]
-        for file in sorted(folder.glob("**/training.json"))
+        str(file.parent.relative_to(folder)): json.loads(file.read_text())["seconds"] for file in training_files(folder)
     }
     for name in ("stage1", "stage2", *([ALONE] if (folder / ALONE).exists() else [])):
         parts[f"{name} candidates"] = sum(e.attrs.get("seconds", 0.0) for e in study.stage(name).evaluations())

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from effbert.config import without_password
+from effbert.errors import first_line
 from effbert.files import PARTIAL, DiskFullError, write_atomic
 from effbert.search.workers import FOLDER, JOINING, Workers
 
@@ -78,9 +79,9 @@ class Study:
 
         with _errors_in_one_line(self.where):
             self._storage = self._storage or self._open()
-            begun = optuna.get_all_study_names(self._storage)
-        for name in begun:
-            self.stage(name)
+            begun = optuna.get_all_study_summaries(self._storage)
+        for study in begun:
+            self._refuse_foreign(study.study_name, study.user_attrs.get("run"), study.n_trials)
 
     def stage(self, name: str) -> "StageStudy":
         """The study of one stage, made if it is not there. ValueError where the storage cannot be reached, is no study,
@@ -98,12 +99,18 @@ class Study:
                 load_if_exists=True,
             )
             owner = study.user_attrs.get("run")
-            if self.run_id and owner is None:
+            trials = len(study.get_trials(deepcopy=False)) if owner is None else 0
+        self._refuse_foreign(name, owner, trials)
+        if self.run_id and owner is None:
+            with _errors_in_one_line(self.where):
                 study.set_user_attr("run", self.run_id)
-        if self.run_id and owner not in (None, self.run_id):
-            raise ValueError(f"{self.where}: holds the {name} of another search: give --storage a database of its own")
         self._heart = self._heart or Heart(self._storage)
         return StageStudy(study, self.where, self.workers, self._heart)
+
+    def _refuse_foreign(self, name: str, owner: str | None, trials: int) -> None:
+        """A study without a run is one of this run's own, killed before its first candidate, if it is empty."""
+        if self.run_id and owner != self.run_id and (owner is not None or trials):
+            raise ValueError(f"{self.where}: holds the {name} of another search: give --storage a database of its own")
 
     def close(self) -> None:
         """No more heartbeats."""
@@ -161,7 +168,7 @@ class Heart:
                 try:
                     self._storage.record_heartbeat(trial_id)
                 except Exception as error:  # a missed beat is no harm, and what is broken shows at the next commit
-                    warnings.warn(f"no heartbeat: {str(error).splitlines()[0]}", stacklevel=1)
+                    warnings.warn(f"no heartbeat: {first_line(error)}", stacklevel=1)
 
 
 class StageStudy:
@@ -413,10 +420,10 @@ def _errors_in_one_line(where: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ValueError(f"{where}: needs a driver that is not installed: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{where}: needs a driver that is not installed: {first_line(error)}") from error
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
         cause = error.__cause__ or error
-        reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
+        reason = first_line(getattr(cause, "orig", None) or cause)
         if "disk is full" in reason:
             raise DiskFullError(f"{where}: no space left on device; nothing already written was lost") from error
         raise ValueError(f"{where}: cannot be used as a study: {reason}") from error

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from effbert.config import SearchConfig, SearchStage, as_dict, published, without_password
+from effbert.files import PARTIAL
 from effbert.search import study as study_module
 from effbert.search.population import Evaluator, Outcome
 from effbert.search.progress import Reporter
@@ -268,6 +269,25 @@ def test_the_storage_of_another_search_is_refused(tmp_path):
     Study(tmp_path, url, "one").reach()
     with pytest.raises(ValueError, match="of another search"):
         Study(tmp_path, url, "two").reach()
+
+
+def test_a_database_with_the_studies_of_something_else_is_refused_and_left_alone(tmp_path):
+    import optuna
+
+    url = f"sqlite:///{tmp_path}/shared.db"
+    other = optuna.create_study(study_name="prices", storage=url)
+    other.add_trial(optuna.trial.create_trial(value=1.0))
+    with pytest.raises(ValueError, match=r"shared\.db: holds the prices of another search"):
+        Study(tmp_path, url, "one").reach()
+    assert optuna.load_study(study_name="prices", storage=url).user_attrs == {}
+
+
+def test_what_another_worker_is_writing_is_no_part_of_the_record(tmp_path):
+    (tmp_path / "config.json").write_text('{"effbert_run": {}}')
+    for name, text in (("supernet", '{"seconds": 1.0}'), (f"{PARTIAL}0a-teacher", '{"sec')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "training.json").write_text(text)
+    assert read_record(tmp_path).training == {"supernet": {"seconds": 1.0}}
 
 
 def test_a_failed_start_leaves_its_storage_to_the_corrected_one(tmp_path, capsys):
