@@ -13,7 +13,7 @@ from pathlib import Path
 from effbert.config import without_password
 from effbert.errors import first_line
 from effbert.files import PARTIAL
-from effbert.search.study import CONFIG_FILE, STUDY_FILE, Evaluation, evaluation_of
+from effbert.search.study import BUSY_SECONDS, CONFIG_FILE, STUDY_FILE, Evaluation, engine_settings, evaluation_of
 
 STAGES = ("stage1", "stage2", "stage3")
 
@@ -125,10 +125,12 @@ def _engine(folder: Path, storage: str):
 
     try:
         if storage:
-            return create_engine(storage)
+            return create_engine(storage, **engine_settings(storage))
         path = folder / STUDY_FILE
         uri = f"{path.resolve().as_uri()}?mode=ro"
-        return create_engine("sqlite://", creator=lambda: sqlite3.connect(uri, uri=True)) if path.exists() else None
+        if not path.exists():
+            return None
+        return create_engine("sqlite://", creator=lambda: sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS))
     except (ImportError, SQLAlchemyError) as error:
         raise ValueError(f"{without_password(storage)}: cannot be read as a study: {first_line(error)}") from None
 

@@ -122,7 +122,7 @@ class Study:
         from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 
         if self.url:
-            url, engine = self.url, {"pool_pre_ping": True}
+            url, engine = self.url, engine_settings(self.url)
         else:
             # Connected by path, since a URL would give a meaning to ? and {} in a folder's name.
             path = (self.output_dir / STUDY_FILE).resolve()
@@ -409,6 +409,12 @@ def evaluation_of(user_attrs: dict, state: str, value: float | None, rungs: list
     attrs = {name: attr for name, attr in user_attrs.items() if name not in KEPT}
     attrs[_RUNGS] = rungs + finished
     return Evaluation(user_attrs[_NUMBER], user_attrs[_ARCHITECTURE], value if finished else None, state, attrs)
+
+
+def engine_settings(url: str) -> dict:
+    """SQLAlchemy's settings for a database's URL: SQLite waits for other workers, a lost connection is made anew."""
+    waits = {"connect_args": {"timeout": BUSY_SECONDS}} if url.startswith("sqlite") else {}
+    return {"pool_pre_ping": True, **waits}
 
 
 @contextmanager

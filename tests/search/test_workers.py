@@ -14,6 +14,7 @@ import pytest
 
 from effbert.config import SearchConfig, SearchStage, as_dict, published, without_password
 from effbert.files import PARTIAL
+from effbert.search import record
 from effbert.search import study as study_module
 from effbert.search.population import Evaluator, Outcome
 from effbert.search.progress import Reporter
@@ -288,6 +289,15 @@ def test_what_another_worker_is_writing_is_no_part_of_the_record(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "training.json").write_text(text)
     assert read_record(tmp_path).training == {"supernet": {"seconds": 1.0}}
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_sqlite_waits_for_another_worker_whether_its_file_is_named_or_not(tmp_path, named):
+    url = f"sqlite:///{tmp_path}/study.db" if named else ""
+    opened(tmp_path, storage=url)
+    for engine in (Study(tmp_path, url)._open().engine, record._engine(tmp_path, url)):
+        with engine.connect() as connection:
+            assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 1000 * study_module.BUSY_SECONDS
 
 
 def test_a_failed_start_leaves_its_storage_to_the_corrected_one(tmp_path, capsys):
