@@ -78,7 +78,7 @@ class SearchStage(Budget):
     it learns from their values is learned anew every refit_every of them. cohort: candidates proposed at once, before
     any of them has a value, so a whole first cohort is random. rungs: rising shares of the budget, the last one 1; a
     cohort is trained on the first, its best on the next, so many that every rung costs the same. filter: a score before
-    any training by which filter_share of a cohort is discarded (effbert.search.proxies).
+    any training by which filter_share of a cohort, all but one at the most, is discarded (effbert.search.proxies).
     """
 
     num_candidates: int = 80
@@ -97,6 +97,11 @@ class SearchStage(Budget):
         for name, least in {"num_candidates": 1, "cohort": 1, "initial_samples": 2, "refit_every": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if self.filter != "none" and max(1, round(self.cohort * (1 - self.filter_share))) == self.cohort:
+            raise ValueError(
+                f"filter is {self.filter}: with a filter_share of {self.filter_share} it would discard nobody of a "
+                f"cohort of {self.cohort}: give a larger cohort"
+            )
         rising = all(low < high for low, high in zip(self.rungs, self.rungs[1:], strict=False))
         if not self.rungs or not rising or self.rungs[0] <= 0 or self.rungs[-1] != 1:
             raise ValueError(f"rungs is {self.rungs}: it should rise, from above 0, to 1 at its end")

@@ -111,7 +111,7 @@ def forecast(config: SearchConfig, data: DataSizes, rates: Rates, together: int)
             config.stage1, num_candidates=config.agreement_candidates, cohort=config.agreement_candidates, rungs=(1.0,)
         )
         parts.append(candidates("alone", alone, data, rates, together))
-    rows = 3 + config.final.num_random
+    rows = 3 + config.final.num_random + (config.final.num_front if config.minimize else 0)  # at most
     tokens = student_tokens(data, config.final) * config.seeds
     seconds = tokens * (rows * rates.candidate + rates.teacher)
     seconds += config.seeds * warm * (rates.teacher + rates.candidate)  # the plain BERT warms up by itself

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from effbert.config import without_password
-from effbert.search.study import CONFIG_FILE, STUDY_FILE, Evaluation, evaluation_of
+from effbert.errors import first_line
+from effbert.files import PARTIAL
+from effbert.search.study import BUSY_SECONDS, CONFIG_FILE, STUDY_FILE, Evaluation, engine_settings, evaluation_of
 
 STAGES = ("stage1", "stage2", "stage3")
 
@@ -59,7 +61,7 @@ def read_record(folder: str | Path, storage: str = "") -> Record:
     config = (load(folder / CONFIG_FILE, dict) or {}).get("effbert_run")
     if not isinstance(config, dict):
         raise ValueError(f"{folder} is no run: give the --output_dir of a search, a folder with its {CONFIG_FILE}")
-    trainings = sorted(folder.glob("**/training.json"))
+    trainings = training_files(folder)
     storage, study = storage or config.get("storage", ""), folder / STUDY_FILE
     where, engine = without_password(storage) if storage else str(study), _engine(folder, storage)
     stages = dict.fromkeys(STAGES, ()) | ({} if engine is None else _candidates(engine, where))
@@ -72,6 +74,15 @@ def read_record(folder: str | Path, storage: str = "") -> Record:
         training={path.parent.relative_to(folder).as_posix(): load(path, dict) for path in trainings},
         changed=max(path.stat().st_mtime for path in [*read, *([study] if study.exists() else [])]),
     )
+
+
+def training_files(folder: Path) -> list[Path]:
+    """training.json of everything that is done; not of what another worker is writing, or a dead one left."""
+    return [
+        path
+        for path in sorted(folder.glob("**/training.json"))
+        if not any(part.startswith(PARTIAL) for part in path.relative_to(folder).parts)
+    ]
 
 
 def _candidates(engine, where: str) -> dict[str, list[Evaluation]]:
@@ -87,7 +98,7 @@ def _candidates(engine, where: str) -> dict[str, list[Evaluation]]:
                 connection.execute(text(query)).fetchall() for query in (_TRIALS, _ATTRIBUTES, _RUNGS)
             )
     except SQLAlchemyError as error:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        reason = first_line(getattr(error, "orig", None) or error)
         raise ValueError(f"{where}: cannot be read as a study: {reason}") from None
     finally:
         engine.dispose()
@@ -114,14 +125,14 @@ def _engine(folder: Path, storage: str):
 
     try:
         if storage:
-            return create_engine(storage)
+            return create_engine(storage, **engine_settings(storage))
         path = folder / STUDY_FILE
         uri = f"{path.resolve().as_uri()}?mode=ro"
-        return create_engine("sqlite://", creator=lambda: sqlite3.connect(uri, uri=True)) if path.exists() else None
+        if not path.exists():
+            return None
+        return create_engine("sqlite://", creator=lambda: sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS))
     except (ImportError, SQLAlchemyError) as error:
-        raise ValueError(
-            f"{without_password(storage)}: cannot be read as a study: {str(error).splitlines()[0]}"
-        ) from None
+        raise ValueError(f"{without_password(storage)}: cannot be read as a study: {first_line(error)}") from None
 
 
 def _json(path: Path, kind: type):

@@ -24,6 +24,7 @@ from effbert.search.final import final_rows, rows, teacher_row
 from effbert.search.pareto import best_front
 from effbert.search.population import KEPT_TEACHER, Evaluator, remove_stale, trained_candidates
 from effbert.search.progress import Reporter
+from effbert.search.record import training_files
 from effbert.search.report_html import write_report
 from effbert.search.screen import FILTER, check_latency
 from effbert.search.shared import shared_candidates, shared_supernet
@@ -47,9 +48,7 @@ def run_search(config: SearchConfig, reporter: Reporter | None = None, world: Wo
     folder or the storage will not do.
     """
     folder = Path(config.output_dir)
-    with claimed(config, world) as claim, reporter or Reporter(shown=world.is_first) as reporter:
-        if claim is not None:
-            claim.workers.say = reporter.say
+    with reporter or Reporter(shown=world.is_first) as reporter, claimed(config, world, reporter) as claim:
         with study_of(config, claim) as study:
             turn = turns(world, study)
             with turn("tokenizer, data and teachers"):
@@ -73,13 +72,13 @@ def run_search(config: SearchConfig, reporter: Reporter | None = None, world: Wo
                 return finish(workspace, winner, coarse, study, reporter)
 
 
-def claimed(config: SearchConfig, world: World) -> AbstractContextManager[RunFolder | None]:
+def claimed(config: SearchConfig, world: World, reporter: Reporter) -> AbstractContextManager[RunFolder | None]:
     """The run's folder, joined by the first process only. The number of processes is part of what a run is: batches
     grow with it."""
     if not world.is_first:
         return nullcontext()
     processes = {"processes": world.size} if world.size > 1 else {}
-    return RunFolder(config.output_dir, as_dict(config) | processes)
+    return RunFolder(config.output_dir, as_dict(config) | processes, reporter.say)
 
 
 def study_of(config: SearchConfig, claim: RunFolder | None) -> AbstractContextManager[Study | None]:
@@ -312,8 +311,7 @@ def others_on_front(study: Study, config: SearchConfig) -> list[Architecture]:
 def training_seconds(folder: Path, study: Study, results: list[dict]) -> dict[str, float]:
     """Seconds spent in training loops, by part, from what each part kept beside its outcome."""
     parts = {
-        str(file.parent.relative_to(folder)): json.loads(file.read_text())["seconds"]
-        for file in sorted(folder.glob("**/training.json"))
+        str(file.parent.relative_to(folder)): json.loads(file.read_text())["seconds"] for file in training_files(folder)
     }
     for name in ("stage1", "stage2", *([ALONE] if (folder / ALONE).exists() else [])):
         parts[f"{name} candidates"] = sum(e.attrs.get("seconds", 0.0) for e in study.stage(name).evaluations())

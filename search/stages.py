@@ -21,7 +21,7 @@ from effbert.config import SearchStage
 from effbert.engine import Phase, forget, train
 from effbert.search.agreement import paired_difference
 from effbert.search.budget import fitness, ladder, survivors
-from effbert.search.pareto import fronts, point
+from effbert.search.pareto import best_front, fronts, point
 from effbert.search.population import Evaluator, Member, Outcome
 from effbert.search.progress import Reporter, StageLine
 from effbert.search.sampler import Sampler, SpaceExhausted, make_sampler
@@ -51,8 +51,8 @@ def search_stage(
     """Cohort after cohort, until the study holds settings.num_candidates; returns the best architecture.
 
     first: the architecture the stage starts from, evaluated as candidate 0. after_cohort: called when one is done. The
-    sampler's state is rebuilt from the study alone. A space with fewer architectures ends the stage early. ValueError
-    where every candidate diverged.
+    sampler's state is rebuilt from the study alone. A space with fewer architectures ends the stage early. Of equal
+    values that which no other beats in what evaluator.minimize names is best. ValueError where no candidate has one.
     """
     sampler = make_sampler(settings.sampler, space, settings.initial_samples, settings.refit_every)
     finished = sum(evaluation.state != "running" for evaluation in stage.evaluations())
@@ -72,11 +72,21 @@ def search_stage(
         if len(members) < len(numbers):
             break
     line.close()
-    best = stage.best()
-    if best is None:
-        raise ValueError(f"{name}: every candidate diverged (loss not finite): lower the learning rates of --{name}")
-    reporter.say(f"{name}: {comparison(stage.evaluations(), best)}")
+    evaluations = stage.evaluations()
+    front = best_front(evaluations, evaluator.minimize)
+    if not front:
+        raise ValueError(f"{name}: {_why_none(evaluations, name)}")
+    best = front[0]
+    reporter.say(f"{name}: {comparison(evaluations, best)}")
     return Architecture.parse(best.architecture)
+
+
+def _why_none(evaluations: Sequence[Evaluation], name: str) -> str:
+    """Why no candidate has a value."""
+    reasons = [e.attrs[DISCARDED] for e in evaluations if DISCARDED in e.attrs]
+    if len(reasons) == len(evaluations):
+        return f"every candidate was discarded before it trained (the last {reasons[-1]}): raise the limits"
+    return f"every candidate that trained diverged (loss not finite): lower the learning rates of --{name}"
 
 
 def by_fronts(
@@ -144,11 +154,12 @@ def run_cohort(
     keys = {number: space.key(architecture) for number, architecture in members}
     for index, rung in enumerate(rungs):
         last = rung is rungs[-1]
-        while due := sorted(n for n, e in _running(stage, keys).items() if len(_rungs(e)) == index):
-            with workers.turn(SHARING):
-                parts = len(workers.others()) + 1
-                room = evaluator.room([architectures[number] for number in due])
-                taken = stage.take(due, min(room, math.ceil(len(due) / parts)))
+        while True:
+            with workers.turn(SHARING):  # also to see what is due: outside, others may report it before it is taken
+                due = sorted(n for n, e in _running(stage, keys).items() if len(_rungs(e)) == index)
+                taken = _part(stage, {number: architectures[number] for number in due}, evaluator, workers)
+            if not due:
+                break
             if not taken:
                 time.sleep(POLL_SECONDS)
                 line.catch_up(_ended(stage))
@@ -165,6 +176,14 @@ def run_cohort(
             with workers.turn(SHARING):
                 _drop(stage, keys, index, rungs[index + 1].places, rung.share, line, evaluator.minimize)
     return list(members)
+
+
+def _part(stage: StageStudy, due: dict[int, Architecture], evaluator: Evaluator, workers: Workers) -> list[int]:
+    """Take this worker's part of what is due, as far as nobody trains it."""
+    if not due:
+        return []
+    room = evaluator.room(list(due.values()))
+    return stage.take(list(due), min(room, math.ceil(len(due) / (len(workers.others()) + 1))))
 
 
 def screened(

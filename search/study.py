@@ -14,13 +14,14 @@ import shutil
 import sqlite3
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from effbert.config import without_password
+from effbert.errors import first_line
 from effbert.files import PARTIAL, DiskFullError, write_atomic
 from effbert.search.workers import FOLDER, JOINING, Workers
 
@@ -78,9 +79,9 @@ class Study:
 
         with _errors_in_one_line(self.where):
             self._storage = self._storage or self._open()
-            begun = optuna.get_all_study_names(self._storage)
-        for name in begun:
-            self.stage(name)
+            begun = optuna.get_all_study_summaries(self._storage)
+        for study in begun:
+            self._refuse_foreign(study.study_name, study.user_attrs.get("run"), study.n_trials)
 
     def stage(self, name: str) -> "StageStudy":
         """The study of one stage, made if it is not there. ValueError where the storage cannot be reached, is no study,
@@ -98,12 +99,18 @@ class Study:
                 load_if_exists=True,
             )
             owner = study.user_attrs.get("run")
-            if self.run_id and owner is None:
+            trials = len(study.get_trials(deepcopy=False)) if owner is None else 0
+        self._refuse_foreign(name, owner, trials)
+        if self.run_id and owner is None:
+            with _errors_in_one_line(self.where):
                 study.set_user_attr("run", self.run_id)
-        if self.run_id and owner not in (None, self.run_id):
-            raise ValueError(f"{self.where}: holds the {name} of another search: give --storage a database of its own")
         self._heart = self._heart or Heart(self._storage)
         return StageStudy(study, self.where, self.workers, self._heart)
+
+    def _refuse_foreign(self, name: str, owner: str | None, trials: int) -> None:
+        """A study without a run is one of this run's own, killed before its first candidate, if it is empty."""
+        if self.run_id and owner != self.run_id and (owner is not None or trials):
+            raise ValueError(f"{self.where}: holds the {name} of another search: give --storage a database of its own")
 
     def close(self) -> None:
         """No more heartbeats."""
@@ -115,7 +122,7 @@ class Study:
         from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 
         if self.url:
-            url, engine = self.url, {"pool_pre_ping": True}
+            url, engine = self.url, engine_settings(self.url)
         else:
             # Connected by path, since a URL would give a meaning to ? and {} in a folder's name.
             path = (self.output_dir / STUDY_FILE).resolve()
@@ -161,7 +168,7 @@ class Heart:
                 try:
                     self._storage.record_heartbeat(trial_id)
                 except Exception as error:  # a missed beat is no harm, and what is broken shows at the next commit
-                    warnings.warn(f"no heartbeat: {str(error).splitlines()[0]}", stacklevel=1)
+                    warnings.warn(f"no heartbeat: {first_line(error)}", stacklevel=1)
 
 
 class StageStudy:
@@ -306,16 +313,17 @@ class RunFolder:
 
     The folder is made if need be, and config.json (the configuration, JSON values, and an id) written into it.
     ValueError, in one line, where the folder cannot be made or written, holds something else, or holds a run with
-    another configuration (the differences are named). id: of the run. workers: this process and those beside it.
+    another configuration (the differences are named). say: gets a line where another worker has to be waited for. id:
+    of the run. workers: this process and those beside it.
     """
 
-    def __init__(self, output_dir: str | Path, config: dict):
+    def __init__(self, output_dir: str | Path, config: dict, say: Callable[[str], None] = lambda text: None):
         self.path = Path(output_dir)
         config = json.loads(json.dumps(config, default=str))
         try:
             self._refuse_foreign()
             self.path.mkdir(parents=True, exist_ok=True)
-            self.workers = Workers(self.path)
+            self.workers = Workers(self.path, say)
             self.workers.join()
         except OSError as error:
             raise ValueError(
@@ -347,8 +355,9 @@ class RunFolder:
         self.workers.leave()
 
     def _refuse_foreign(self) -> None:
-        if self.path.is_dir() and self._stored() is None:
-            for entry in sorted(entry.name for entry in self.path.iterdir()):
+        there = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
+        if self._stored() is None:  # asked last: another worker may be making config.json
+            for entry in there:
                 if entry != FOLDER and not entry.startswith(PARTIAL):
                     raise ValueError(
                         f"{self.path} holds something else ({entry}); give an empty or a new folder as --output_dir"
@@ -402,6 +411,12 @@ def evaluation_of(user_attrs: dict, state: str, value: float | None, rungs: list
     return Evaluation(user_attrs[_NUMBER], user_attrs[_ARCHITECTURE], value if finished else None, state, attrs)
 
 
+def engine_settings(url: str) -> dict:
+    """SQLAlchemy's settings for a database's URL: SQLite waits for other workers, a lost connection is made anew."""
+    waits = {"connect_args": {"timeout": BUSY_SECONDS}} if url.startswith("sqlite") else {}
+    return {"pool_pre_ping": True, **waits}
+
+
 @contextmanager
 def _errors_in_one_line(where: str) -> Iterator[None]:
     """A database's errors become one line each: DiskFullError, or ValueError for one out of reach or no study."""
@@ -411,10 +426,10 @@ def _errors_in_one_line(where: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ValueError(f"{where}: needs a driver that is not installed: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{where}: needs a driver that is not installed: {first_line(error)}") from error
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
         cause = error.__cause__ or error
-        reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
+        reason = first_line(getattr(cause, "orig", None) or cause)
         if "disk is full" in reason:
             raise DiskFullError(f"{where}: no space left on device; nothing already written was lost") from error
         raise ValueError(f"{where}: cannot be used as a study: {reason}") from error

@@ -43,7 +43,7 @@ class Workers:
         with self.turn(JOINING):
             for file in self.folder.iterdir():
                 if file.name != _TURN and _is_free(file):
-                    file.unlink()
+                    file.unlink(missing_ok=True)  # it may have left meanwhile
             self._own = _locked(self.folder / self.name)
 
     def leave(self) -> None:

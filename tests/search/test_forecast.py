@@ -53,6 +53,12 @@ def test_the_teacher_reads_once_for_all_that_train_together(workspace):
     assert by_two.seconds == 3 * together.seconds > 0
 
 
+def test_others_of_the_front_are_forecast_where_costs_count(workspace):
+    plain, front = parts(workspace)["final"], parts(changed(workspace, minimize=("flops",)))["final"]
+    assert front.candidates == plain.candidates + workspace.config.final.num_front * workspace.config.seeds
+    assert front.tokens > plain.tokens
+
+
 def test_scoring_is_counted_for_every_candidate(workspace):
     scoring = parts(workspace, Rates(0.0, 0.0, 0.0, 1.0, "test"))
     assert scoring["stage3"].seconds == workspace.config.stage3.num_candidates * forecast.Drawn(workspace).ranking()

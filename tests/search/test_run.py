@@ -184,6 +184,7 @@ def test_three_workers_that_are_killed_end_like_one_that_is_not(undisturbed, tmp
     assert [worker.returncode for worker in workers] == [0] * WORKERS, outputs
     assert any("waiting for worker" in output or "other workers" in output for output in outputs)
     assert outcome(folder) == outcome(undisturbed[0])
+    finish(folder)  # alone, which sweeps up what the killed ones were writing
     assert not list(folder.rglob(".partial-*"))
 
 

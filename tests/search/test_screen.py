@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -165,6 +166,31 @@ def test_a_stage_trains_only_what_the_filter_left_and_a_resume_does_not_look_aga
     assert of_filter(found, screen.FILTER).estimate == pytest.approx(1.0) and of_filter(found[:2], "x") is None
 
 
+def run_stage(folder, space, settings, evaluator):
+    with Workers(folder) as workers, Reporter() as reporter:
+        stage = Study(folder, workers=workers).stage("stage1")
+        best = search_stage(stage, "stage1", space, settings, 0, evaluator, None, reporter, workers)
+        return best, stage.evaluations()
+
+
+def test_of_equal_candidates_the_one_that_costs_less_wins_where_costs_count(tmp_path, space):
+    settings = SearchStage(num_candidates=3, cohort=3, sampler="random")
+
+    def evaluate(members, share):
+        return [(number, Outcome(0.5, {"parameters": 1, "flops": 9 - number})) for number, _ in members]
+
+    for minimize, number in (((), 0), (("flops",), 2)):
+        best, found = run_stage(tmp_path, space, settings, Evaluator(len, evaluate, None, minimize))
+        assert str(best) == found[number].architecture
+
+
+def test_a_stage_whose_candidates_are_all_too_slow_says_so(tmp_path, space):
+    settings = SearchStage(num_candidates=2, cohort=2, sampler="random")
+    slow = Evaluator(len, None, Screen(SimpleNamespace(of=lambda architecture: 11.0), 10.0, None, 0.5))
+    with pytest.raises(ValueError, match=r"stage1: every candidate was discarded .* takes 11\.00 ms, over 10"):
+        run_stage(tmp_path, space, settings, slow)
+
+
 def test_the_winner_of_the_stage_before_is_never_discarded(tmp_path, space, architectures):
     settings = SearchStage(num_candidates=3, cohort=3, sampler="random", filter="parameters", filter_share=0.9)
 
@@ -200,7 +226,9 @@ def test_a_latency_that_nothing_reaches_is_said_before_anything_trains(workspace
     ("settings", "message"),
     [
         (lambda: SearchStage(filter_share=1.0), "filter_share is 1.0"),
-        (lambda: SearchConfig("", stage3=SearchStage(filter="w-pca")), "stage3.filter is w-pca"),
+        (lambda: SearchConfig("", stage3=SearchStage(filter="w-pca", cohort=2)), "stage3.filter is w-pca"),
+        (lambda: SearchStage(filter="w-pca"), "discard nobody of a cohort of 1"),
+        (lambda: SearchStage(filter="w-pca", cohort=3, filter_share=0.1), "discard nobody of a cohort of 3"),
         (lambda: SearchConfig("", max_latency_ms=-1.0), "max_latency_ms is -1.0"),
     ],
 )

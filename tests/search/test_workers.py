@@ -6,12 +6,20 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from effbert.config import SearchConfig, as_dict, without_password
+from effbert.config import SearchConfig, SearchStage, as_dict, published, without_password
+from effbert.files import PARTIAL
+from effbert.search import record
 from effbert.search import study as study_module
+from effbert.search.population import Evaluator, Outcome
+from effbert.search.progress import Reporter
 from effbert.search.record import read_record
+from effbert.search.stages import run_cohort
 from effbert.search.study import RunFolder, Study, TakenOver
 from effbert.search.workers import Workers
 
@@ -44,6 +52,37 @@ def test_a_turn_waits_for_the_one_before_and_says_for_whom(tmp_path):
     process.join()
     (line,) = said
     assert f".{process.pid}." in line and line.endswith(": the supernet")
+
+
+def test_who_joins_a_run_is_told_for_whom_it_waits(tmp_path):
+    with RunFolder(tmp_path, {}):
+        ready, said = FORK.Event(), []
+        process = FORK.Process(target=_hold_turn, args=(tmp_path, ready, 0.5))
+        process.start()
+        assert ready.wait(60)
+        with RunFolder(tmp_path, {}, said.append):
+            assert (tmp_path / "made").exists()
+        process.join()
+    assert len(said) == 1 and said[0].endswith(": the supernet")
+
+
+def test_a_worker_that_leaves_or_begins_the_run_while_another_joins_is_no_error(tmp_path, monkeypatch):
+    listed = Path.iterdir
+
+    def slowly(folder):
+        if folder == tmp_path:
+            (tmp_path / "config.json").write_text('{"effbert_run": {}}')
+        entries = list(listed(folder))
+        for entry in entries:
+            if entry.name.startswith("dead"):
+                entry.unlink()
+        return iter(entries)
+
+    (tmp_path / ".workers").mkdir()
+    (tmp_path / ".workers" / "dead.1.abcd").touch()
+    monkeypatch.setattr(Path, "iterdir", slowly)
+    with RunFolder(tmp_path, {}) as run:
+        assert not run.is_new
 
 
 def test_a_turn_ends_with_its_holder_however_it_ends(tmp_path):
@@ -80,6 +119,41 @@ def test_a_candidate_is_one_workers_until_it_has_reported(tmp_path):
         assert two.take([0], 1) == [0]
         two.complete(0, 0.75)
         assert one.evaluations()[0].value == 0.75 and one.evaluations()[0].attrs["rungs"] == [0.25, 0.75]
+
+
+def test_what_another_worker_reports_while_one_waits_for_its_turn_is_not_trained_again(tmp_path):
+    """Seen as due before the turn and reported by then, a candidate waits for the next rung, not for this one."""
+    settings = SearchStage(cohort=2, rungs=(0.5, 1.0))
+    members = [(number, published(6)) for number in range(2)]
+    trained = []
+
+    class Late(Workers):
+        waiting = False
+
+        @contextmanager
+        def turn(self, what):
+            if self.waiting:
+                self.waiting = False
+                one.report(0, 0, 0.25)
+                one.report(1, 0, 0.5)
+            with super().turn(what):
+                yield
+
+    def evaluate(group, share):
+        for number, _ in group:
+            trained.append((number, share))
+            yield number, Outcome(0.75, {"parameters": 1})
+
+    with Workers(tmp_path) as first, Late(tmp_path) as second, Reporter() as reporter:
+        one, two = opened(tmp_path, first), opened(tmp_path, second)
+        for number, _ in members:
+            one.begin(number, "text", f"key {number}")
+        assert one.take(range(2), 2) == [0, 1]
+        second.waiting = True
+        keys = SimpleNamespace(key=str)
+        run_cohort(two, members, keys, settings, Evaluator(len, evaluate), reporter.stage("stage1", 2, 0), second)
+        assert trained == [(1, 1.0)]
+        assert [evaluation.state for evaluation in two.evaluations()] == ["pruned", "complete"]
 
 
 def _take_and_die(folder, taken):
@@ -196,6 +270,34 @@ def test_the_storage_of_another_search_is_refused(tmp_path):
     Study(tmp_path, url, "one").reach()
     with pytest.raises(ValueError, match="of another search"):
         Study(tmp_path, url, "two").reach()
+
+
+def test_a_database_with_the_studies_of_something_else_is_refused_and_left_alone(tmp_path):
+    import optuna
+
+    url = f"sqlite:///{tmp_path}/shared.db"
+    other = optuna.create_study(study_name="prices", storage=url)
+    other.add_trial(optuna.trial.create_trial(value=1.0))
+    with pytest.raises(ValueError, match=r"shared\.db: holds the prices of another search"):
+        Study(tmp_path, url, "one").reach()
+    assert optuna.load_study(study_name="prices", storage=url).user_attrs == {}
+
+
+def test_what_another_worker_is_writing_is_no_part_of_the_record(tmp_path):
+    (tmp_path / "config.json").write_text('{"effbert_run": {}}')
+    for name, text in (("supernet", '{"seconds": 1.0}'), (f"{PARTIAL}0a-teacher", '{"sec')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "training.json").write_text(text)
+    assert read_record(tmp_path).training == {"supernet": {"seconds": 1.0}}
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_sqlite_waits_for_another_worker_whether_its_file_is_named_or_not(tmp_path, named):
+    url = f"sqlite:///{tmp_path}/study.db" if named else ""
+    opened(tmp_path, storage=url)
+    for engine in (Study(tmp_path, url)._open().engine, record._engine(tmp_path, url)):
+        with engine.connect() as connection:
+            assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 1000 * study_module.BUSY_SECONDS
 
 
 def test_a_failed_start_leaves_its_storage_to_the_corrected_one(tmp_path, capsys):
