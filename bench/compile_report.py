@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from effbert import kernels
 from effbert.architecture import Dimensions
 from effbert.bench.hardware import GPUS, LIMITS, blocks_per_multiprocessor
 from effbert.bench.meta_cases import PRECISIONS, Case, cases, mlp_cases, record
@@ -245,14 +246,15 @@ def _columns(header: tuple, rows: Iterable[tuple]) -> list[str]:
 def search_compilations(count: int, architecture: str = "sm_90", dtype: str = "autocast", timed: int = 24) -> dict:
     """How many compilations `count` drawn 6-layer candidates need for their MLP blocks, and the seconds of one.
 
-    Candidates come from the coarse stage's sampler with the published band. {"compilations": {candidates: how many} for
-    batches of 8192 tokens, "with_small_batches": the same if there are some of 1024 too, which take other kernels,
-    "by_kernel": {name: how many} of these, "seconds": median over `timed` of them, drawn, compiled anew on one thread}.
+    Candidates come from the coarse stage's sampler with the published band. {"compilations": {candidates: how many} as
+    a search trains them, under `kernels.few_compilations`, "with_row_blocks": the same where the kernels of whole rows
+    are used too, "by_kernel": {name: how many} of the former, "seconds": median over `timed` of these, drawn, compiled
+    anew on one thread}.
     """
     space = ArchitectureSpace("coarse", Dimensions(), 6, 15_000_000, 16_000_000)
     rng = np.random.default_rng(0)
     first: dict[str, Launch] = {}
-    large: set[str] = set()
+    more: set[str] = set()
     seen: set[str] = set()
     growth, both = {}, {}
     marks = {1, count, *(10**power for power in range(1, 7))}
@@ -261,15 +263,14 @@ def search_compilations(count: int, architecture: str = "sm_90", dtype: str = "a
             text = str(expression.with_structure(STRUCTURES[expression.structure.divisor - 1]))
             if text not in seen:
                 seen.add(text)
-                for rows in (8192, 1024):
-                    block = mlp_cases(Expression.parse(text), rows=rows)[1]
-                    for launch in record(block, architecture, dtype):
-                        key = aot.compilation_key(launch, architecture)
-                        first.setdefault(key, launch)
-                        if rows == 8192:
-                            large.add(key)
+                block = mlp_cases(Expression.parse(text))[1]
+                with kernels.few_compilations():
+                    separate = record(block, architecture, dtype)
+                for launch in separate:
+                    first.setdefault(aot.compilation_key(launch, architecture), launch)
+                more |= {aot.compilation_key(launch, architecture) for launch in record(block, architecture, dtype)}
         if number in marks:
-            growth[number], both[number] = len(large), len(first)
+            growth[number], both[number] = len(first), len(more | first.keys())
     names = Counter(launch.name for launch in first.values())
     sample = rng.permutation(sorted(first))[:timed]
     seconds = [aot.build(first[key], architecture, anew=True).seconds for key in sample]
@@ -280,7 +281,7 @@ def search_compilations(count: int, architecture: str = "sm_90", dtype: str = "a
         "candidates": count,
         "distinct_mlps": len(seen),
         "compilations": growth,
-        "with_small_batches": both,
+        "with_row_blocks": both,
         "by_kernel": dict(names.most_common()),
         "timed": len(seconds),
         "seconds": {"median": statistics.median(seconds), "longest": max(seconds)} if seconds else {},

@@ -287,11 +287,13 @@ def without_password(url: str) -> str:
     from sqlalchemy.exc import ArgumentError
 
     try:
-        return make_url(url).render_as_string(hide_password=True)
+        parsed = make_url(url)
     except ArgumentError:
         raise ValueError(
             "--storage is not the URL of a database, such as postgresql+psycopg://user@machine/name or sqlite:////path"
         ) from None
+    hidden = {name: "***" for name in parsed.query if "password" in name}
+    return parsed.update_query_dict(hidden).render_as_string(hide_password=True)
 
 
 def _plain(value):

@@ -16,6 +16,7 @@ _EXPORTS = {
     "attention": "dispatch",
     "distill_attention": "dispatch",
     "gradients_in_place": "library",
+    "few_compilations": "tiles",
     "dropout": "dispatch",
     "dropout_add_layer_norm": "dispatch",
     "mlp": "dispatch",

@@ -8,7 +8,8 @@ import fnmatch
 import functools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -217,18 +218,33 @@ def choose(kernel: str, device: torch.device, dtype: torch.dtype, size: int) -> 
     return _choose(Question(kernel, architecture(device), dtype.itemsize, size), os.environ.get(ENVIRONMENT))
 
 
+_few = False  # of the whole process: autograd runs backward in threads of its own
+
+
+@contextmanager
+def few_compilations() -> Iterator[None]:
+    """Inside it, rows in plenty too go through separate kernels, which more expressions share: for models that train
+    too briefly to win back what compiling kernels of their own takes. It holds for all threads of the process."""
+    global _few
+    before, _few = _few, True
+    try:
+        yield
+    finally:
+        _few = before
+
+
 def choose_rows(
     kernel: str, device: torch.device, dtype: torch.dtype, size: int, rows: int, cols: int
 ) -> dict[str, int]:
     """`choose` for a kernel of which each program has BLOCK_M whole rows, of `rows` of `cols`; ROWS for ELEMENTS.
 
-    {} where a row has more than ELEMENTS, or where programs would leave too much of a GPU idle: those of one length run
-    in rounds, one for each multiprocessor, so the last round must be full, or rounds many, enough for FILLED of all
-    the time.
+    {} inside `few_compilations`, where a row has more than ELEMENTS, or where programs would leave too much of a GPU
+    idle: those of one length run in rounds, one for each multiprocessor, so the last round must be full, or rounds
+    many, enough for FILLED of all the time.
     """
     tile = dict(choose(kernel, device, dtype, size))
     elements = tile.pop("ELEMENTS", 0)
-    if elements < cols:
+    if _few or elements < cols:
         return {}
     programs, together = ceil_div(rows, tile["BLOCK_M"]), multiprocessors(device)
     if programs < FILLED * together * ceil_div(programs, together):

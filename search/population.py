@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from effbert import kernels
 from effbert.architecture import Architecture, Dimensions, count_flops, count_parameters
 from effbert.config import SearchStage
 from effbert.data.batches import Batch, subset
@@ -73,7 +74,8 @@ def trained_candidates(
         scored_from = 0 if share == 1 else last_epoch
         students = [_student(workspace, supernet, name, member, share, folder, scored_from) for member in group]
         on_step = reporter.steps(f"{name} candidates, {len(group)} at once")
-        distilled = distil(workspace, students, budget, on_step, teacher_of=kept())
+        with kernels.few_compilations():
+            distilled = distil(workspace, students, budget, on_step, teacher_of=kept())
         metric, length = workspace.main_task.spec.metrics[0], workspace.config.max_length
         return [
             (number, outcome(result, metric, costs_of(architecture, supernet.config, length)))

@@ -99,7 +99,8 @@ def _candidates(engine, where: str) -> dict[str, list[Evaluation]]:
             )
     except SQLAlchemyError as error:
         reason = first_line(getattr(error, "orig", None) or error)
-        raise ValueError(f"{where}: cannot be read as a study: {reason}") from None
+        hint = "; give effbert report --storage the URL with its password" if "***" in where else ""
+        raise ValueError(f"{where}: cannot be read as a study: {reason}{hint}") from None
     finally:
         engine.dispose()
     attrs: dict[int, dict] = {trial: {} for _, trial, _, _ in trials}

@@ -148,7 +148,7 @@ def run_cohort(
     """Every rung of a cohort, from where the study says it stands: evaluate, then drop all but the best. Returns when
     all workers together are done with it: those that were not discarded before."""
     if evaluator.screen is not None:
-        with workers.turn(SHARING):
+        with workers.turn("a first look at candidates"):
             members = screened(stage, members, space, evaluator.screen, line)
     architectures, rungs = dict(members), ladder(settings, len(members)) if members else []
     keys = {number: space.key(architecture) for number, architecture in members}

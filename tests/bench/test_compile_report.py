@@ -74,9 +74,10 @@ def test_a_search_is_counted_in_compilations_and_timed(reduced):
     search = reduced["search"]
     counts = list(search["compilations"].values())
     assert list(search["compilations"]) == ["1", "3"] and 0 < counts[0] < counts[1]
-    both = list(search["with_small_batches"].values())
+    both = list(search["with_row_blocks"].values())
     assert all(one < two for one, two in zip(counts, both, strict=True))
-    assert sum(search["by_kernel"].values()) == both[1] and search["distinct_mlps"] <= 18
+    assert sum(search["by_kernel"].values()) == counts[1] and search["distinct_mlps"] <= 18
+    assert not [name for name in search["by_kernel"] if name.startswith("row_block")]
     assert search["seconds"]["median"] > 0.01  # compiled anew, not read from a cache
 
 

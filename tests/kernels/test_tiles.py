@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from effbert.kernels import tiles
 from effbert.kernels.launch import recording
-from effbert.kernels.tiles import RULES, Question, Rule
+from effbert.kernels.tiles import RULES, Question, Rule, few_compilations
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
 KERNELS = tuple(dict.fromkeys(rule.kernel for rule in RULES))
@@ -130,6 +131,16 @@ def test_programs_of_whole_rows_must_fill_the_card(rows, cols, architecture, mul
     with recording(architecture, multiprocessors):
         tile = tiles.choose_rows("row_block_fwd", torch.device("meta"), dtype, 4, rows, cols)
     assert tile.get("ROWS", 0) == together and "ELEMENTS" not in tile
+
+
+def test_few_compilations_hold_in_every_thread_and_only_inside():
+    def rows_together():
+        with recording("sm_90", 132):
+            return bool(tiles.choose_rows("row_block_fwd", torch.device("meta"), torch.bfloat16, 4, 8192, 544))
+
+    with few_compilations(), few_compilations(), ThreadPoolExecutor(1) as pool:
+        assert not rows_together() and not pool.submit(rows_together).result()
+    assert rows_together()
 
 
 def test_an_unknown_kernel_is_one_line():

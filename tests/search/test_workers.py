@@ -322,6 +322,7 @@ def test_a_run_keeps_its_storage_without_the_password_and_refuses_another_one(tm
     with pytest.raises(ValueError, match="storage"), RunFolder(tmp_path, config("postgresql://host/other")):
         pass
     assert without_password("sqlite:////a/b.db") == "sqlite:////a/b.db"
+    assert "secret" not in without_password("postgresql://host/name?password=secret&sslpassword=secret&user=me")
 
 
 @pytest.fixture(scope="module")
