@@ -138,7 +138,7 @@ RULES: tuple[Rule, ...] = (
     Rule("linear_gradients", _gemm(32, 32, 32, 4, 1) | _weights(32, 32, 32), "interpreter"),
     Rule("linear_gradients", _gemm(64, 64, 32, 8, 2) | _weights(32, 64, 32), itemsize=4),
     Rule("linear_gradients", _gemm(128, 64, 64, 8, 2) | _weights(64, 128, 64), "gfx*", up_to=8),
-    Rule("linear_gradients", _gemm(64, 64, 64, 8, 2) | _weights(64, 64, 64), "sm_8*"),
+    Rule("linear_gradients", _gemm(64, 64, 64, 8, 2) | _weights(64, 64, 32), "sm_8*"),
     Rule("linear_gradients", _gemm(128, 64, 64, 8, 3) | _weights(64, 128, 64), "sm_9*", up_to=8),
     Rule("linear_gradients", _gemm(64, 64, 64, 8, 3) | _weights(64, 128, 64), "sm_[91]*"),
     Rule("linear_gradients", _gemm(64, 64, 64, 8, 2) | _weights(64, 128, 64)),
