@@ -171,7 +171,7 @@ def test_three_workers_that_are_killed_end_like_one_that_is_not(undisturbed, tmp
     folder = tmp_path / "run"
     chance = random.Random(3)
     workers = [start(folder) for _ in range(WORKERS)]
-    for _ in range(KILLS):
+    for _ in range(WORKERS):
         victim = workers.pop(chance.randrange(WORKERS))
         for _ in range(chance.randint(4, 12)):
             if not victim.stdout.readline():
