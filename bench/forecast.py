@@ -15,13 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from effbert.architecture import Dimensions
-from effbert.bench.hardware import GPUS, Gpu
+from effbert.bench.hardware import GPUS, Gpu, gpu_named
 from effbert.config import GLUE_TASKS, PAPER_CORPUS_TOKENS, PRESETS, SearchConfig, SearchStage
 from effbert.search import forecast
-from effbert.search.population import BYTES_A_PARAMETER, MEMORY_SHARE
+from effbert.search.population import room_in
 from effbert.step import mixed_counts
-
-MEMORY = {"A100": 80e9, "H100": 80e9, "H200": 141e9, "B200": 180e9, "MI300X": 192e9}  # bytes, vendors' data sheets
 
 # Rows of the official training sets, and tokens a row in batches of 64 padded to buckets, up to 128: counted with
 # BERT's uncased vocabulary on 2,000 to 60,000 of those rows.
@@ -79,13 +77,10 @@ class Declared:
 def main(arguments: list[str] | None = None) -> int:
     """Print the forecast of both presets, write it where --output says. ValueError for an unknown GPU."""
     parser = argparse.ArgumentParser(prog="effbert bench forecast", allow_abbrev=False)
-    parser.add_argument("--gpu", default="H200", help=f"one of {', '.join(MEMORY)}")
+    parser.add_argument("--gpu", default="H200", help=f"one of {', '.join(gpu.name for gpu in GPUS)}")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
-    gpu = next((gpu for gpu in GPUS if gpu.name == options.gpu), None)
-    if gpu is None:
-        raise ValueError(f"--gpu {options.gpu}: no such data sheet; known: {', '.join(MEMORY)}")
-    assumptions, found = Assumptions(), {}
+    gpu, assumptions, found = gpu_named(options.gpu), Assumptions(), {}
     print(f"Forecast, not measured: {gpu.name}, {assumptions}, {PAPER_CORPUS_TOKENS:.3g} tokens of text, all of GLUE")
     for name in ("paper", "paper-fast"):
         parts, text = of_preset(PRESETS[name](), gpu, assumptions)
@@ -107,7 +102,6 @@ def of_preset(config: SearchConfig, gpu: Gpu, assumptions: Assumptions) -> tuple
     dims, teacher = Dimensions(), BertConfig()
     rates = forecast.assume(config, dims, teacher, assumptions.teaching * peak, assumptions.training * peak)
     largest = forecast.largest_candidate(config, dims)
-    room = max(1, int(MEMORY_SHARE * MEMORY[gpu.name] / (BYTES_A_PARAMETER * largest)))
-    together = min(room, config.population or room)
+    together = room_in(gpu.memory, largest, config.population)
     parts = forecast.forecast(config, Declared(config), rates, together)
     return parts, forecast.lines(parts, rates, together, largest)

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import flop_registry
 
 from effbert import kernels
 from effbert.bench.costs import Cost
-from effbert.bench.hardware import GPUS, Gpu
+from effbert.bench.hardware import GPUS, Gpu, gpu_named
 from effbert.bench.kernel_cases import Case, Setting, Sizes, all_cases
 from effbert.bench.kernels import SIX_LAYERS, TARGETS
 from effbert.kernels.launch import Launch, recording
@@ -65,10 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpu", default="H200", help=f"one of {', '.join(gpu.name for gpu in GPUS)}")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
-    gpu = next((gpu for gpu in GPUS if gpu.name == options.gpu), None)
-    if gpu is None:
-        raise ValueError(f"--gpu {options.gpu}: no such data sheet; known: {', '.join(gpu.name for gpu in GPUS)}")
-    assumptions = Assumptions()
+    gpu, assumptions = gpu_named(options.gpu), Assumptions()
     rows = predictions(all_cases(Sizes()), gpu, assumptions)
     print(f"Predicted, not measured: {gpu.name}, bf16, forward and backward in one CUDA graph; {assumptions}")
     print("\n".join(table(rows)))

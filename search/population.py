@@ -180,7 +180,12 @@ def population_size(workspace: Workspace, supernet: Supernet, architectures: Seq
 def room_for(device: torch.device, parameters: int, wanted: int = 0) -> int:
     """How many models of so many parameters MEMORY_SHARE of the free memory holds in training: at least one, and at
     most `wanted` unless that is 0."""
-    room = max(1, int(MEMORY_SHARE * free_memory(device) / (BYTES_A_PARAMETER * parameters)))
+    return room_in(free_memory(device), parameters, wanted)
+
+
+def room_in(memory: float, parameters: int, wanted: int = 0) -> int:
+    """The same for so many bytes of free memory."""
+    room = max(1, int(MEMORY_SHARE * memory / (BYTES_A_PARAMETER * parameters)))
     return min(room, wanted or room)
 
 

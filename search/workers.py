@@ -21,7 +21,7 @@ _TURN = "turn"
 class Workers:
     """This process as one of a run's workers: a context manager, or `join` and `leave`.
 
-    name: of this worker, unique: its machine, its process number and four random letters.
+    name: of this worker, unique: its machine, its process number and four random digits.
     """
 
     def __init__(self, run_folder: str | Path, say: Callable[[str], None] = lambda text: None):

@@ -47,10 +47,6 @@ def test_each_difference_of_the_presets_saves_time():
     assert times == sorted(times, reverse=True) and len(set(times)) == len(times)
 
 
-def test_every_gpu_with_a_data_sheet_has_its_memory():
-    assert {gpu.name for gpu in GPUS} == set(forecast.MEMORY)
-
-
 def test_an_unknown_gpu_is_one_line():
     with pytest.raises(ValueError, match="--gpu H300: no such data sheet; known: A100"):
         forecast.main(["--gpu", "H300"])
