@@ -75,7 +75,7 @@ def make_results(folder):
     }
     (folder / "results.json").write_text(json.dumps(results))
     agreement = {"stage": "stage1", "what": "rung 33% against full budget", "kendall": 0.5, "low": 0.1, "high": 0.8}
-    unknown = {**agreement, "what": "all equal", "kendall": float("nan"), "low": float("nan"), "high": float("nan")}
+    unknown = {**agreement, "what": "all equal", "kendall": None, "low": None, "high": None}
     (folder / "agreement.json").write_text(json.dumps([{**agreement, "candidates": 12}, unknown]))
     (folder / "supernet").mkdir()
     (folder / "supernet" / "training.json").write_text('{"seconds": 60.0, "tokens": 1000}')
