@@ -13,6 +13,8 @@ USAGE = """usage: effbert COMMAND ...
   search   find a small BERT: effbert search --preset demo --output_dir runs/demo; with a process for each of two GPUs:
            torchrun --nproc-per-node 2 -m effbert search ...
   arch     parameters and FLOPs of an architecture: effbert arch "TEXT" --preset efficientbert
+  import   a checkpoint of the authors' as a transformers folder:
+           effbert import ckpt_ep10.bin --architecture efficientbert --output_dir student
   report   one HTML page about a search, finished or under way: effbert report runs/demo
   kernels  the code generated for an expression: effbert kernels show "TEXT", with --ptx sm_90 its assembly;
            tile sizes measured on this GPU: effbert kernels tune --output tiles.json
@@ -29,7 +31,7 @@ def run(arguments: list[str], world: World = ALONE) -> int:
     """Run one command; returns the exit status. ValueError and OSError carry one line for the person.
 
     world: the processes that all run it, a search only."""
-    commands = {"search": search, "arch": arch, "report": report, "kernels": kernels, "bench": bench}
+    commands = {"search": search, "arch": arch, "import": import_, "report": report, "kernels": kernels, "bench": bench}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -129,11 +131,11 @@ def arch(arguments: list[str]) -> int:
     """effbert arch: print what an architecture has and costs, with and without the training-only projection."""
     import tyro
 
-    from effbert.architecture import Architecture, Dimensions
-    from effbert.config import DIMENSIONS
+    from effbert.architecture import Dimensions
+    from effbert.models import architecture_of, dimensions
 
     name, arguments = take_flag(arguments, "preset")
-    sizes = preset(name, DIMENSIONS, Dimensions())
+    sizes = dimensions(name) if name else Dimensions()
 
     @dataclass(frozen=True)
     class Arguments:
@@ -145,7 +147,40 @@ def arch(arguments: list[str]) -> int:
         dims: tyro.conf.OmitArgPrefixes[Dimensions] = dataclasses.field(default=sizes)
 
     given = parse(Arguments, arguments, "effbert arch")
-    print_costs(Architecture.parse(given.text), given.dims, given.length, given.num_labels)
+    print_costs(architecture_of(given.text), given.dims, given.length, given.num_labels)
+    return 0
+
+
+def import_(arguments: list[str]) -> int:
+    """effbert import: a checkpoint of the authors' as a transformers folder."""
+    import tyro
+
+    @dataclass(frozen=True)
+    class Arguments:
+        """A student or supernet in the authors' checkpoint format, as a folder that transformers loads.
+
+        checkpoint: their file. architecture: an expression a layer, joined by ", ", or the name of a published model
+        such as efficientbert. output_dir: a new folder. num_attention_heads: which the file does not tell. task: whose
+        labels its head has, such as mnli; of several heads the one to keep. vocab: BERT's vocab.txt, for a tokenizer.
+        """
+
+        checkpoint: tyro.conf.Positional[str]
+        architecture: str
+        output_dir: str
+        num_attention_heads: int = 12
+        task: str | None = None
+        vocab: str | None = None
+
+    given = parse(Arguments, arguments, "effbert import")
+    quiet_libraries()
+    from effbert.models import architecture_of
+    from effbert.released import import_checkpoint, save_imported
+
+    architecture = architecture_of(given.architecture)
+    model = import_checkpoint(given.checkpoint, architecture, given.num_attention_heads, given.task)
+    save_imported(model, given.output_dir, given.vocab)
+    without = "" if given.vocab else ", without a tokenizer: --vocab adds one"
+    print(f"{given.output_dir}: {type(model).__name__}, {model.num_parameters():,} parameters{without}")
     return 0
 
 

@@ -488,7 +488,3 @@ PAPER_CORPUS_TOKENS = 1.27e9  # Wikipedia and BooksCorpus in samples of the publ
 PAPER_GENERAL_TOKENS = 16e6  # of a candidate's general phase
 
 PRESETS = {"demo": demo, "smoke": smoke, "paper": paper, "paper-fast": paper_fast}
-DIMENSIONS = {
-    "efficientbert": Dimensions,
-    "efficientbert-tiny": lambda: Dimensions(hidden_size=360, intermediate_size=360),
-}
