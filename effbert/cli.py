@@ -14,6 +14,7 @@ USAGE = """usage: effbert COMMAND ...
            torchrun --nproc-per-node 2 -m effbert search ...
   arch     parameters and FLOPs of an architecture: effbert arch "TEXT" --preset efficientbert
   report   one HTML page about a search, finished or under way: effbert report runs/demo
+  export   a folder to deploy, for transformers or ONNX Runtime: effbert export runs/demo/best --output_dir small
   kernels  the code generated for an expression: effbert kernels show "TEXT", with --ptx sm_90 its assembly;
            tile sizes measured on this GPU: effbert kernels tune --output tiles.json
   bench    every kernel built for GPUs that are not here, and its time predicted: effbert bench compile-report, effbert
@@ -29,7 +30,7 @@ def run(arguments: list[str], world: World = ALONE) -> int:
     """Run one command; returns the exit status. ValueError and OSError carry one line for the person.
 
     world: the processes that all run it, a search only."""
-    commands = {"search": search, "arch": arch, "report": report, "kernels": kernels, "bench": bench}
+    commands = {"search": search, "arch": arch, "report": report, "export": export, "kernels": kernels, "bench": bench}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -122,6 +123,29 @@ def report(arguments: list[str]) -> int:
     from effbert.search.report_html import write_report
 
     print(write_report(given.run, given.output, given.storage))
+    return 0
+
+
+def export(arguments: list[str]) -> int:
+    """effbert export: write a student as a folder to deploy and say what is in it."""
+    import tyro
+
+    from effbert.export import ExportConfig
+    from effbert.export import export as write
+
+    @dataclass(frozen=True)
+    class Arguments:
+        """A trained student as a folder to deploy.
+
+        model: Folder that a student was saved in, such as a search's best/.
+        """
+
+        model: tyro.conf.Positional[str]
+        settings: tyro.conf.OmitArgPrefixes[ExportConfig]
+
+    given = parse(Arguments, arguments, "effbert export")
+    quiet_libraries()
+    print("\n".join(write(given.model, given.settings)))
     return 0
 
 
