@@ -16,6 +16,7 @@ USAGE = """usage: effbert COMMAND ...
   import   a checkpoint of the authors' as a transformers folder:
            effbert import ckpt_ep10.bin --architecture efficientbert --output_dir student
   report   one HTML page about a search, finished or under way: effbert report runs/demo
+  export   a folder to deploy, for transformers or ONNX Runtime: effbert export runs/demo/best --output_dir small
   kernels  the code generated for an expression: effbert kernels show "TEXT", with --ptx sm_90 its assembly;
            tile sizes measured on this GPU: effbert kernels tune --output tiles.json
   bench    every kernel built for GPUs that are not here, and its time predicted: effbert bench compile-report, effbert
@@ -31,7 +32,6 @@ def run(arguments: list[str], world: World = ALONE) -> int:
     """Run one command; returns the exit status. ValueError and OSError carry one line for the person.
 
     world: the processes that all run it, a search only."""
-    commands = {"search": search, "arch": arch, "import": import_, "report": report, "kernels": kernels, "bench": bench}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -40,14 +40,14 @@ def run(arguments: list[str], world: World = ALONE) -> int:
 
         print(__version__)
         return 0
-    if arguments[0] not in commands:
-        raise ValueError(f"unknown command {arguments[0]!r}: one of {', '.join(commands)}; effbert --help tells more")
+    if arguments[0] not in COMMANDS:
+        raise ValueError(f"unknown command {arguments[0]!r}: one of {', '.join(COMMANDS)}; effbert --help tells more")
     refuse_repeats(arguments[1:])
     if arguments[0] == "search":
         return search(arguments[1:], world)
     if world.size > 1:
         raise ValueError(f"effbert {arguments[0]} is for one process: start it without torchrun")
-    return commands[arguments[0]](arguments[1:])
+    return COMMANDS[arguments[0]](arguments[1:])
 
 
 def refuse_repeats(arguments: list[str]) -> None:
@@ -124,6 +124,29 @@ def report(arguments: list[str]) -> int:
     from effbert.search.report_html import write_report
 
     print(write_report(given.run, given.output, given.storage))
+    return 0
+
+
+def export(arguments: list[str]) -> int:
+    """effbert export: write a student as a folder to deploy and say what is in it."""
+    import tyro
+
+    from effbert.export import ExportConfig
+    from effbert.export import export as write
+
+    @dataclass(frozen=True)
+    class Arguments:
+        """A trained student as a folder to deploy.
+
+        model: Folder that a student was saved in, such as a search's best/.
+        """
+
+        model: tyro.conf.Positional[str]
+        settings: tyro.conf.OmitArgPrefixes[ExportConfig]
+
+    given = parse(Arguments, arguments, "effbert export")
+    quiet_libraries()
+    print("\n".join(write(given.model, given.settings)))
     return 0
 
 
@@ -287,3 +310,14 @@ def bench(arguments: list[str]) -> int:
 
     module, rest = second_word("bench", arguments, BENCHMARKS)
     return importlib.import_module(f"effbert.bench.{module}").main(rest) or 0
+
+
+COMMANDS = {
+    "search": search,
+    "arch": arch,
+    "import": import_,
+    "report": report,
+    "export": export,
+    "kernels": kernels,
+    "bench": bench,
+}
