@@ -131,6 +131,9 @@ def open_workspace(config: SearchConfig, folder: Path, say: Say, world: World = 
         torch.set_num_threads(config.num_threads)
     given = read_config(config.teacher) if config.teacher else None
     loaded = load_tasks(config)
+    for name, task in loaded.items():
+        for note in task.notes:
+            say(f"task {name}: {note}")
     check_teacher(given, config, next(iter(loaded.values())).spec)
     tokenizer = own_tokenizer(config, folder, say) if given is None else given_tokenizer(config, given)
     raw = {name: split_task(task, config) for name, task in loaded.items()}
