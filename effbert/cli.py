@@ -14,6 +14,8 @@ USAGE = """usage: effbert COMMAND ...
            torchrun --nproc-per-node 2 -m effbert search ...
   arch     parameters and FLOPs of an architecture: effbert arch "TEXT" --preset efficientbert
   report   one HTML page about a search, finished or under way: effbert report runs/demo
+  evaluate official metrics of a saved model: effbert evaluate MODEL --task mnli --data_dir GLUE
+  predict  the GLUE server's zip, or SQuAD's answers: effbert predict mrpc=MODEL rte=MODEL --output glue.zip
   kernels  the code generated for an expression: effbert kernels show "TEXT", with --ptx sm_90 its assembly;
            tile sizes measured on this GPU: effbert kernels tune --output tiles.json
   bench    every kernel built for GPUs that are not here, and its time predicted: effbert bench compile-report, effbert
@@ -29,7 +31,10 @@ def run(arguments: list[str], world: World = ALONE) -> int:
     """Run one command; returns the exit status. ValueError and OSError carry one line for the person.
 
     world: the processes that all run it, a search only."""
-    commands = {"search": search, "arch": arch, "report": report, "kernels": kernels, "bench": bench}
+    commands = {
+        **{"search": search, "arch": arch, "report": report, "kernels": kernels, "bench": bench},
+        **{"evaluate": evaluate, "predict": predict},
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -123,6 +128,20 @@ def report(arguments: list[str]) -> int:
 
     print(write_report(given.run, given.output, given.storage))
     return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """effbert evaluate: the official metrics of a saved model."""
+    from effbert.answers import main_evaluate
+
+    return main_evaluate(arguments) or 0
+
+
+def predict(arguments: list[str]) -> int:
+    """effbert predict: what the GLUE server and SQuAD's scripts take."""
+    from effbert.answers import main_predict
+
+    return main_predict(arguments) or 0
 
 
 def arch(arguments: list[str]) -> int:

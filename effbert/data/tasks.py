@@ -103,6 +103,24 @@ def load_task(
     raise ValueError(f"unknown task {name!r}; choose from {', '.join(choices)}, or give train_file for your own data")
 
 
+def load_validation(
+    name: str, data_dir: str | PathLike[str] | None = None
+) -> tuple[TaskSpec, dict[str, datasets.Dataset]]:
+    """What a known task asks, and its whole validation splits by name, MNLI's mismatched one too; no other rows are
+    read, so that none need be there. Raises as `load_task` does."""
+    from effbert.data import glue, squad
+
+    wanted = plain_name(name)
+    if wanted in glue.TASKS:
+        source = glue.TASKS[wanted]
+        splits = [split for split in source.splits if split.startswith("validation")]
+        return source.spec, {split: glue.load_split(wanted, split, data_dir) for split in splits}
+    if wanted in squad.VERSIONS:
+        return squad.spec_of(wanted), {"validation": squad.load_validation(wanted, data_dir)}
+    task = load_task(name, data_dir)
+    return task.spec, {"validation": task.validation}
+
+
 def plain_name(name: str) -> str:
     """The name with case, hyphens and underscores taken out: `SST-2` and `sst2` are one task."""
     return name.lower().replace("-", "").replace("_", "")

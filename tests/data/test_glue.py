@@ -205,7 +205,7 @@ TEST_HEADERS = HEADERS | {
 SPLITS = [(key, split) for key in [*glue.TASKS, "ax"] for split in glue.source_of(key).results]
 
 
-def test_lines(key: str, rows: int = 3) -> list[str]:
+def unlabelled_lines(key: str, rows: int = 3) -> list[str]:
     """A test file of the task in the official layout: numbered texts, no labels."""
     source = glue.source_of(key)
     header = TEST_HEADERS[key]
@@ -219,14 +219,11 @@ def test_lines(key: str, rows: int = 3) -> list[str]:
     return lines
 
 
-test_lines.__test__ = False
-
-
 def write_test(root: Path, key: str, split: str = "test", folder: str | None = None) -> Path:
     source = glue.source_of(key)
     path = root / (folder or source.folder) / source.splits[split].files[0]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(test_lines(key)) + "\n")
+    path.write_text("\n".join(unlabelled_lines(key)) + "\n")
     return path
 
 
