@@ -22,7 +22,7 @@ from effbert.data.squad import (
     references,
 )
 from effbert.data.tasks import load_task
-from effbert.metrics import squad_scores
+from effbert.metrics import squad2_scores, squad_scores
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 WORDS = [
@@ -347,6 +347,25 @@ def test_the_real_files_load_whole(name, rows):
     assert (len(task.train), len(task.validation)) == rows
     impossible = sum(not accepted for accepted in references(task.validation).values())
     assert (impossible > 0) == (name == "squad2.0")
+    assert task.notes == ()
+
+
+@pytest.mark.shared
+def test_the_scores_of_the_real_questions_by_hand():
+    """321 of 699 have an answer; the model knows all of them, doubts every tenth and is sure of one that has none."""
+    accepted = references(load_validation("squad2.0", real("squad")))
+    known = [key for key, texts in accepted.items() if texts]
+    none = [key for key, texts in accepted.items() if not texts]
+    answers = {key: f"The {accepted[key][-1]}!" for key in known} | dict.fromkeys(none, "something")
+    odds = dict.fromkeys(known, -1.0) | dict.fromkeys(known[::10], 0.5) | dict.fromkeys(none, 1.0) | {none[0]: -2.0}
+    scores = squad2_scores(answers, odds, accepted)
+    doubted = len(known[::10])
+    assert (scores["HasAns_total"], scores["NoAns_total"], doubted) == (321, 378, 33)
+    assert scores["HasAns_exact"] == scores["HasAns_f1"] == (321 - 33) / 321
+    assert scores["NoAns_exact"] == scores["NoAns_f1"] == 377 / 378
+    assert scores["exact"] == scores["f1"] == pytest.approx((321 - 33 + 377) / 699)
+    assert scores["best_exact"] == scores["best_f1"] == pytest.approx(698 / 699)
+    assert scores["best_exact_thresh"] == scores["best_f1_thresh"] == 0.5
 
 
 @pytest.mark.shared
