@@ -16,6 +16,8 @@ USAGE = """usage: effbert COMMAND ...
   import   a checkpoint of the authors' as a transformers folder:
            effbert import ckpt_ep10.bin --architecture efficientbert --output_dir student
   report   one HTML page about a search, finished or under way: effbert report runs/demo
+  evaluate official metrics of a saved model: effbert evaluate MODEL --task mnli --data_dir GLUE
+  predict  the GLUE server's zip, or SQuAD's answers: effbert predict mrpc=MODEL rte=MODEL --output glue.zip
   export   a folder to deploy, for transformers or ONNX Runtime: effbert export runs/demo/best --output_dir small
   kernels  the code generated for an expression: effbert kernels show "TEXT", with --ptx sm_90 its assembly;
            tile sizes measured on this GPU: effbert kernels tune --output tiles.json
@@ -148,6 +150,20 @@ def export(arguments: list[str]) -> int:
     quiet_libraries()
     print("\n".join(write(given.model, given.settings)))
     return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """effbert evaluate: the official metrics of a saved model."""
+    from effbert.answers import main_evaluate
+
+    return main_evaluate(arguments) or 0
+
+
+def predict(arguments: list[str]) -> int:
+    """effbert predict: what the GLUE server and SQuAD's scripts take."""
+    from effbert.answers import main_predict
+
+    return main_predict(arguments) or 0
 
 
 def arch(arguments: list[str]) -> int:
@@ -317,6 +333,8 @@ COMMANDS = {
     "arch": arch,
     "import": import_,
     "report": report,
+    "evaluate": evaluate,
+    "predict": predict,
     "export": export,
     "kernels": kernels,
     "bench": bench,

@@ -148,7 +148,9 @@ class SearchConfig:
         text_columns: The one or two text columns of your own task.
         label_column: The label column of your own task.
         task_kind: "regression" where the labels of your own task are scores.
-        corpus: Plain text for general distillation: "builtin", a text file or folder, or a name for load_dataset.
+        corpus: Plain text for general distillation, one or several of: "builtin", a text file or folder, a parquet
+            file or folder, NAME, NAME:CONFIG or NAME:CONFIG@REVISION of a data set on the hub, which is streamed.
+        corpus_samples: "packed" uses every token; "released" cuts one sample out of each document, as published.
         corpus_tokens: Use at most so many tokens of it; 0 for all.
         teacher: Folder or name of a BERT-like encoder; empty to train one.
         teacher_labels: Names for the columns of the teacher's logits, in their order.
@@ -181,7 +183,8 @@ class SearchConfig:
         seed: Of everything random.
         seeds: Repeat the rows of the final table so often, for mean and spread.
         device: "auto" (the GPU where there is one), "cpu", "cuda"; each process of several has a GPU of its own.
-        num_threads: CPU threads; 0 leaves it to PyTorch. The last bits of a score depend on it.
+        num_threads: CPU threads, and processes that tokenise the corpus; 0 leaves it to PyTorch, and is one process a
+            core. The last bits of a score depend on the threads.
     """
 
     output_dir: str
@@ -193,7 +196,8 @@ class SearchConfig:
     text_columns: tuple[str, ...] = ()
     label_column: str = "label"
     task_kind: Literal["", "classification", "regression"] = ""
-    corpus: str = "builtin"
+    corpus: tuple[str, ...] = ("builtin",)
+    corpus_samples: Literal["packed", "released"] = "packed"
     corpus_tokens: int = 0
     teacher: str = ""
     teacher_labels: tuple[str, ...] = ()
@@ -420,7 +424,8 @@ def paper() -> SearchConfig:
         output_dir="",
         task=GLUE_TASKS[0],
         tasks=GLUE_TASKS[1:],
-        corpus="",
+        corpus=(),
+        corpus_samples="released",
         max_length=128,
         pad_to_max_length=True,
         validation_share=0.01,

@@ -48,18 +48,76 @@ def squad_scores(predictions: Mapping[str, str], references: Mapping[str, Sequen
     only for answers of nothing but articles and punctuation, which are not counted as answers here.) Raises ValueError
     where the ids differ or there are none.
     """
+    scores = _by_question(predictions, references)
+    return {"exact_match": _mean(scores, 0), "f1": _mean(scores, 1)}
+
+
+def squad2_scores(
+    predictions: Mapping[str, str],
+    null_odds: Mapping[str, float],
+    references: Mapping[str, Sequence[str]],
+    null_threshold: float = 0.0,
+) -> dict[str, float]:
+    """All that the evaluation script of SQuAD 2.0 prints, under its names, as fractions; thresholds as they are.
+
+    predictions: by question id, the best answer before anything is refused. null_odds: how far no answer is ahead of
+    it; above `null_threshold` the answer is "". exact, f1: over all questions; HasAns_ and NoAns_: over those with and
+    without an accepted answer (left out where there are none). best_exact, best_f1 and their _thresh: what the script's
+    search finds: thresholds are tried from refusing every question on, along the sorted odds, and the first best one
+    counts; where none beats refusing everything it is 0. Raises ValueError where ids differ or there are none.
+    """
+    if null_odds.keys() != predictions.keys():
+        raise ValueError(f"{len(predictions)} answers and {len(null_odds)} null odds are not of the same questions")
+    raw = _by_question(predictions, references)
+    refused = {key: odds > null_threshold for key, odds in null_odds.items()}
+    scores = {key: (float(not references[key]),) * 2 if refused[key] else raw[key] for key in references}
+    found = {"exact": _mean(scores, 0), "f1": _mean(scores, 1), "total": len(scores)}
+    for name, wanted in (("HasAns", True), ("NoAns", False)):
+        part = {key: score for key, score in scores.items() if bool(references[key]) == wanted}
+        if part:
+            found |= {f"{name}_exact": _mean(part, 0), f"{name}_f1": _mean(part, 1), f"{name}_total": len(part)}
+    for place, name in enumerate(("exact", "f1")):
+        found[f"best_{name}"], found[f"best_{name}_thresh"] = _best_threshold(
+            {key: score[place] for key, score in raw.items()}, predictions, null_odds, references
+        )
+    return found
+
+
+def _best_threshold(
+    scores: Mapping[str, float],
+    predictions: Mapping[str, str],
+    null_odds: Mapping[str, float],
+    references: Mapping[str, Sequence[str]],
+) -> tuple[float, float]:
+    """(best mean score, its threshold): accept one question after the other, the surest answers first."""
+    total = best = sum(not accepted for accepted in references.values())
+    threshold = 0.0
+    for key in sorted(null_odds, key=null_odds.__getitem__):
+        total += scores[key] if references[key] else -bool(predictions[key])
+        if total > best:
+            best, threshold = total, null_odds[key]
+    return best / len(scores), threshold
+
+
+def _by_question(
+    predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[float, float]]:
+    """Exact match and F1 of every question."""
     if predictions.keys() != references.keys() or not references:
         missing, extra = references.keys() - predictions.keys(), predictions.keys() - references.keys()
         raise ValueError(
             f"{len(references)} questions, of which {len(missing)} lack an answer; {len(extra)} ids too many"
         )
-    exact = f1 = 0.0
+    scores = {}
     for key, accepted in references.items():
         words = _words(predictions[key])
         golds = [gold for gold in map(_words, accepted) if gold] or [[]]
-        exact += max(float(words == gold) for gold in golds)
-        f1 += max(_overlap(words, gold) for gold in golds)
-    return {"exact_match": exact / len(references), "f1": f1 / len(references)}
+        scores[key] = max(float(words == gold) for gold in golds), max(_overlap(words, gold) for gold in golds)
+    return scores
+
+
+def _mean(scores: Mapping[str, tuple[float, float]], place: int) -> float:
+    return sum(score[place] for score in scores.values()) / len(scores)
 
 
 def _class_metric(name: str, predictions: np.ndarray, references: np.ndarray) -> float:

@@ -123,21 +123,28 @@ def check_family(config) -> None:
     encoder_layers(encoder)
 
 
-def check_texts(config, tokenizer, max_length: int) -> None:
+def longest_text(config) -> int:
+    """Tokens that a BERT-like model, or a student, has positions for."""
+    offset = getattr(config, "position_offset", None)
+    return config.max_position_embeddings - (
+        student_vocabulary(config)["position_offset"] if offset is None else offset
+    )
+
+
+def check_texts(config, tokenizer, max_length: int, what: str = "teacher") -> None:
     """ValueError where a teacher cannot read texts of `max_length` ids from this tokenizer."""
-    positions = config.max_position_embeddings - student_vocabulary(config)["position_offset"]
-    if max_length > positions:
+    if max_length > longest_text(config):
         raise ValueError(
-            f"the teacher reads texts of at most {positions} tokens: --max_length {max_length} is too long"
+            f"the {what} reads texts of at most {longest_text(config)} tokens: --max_length {max_length} is too long"
         )
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} entries and the teacher's vocabulary {config.vocab_size}: "
+            f"the tokenizer has {len(tokenizer)} entries and the {what}'s vocabulary {config.vocab_size}: "
             "they do not belong together"
         )
     if tokenizer.pad_token_id != config.pad_token_id:
         raise ValueError(
-            f"the tokenizer pads with id {tokenizer.pad_token_id} and the teacher with {config.pad_token_id}: "
+            f"the tokenizer pads with id {tokenizer.pad_token_id} and the {what} with {config.pad_token_id}: "
             "set pad_token_id in its config.json to the tokenizer's"
         )
 
@@ -148,35 +155,36 @@ def local_path(folder: str | Path) -> Path | str:
     return path if path.exists() or str(folder).startswith((".", "/", "~")) else str(folder)
 
 
-def read_config(folder: str | Path):
-    """The transformers config of a teacher folder or hub name; FileNotFoundError where a folder lacks its files."""
+def read_config(folder: str | Path, what: str = "teacher"):
+    """The transformers config of a folder or hub name; FileNotFoundError where a folder lacks its files. `what` names
+    the model in errors."""
     from transformers import AutoConfig
 
     path = local_path(folder)
     if isinstance(path, Path):
-        _check_files(path, folder)
+        _check_files(path, f"{what} {folder}")
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:
-        raise ValueError(f"teacher {folder}: {first_line(error)}") from error
+        raise ValueError(f"{what} {folder}: {first_line(error)}") from error
 
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
-def _check_files(path: Path, folder: str | Path) -> None:
+def _check_files(path: Path, where: str) -> None:
     if not path.is_dir():
-        raise FileNotFoundError(f"teacher {folder}: no such folder")
+        raise FileNotFoundError(f"{where}: no such folder")
     if not (path / "config.json").exists():
-        raise FileNotFoundError(f"teacher {folder}: no config.json in this folder")
+        raise FileNotFoundError(f"{where}: no config.json in this folder")
     if any((path / name).exists() for name in WEIGHT_FILES):
         return
     if any(path.glob("pytorch_model*.bin")):
         raise FileNotFoundError(
-            f"teacher {folder}: only pickled weights in this folder, which may hold code and are not read: "
+            f"{where}: only pickled weights in this folder, which may hold code and are not read: "
             "save it with safetensors"
         )
-    raise FileNotFoundError(f"teacher {folder}: no weights in this folder, one of {', '.join(WEIGHT_FILES)}")
+    raise FileNotFoundError(f"{where}: no weights in this folder, one of {', '.join(WEIGHT_FILES)}")
 
 
 def content_hash(folder: str | Path) -> str:
@@ -191,12 +199,12 @@ def content_hash(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def load_model(folder: str | Path, head: str | None = None) -> nn.Module:
+def load_model(folder: str | Path, head: str | None = None, what: str = "teacher") -> nn.Module:
     """A transformers model in fp32 with its weights from safetensors; `head` None, "classification", "regression" or
     "spans". ValueError where a weight is missing (a bare encoder may lack its pooler) or of another size."""
     import transformers
 
-    read_config(folder)
+    read_config(folder, what)
     auto = transformers.AutoModel if head is None else _auto_class(head)
     try:
         model, found = auto.from_pretrained(
@@ -208,8 +216,8 @@ def load_model(folder: str | Path, head: str | None = None) -> nn.Module:
             output_loading_info=True,
         )
     except Exception as error:
-        raise ValueError(f"teacher {folder}: its weights cannot be read: {first_line(error)}") from error
-    _check_weights(folder, found, may_lack="pooler." if head is None else None)
+        raise ValueError(f"{what} {folder}: its weights cannot be read: {first_line(error)}") from error
+    _check_weights(f"{what} {folder}", found, may_lack="pooler." if head is None else None)
     return own_memory(model)
 
 
@@ -221,16 +229,16 @@ def _auto_class(head: str):
     return transformers.AutoModelForSequenceClassification
 
 
-def _check_weights(folder, found: dict, may_lack: str | None) -> None:
+def _check_weights(where: str, found: dict, may_lack: str | None) -> None:
     missing = sorted(name for name in found["missing_keys"] if may_lack is None or may_lack not in name)
     if missing:
-        raise ValueError(f"teacher {folder}: its weights lack {_some(missing)}, which its config.json asks for")
+        raise ValueError(f"{where}: its weights lack {_some(missing)}, which its config.json asks for")
     resized = sorted(name for name, *_ in found["mismatched_keys"])
     if resized:
-        raise ValueError(f"teacher {folder}: {_some(resized)} has another size than its config.json says")
+        raise ValueError(f"{where}: {_some(resized)} has another size than its config.json says")
     surplus = sorted(name for name in found["unexpected_keys"] if "encoder.layer." in name)
     if surplus:
-        raise ValueError(f"teacher {folder}: its weights hold {_some(surplus)}, which its config.json does not know")
+        raise ValueError(f"{where}: its weights hold {_some(surplus)}, which its config.json does not know")
 
 
 def _some(names: list[str]) -> str:

@@ -131,11 +131,22 @@ def open_workspace(config: SearchConfig, folder: Path, say: Say, world: World = 
         torch.set_num_threads(config.num_threads)
     given = read_config(config.teacher) if config.teacher else None
     loaded = load_tasks(config)
+    for name, task in loaded.items():
+        for note in task.notes:
+            say(f"task {name}: {note}")
     check_teacher(given, config, next(iter(loaded.values())).spec)
     tokenizer = own_tokenizer(config, folder, say) if given is None else given_tokenizer(config, given)
     raw = {name: split_task(task, config) for name, task in loaded.items()}
-    corpus = load_corpus(config.corpus, tokenizer, config.max_length, limit_tokens=config.corpus_tokens or None)
-    say(f"corpus: {len(corpus):,} sequences of at most {config.max_length} tokens from {config.corpus}")
+    corpus = load_corpus(
+        config.corpus,
+        tokenizer,
+        config.max_length,
+        samples=config.corpus_samples,
+        limit_tokens=config.corpus_tokens or None,
+        num_proc=config.num_threads,
+        say=say,
+    )
+    say(f"corpus: {len(corpus):,} sequences of at most {config.max_length} tokens from {', '.join(config.corpus)}")
     check_inputs(folder, fingerprints(config, tokenizer, corpus, loaded))
     tasks = {name: encode_task(task, tokenizer, config.max_length) for name, (task, _) in raw.items()}
     held_out = {name: encode_task(task, tokenizer, config.max_length) for name, (_, task) in raw.items()}
@@ -330,7 +341,7 @@ def own_tokenizer(config: SearchConfig, folder: Path, say: Say):
     """A WordPiece tokenizer trained on the run's corpus, kept in its folder."""
     target = folder / "tokenizer"
     if not target.exists():
-        say(f"training a WordPiece vocabulary of {config.teacher_model.vocab_size:,} on {config.corpus}")
+        say(f"training a WordPiece vocabulary of {config.teacher_model.vocab_size:,} on {', '.join(config.corpus)}")
         tokenizer = train_wordpiece(sentences_of(config.corpus), config.teacher_model.vocab_size)
         with atomic_dir(target) as temporary:
             tokenizer.save_pretrained(temporary)

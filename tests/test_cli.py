@@ -130,6 +130,7 @@ def test_rows_that_cannot_be_used_are_named_by_line(capsys, tmp_path, train, val
 
 def test_a_corpus_that_is_missing_empty_or_not_text(capsys, tmp_path):
     assert "no such file" in fails(capsys, *smoke(tmp_path, "--corpus", str(tmp_path / "none.txt")))
+    assert "no corpus at ./none:en" in fails(capsys, *smoke(tmp_path, "--corpus", "builtin", "./none:en"))
     (tmp_path / "empty.txt").write_text("")
     assert "empty" in fails(capsys, *smoke(tmp_path, "--corpus", str(tmp_path / "empty.txt")))
     (tmp_path / "bytes.txt").write_bytes(b"fine\n\xff\xfe\n")

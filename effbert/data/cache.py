@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "1"
 _FILE = "data.arrow"
+_LOCKS = ".locks"
 
 
 def default_cache_dir() -> Path:
@@ -34,16 +35,19 @@ def cached(
     """The data set named by `key_parts`, memory-mapped; built and written first if it is not there.
 
     `build` returns it whole, or as an iterable of pieces with equal features, written one by one so that memory stays
-    bounded (at least one piece, which may have no rows). Several processes may ask at once: each builds, one wins,
-    all read the same file. Raises ValueError, one line, if the cache cannot be written.
+    bounded (at least one piece, which may have no rows). Several processes of a machine may ask at once: one builds,
+    the others wait for it, all read the same file; what a killed one left is removed. Raises ValueError, one line, if
+    the cache cannot be written.
     """
     from datasets import Dataset
 
     root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     folder = root / hashlib.blake2b(json.dumps([_FORMAT, *key_parts]).encode(), digest_size=16).hexdigest()
     if not (folder / _FILE).is_file():
-        pieces = build()
-        _write(folder, [pieces] if isinstance(pieces, Dataset) else pieces)
+        with _alone(folder):
+            if not (folder / _FILE).is_file():
+                pieces = build()
+                _write(folder, [pieces] if isinstance(pieces, Dataset) else pieces)
     return Dataset.from_file(str(folder / _FILE))
 
 
@@ -70,10 +74,29 @@ def dataset_fingerprint(dataset: "Dataset") -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While no other process of this machine builds `folder`; a killed one leaves the lock to the next."""
+    from filelock import FileLock
+
+    with _one_line_errors(folder.parent):
+        (folder.parent / _LOCKS).mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.parent / _LOCKS / folder.name)
+        try:
+            lock.acquire()
+        except NotImplementedError as error:
+            raise OSError("its file system has no file locks") from error
+    try:
+        for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield
+    finally:
+        lock.release()
+
+
 def _write(folder: Path, pieces: "Iterable[Dataset]") -> None:
     root = folder.parent
     with _one_line_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=root))
     try:
         _write_arrow(temporary / _FILE, pieces)

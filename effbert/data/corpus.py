@@ -1,22 +1,64 @@
-"""Plain text for general distillation, as sequences of token ids. The one idea: sentences are packed whole into a
-sequence while they fit, a sentence longer than a sequence runs on into the next, and so no token is lost; text goes
-through in a stream, whatever its size, into one Arrow file."""
+"""Plain text for general distillation, as sequences of token ids. The one idea: text goes through in a stream of
+chunks, each of which alone decides its sequences; so memory does not grow with the text, chunks can be shared out among
+processes, and the result is the same however many there are. It ends up in one Arrow file.
+
+Two ways to cut text into sequences. "packed", ours: sentences are packed whole into a sequence while they fit, a
+sentence longer than a sequence runs on into the next, and no token is lost. "released": the samples that the published
+models were trained on, told from the data scripts released with them. A document (an article, or 20 lines of a book)
+gives one sample, whatever its length: segment A from it, segment B from another document, the longer one cut at a
+random end until both fit. The scripts' probability of a shorter sample changes nothing there, since they make a
+document one sentence. Of a long document most is left unread. Unlike there, B comes from the same thousand documents
+instead of all, and every epoch has the same samples.
+"""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
 
 from effbert.data.cache import cached, tokenizer_fingerprint
 from effbert.data.sentences import split_sentences
 from effbert.errors import first_line
+from effbert.random import generator
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_BATCH = 1000
-_PIECE = 10_000
+Row = tuple[str, ...]  # the lines of one record: of a file one line, of a data set all lines of one text
+Samples = Literal["packed", "released"]
+
+_BATCH = 1000  # sentences tokenised at once
+_CHUNK_CHARACTERS = 2**20
+_LINES, _DOCUMENTS = 20, 1000  # lines a document where records are lines; documents among which B is drawn
+_SAY_SECONDS = 60.0
+
+
+class Source(NamedTuple):
+    """Text that was found: its name for messages, a hash of its content, and its records, which can be read again."""
+
+    name: str
+    fingerprint: str
+    rows: Callable[[], Iterator[Row]]
+
+
+class Sequences(NamedTuple):
+    """N sequences laid end to end: input_ids and, or None, token_type_ids [sum of lengths]; lengths [N]; all int32."""
+
+    input_ids: np.ndarray
+    token_type_ids: np.ndarray | None
+    lengths: np.ndarray
 
 
 def load_corpus(
@@ -24,41 +66,58 @@ def load_corpus(
     tokenizer,
     max_length: int,
     *,
-    config: str | None = None,
+    samples: Samples = "packed",
     split: str = "train",
     text_column: str = "text",
     limit_tokens: int | None = None,
+    num_proc: int = 0,
     cache_dir: str | Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> "Dataset":
-    """Sequences of at most `max_length` ids, start and end tokens included, in columns `input_ids` and `length`.
+    """Sequences of at most `max_length` ids, special tokens included, in columns `input_ids`, `length` and, for
+    "released" with a tokenizer that marks segments, `token_type_ids`.
 
-    source: "builtin"; a UTF-8 text file with a paragraph a line, a folder of such .txt files, or several of either;
-    or a data set that `datasets` loads by name or from a folder (parquet, json, ...), of which `config`, `split` and
-    `text_column` choose the text. `limit_tokens` ends the corpus at the first sequence that reaches that many ids.
+    source: one or several, read one after the other, of "builtin"; a UTF-8 text file with a paragraph a line, or a
+    folder of such .txt files; a parquet file, or a folder that `datasets` reads (parquet, json, ...); or the name of a
+    data set on the hub as NAME, NAME:CONFIG or NAME:CONFIG@REVISION, which is streamed, never downloaded whole. Of data
+    sets `split` and `text_column` choose the text. samples: as this file says at its top; the draws depend on the text
+    alone. limit_tokens: end at the first sequence that reaches that many ids. num_proc: processes that tokenise, 0 for
+    one a core. say: told once a minute how far it is.
+
     Raises FileNotFoundError for a missing source, ValueError for one that is empty or not UTF-8 (file and offset).
     """
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
         raise ValueError("the tokenizer has no start and end tokens (cls, sep); a BERT tokenizer has both")
-    if max_length < 3:
+    least = {"packed": 3, "released": 5}
+    if samples not in least:
+        raise ValueError(f"samples {samples!r}: one of {', '.join(least)}")
+    if max_length < least[samples]:
         raise ValueError(
-            f"max_length {max_length} leaves no room for text between the start and end tokens; 3 is least"
+            f"max_length {max_length} leaves no room for text between the special tokens; {least[samples]} is least"
         )
     if limit_tokens is not None and limit_tokens < 1:
         raise ValueError(f"limit_tokens {limit_tokens} leaves no text; give at least 1, or None for all")
-    name, fingerprint, paragraphs = _open(source, config, split, text_column, cache_dir)
+    if num_proc < 0:
+        raise ValueError(f"num_proc {num_proc}: it must be at least 0")
+    sources = _open(source, split, text_column, cache_dir)
+    prints = [found.fingerprint for found in sources]
 
     def build() -> Iterator["Dataset"]:
-        sequences = pack(_tokenize(paragraphs, tokenizer), tokenizer.cls_token_id, tokenizer.sep_token_id, max_length)
-        return _pieces(_limited(sequences, limit_tokens), name)
+        rows = chain.from_iterable(found.rows() for found in sources)
+        work = _Work(tokenizer, max_length, samples)
+        chunks = enumerate(_chunks(rows) if samples == "packed" else _blocks(_documents(rows)))
+        pieces = in_order(work, chunks, num_proc or _cores())
+        return _datasets(_limited(pieces, limit_tokens), ", ".join(found.name for found in sources), say)
 
-    key = ("corpus", fingerprint, tokenizer_fingerprint(tokenizer), max_length, limit_tokens)
+    key = ("corpus", samples, *prints, tokenizer_fingerprint(tokenizer), max_length, limit_tokens)
     return cached(key, build, cache_dir)
 
 
 def sentences_of(source: str | Path | Sequence[str | Path], *, cache_dir: str | Path | None = None) -> Iterator[str]:
     """The sentences of a corpus in reading order, as `load_corpus` finds them; the same errors."""
-    paragraphs = _open(source, None, "train", "text", cache_dir)[2]
-    return (sentence for paragraph in paragraphs for sentence in split_sentences(paragraph))
+    sources = _open(source, "train", "text", cache_dir)
+    rows = chain.from_iterable(found.rows() for found in sources)
+    return (sentence for row in rows for line in row for sentence in split_sentences(line))
 
 
 def pack(sentences: Iterable[list[int]], cls_token_id: int, sep_token_id: int, max_length: int) -> Iterator[list[int]]:
@@ -77,40 +136,249 @@ def pack(sentences: Iterable[list[int]], cls_token_id: int, sep_token_id: int, m
         yield [cls_token_id, *body, sep_token_id]
 
 
-def _open(source, config, split, text_column, cache_dir) -> tuple[str, str, Iterable[str]]:
-    """Its name for messages, a hash of its content, and its paragraphs."""
-    if isinstance(source, str) and source == "builtin":
+def pair_up(
+    documents: Sequence[Sequence[int]], cls_token_id: int, sep_token_id: int, max_length: int, rng: np.random.Generator
+) -> Iterator[tuple[list[int], int]]:
+    """The released sample of each of two or more documents: (`cls A sep B sep` of at most `max_length` ids, the number
+    of them that are in segment 0). B is another of the documents, each as likely."""
+    for number, first in enumerate(documents):
+        other = int(rng.integers(len(documents) - 1))
+        second = documents[other + (other >= number)]
+        lengths = cut_pair(len(first), len(second), max_length - 3)
+        a, b = (_cut(ids, length, rng) for ids, length in zip((first, second), lengths, strict=True))
+        yield [cls_token_id, *a, sep_token_id, *b, sep_token_id], len(a) + 2
+
+
+def cut_pair(first: int, second: int, room: int) -> tuple[int, int]:
+    """What is left of two lengths once the longer one (of equal ones the second) lost one until both fit in `room`."""
+    second = min(second, max(room // 2, room - first))
+    return min(first, room - second), second
+
+
+def _cut(ids: Sequence[int], length: int, rng: np.random.Generator) -> Sequence[int]:
+    """`length` neighbours of `ids`, where each that goes is taken from the front or the back with even odds."""
+    start = int(rng.binomial(len(ids) - length, 0.5))
+    return ids[start : start + length]
+
+
+def in_order(work: Callable, chunks: Iterable, num_proc: int) -> Iterator:
+    """work(chunk) for each chunk, in order, by `num_proc` processes; no more than 2 · num_proc chunks are under way.
+
+    A single chunk, or one process, is worked on here. OSError, one line, where a process was killed.
+    """
+    chunks = iter(chunks)
+    first = list(islice(chunks, 2))
+    chunks = chain(first, chunks)
+    if num_proc == 1 or len(first) < 2:
+        yield from map(work, chunks)
+        return
+    fork = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    pool = ProcessPoolExecutor(num_proc, mp_context=fork, initializer=_begin, initargs=(work, os.getpid()))
+    waiting: deque = deque()
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(_do, chunk))
+            if len(waiting) == 2 * num_proc:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise OSError("a process that tokenises the corpus was killed (out of memory?); use fewer of them") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_work: Callable | None = None  # of a process that `in_order` started
+
+
+def _begin(work: Callable, parent: int) -> None:
+    global _work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _work = work
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+
+
+def _follow(parent: int) -> None:
+    """End with the process that started this one: a killed one cannot say so."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _do(chunk):
+    return _work(chunk)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A chunk of text, with its number, to sequences."""
+
+    tokenizer: object
+    max_length: int
+    samples: Samples
+
+    def __call__(self, numbered: tuple[int, list[str]]) -> Sequences:
+        number, texts = numbered
+        special = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.max_length
+        if self.samples == "packed":
+            sentences = (sentence for text in texts for sentence in split_sentences(text))
+            packed = list(pack(_tokenize(sentences, self.tokenizer), *special))
+            return Sequences(_flat(packed), None, _lengths(packed))
+        documents = list(_tokenize(texts, self.tokenizer))
+        if len(documents) < 2:
+            raise ValueError(
+                f"released samples pair documents, and this text has {len(documents)}, of {_LINES} lines or one record "
+                "each: use packed samples"
+            )
+        pairs = list(pair_up(documents, *special, generator(0, "released samples", number)))
+        ids, lengths = [ids for ids, _ in pairs], _lengths([ids for ids, _ in pairs])
+        types = None
+        if "token_type_ids" in self.tokenizer.model_input_names:
+            types = _flat([[0] * first + [1] * (len(ids) - first) for ids, first in pairs])
+        return Sequences(_flat(ids), types, lengths)
+
+
+def _flat(lists: list[list[int]]) -> np.ndarray:
+    return np.fromiter(chain.from_iterable(lists), np.int32)
+
+
+def _lengths(lists: list[list[int]]) -> np.ndarray:
+    return np.fromiter(map(len, lists), np.int32, len(lists))
+
+
+def _tokenize(texts: Iterable[str], tokenizer) -> Iterator[list[int]]:
+    """Ids of each text that has any. The space in front makes byte-level tokenizers read it as the middle of a text."""
+    encode = _encoder(tokenizer)
+    texts = (" " + text for text in texts)
+    while batch := list(islice(texts, _BATCH)):
+        yield from (ids for ids in encode(batch) if ids)
+
+
+def _encoder(tokenizer) -> Callable[[list[str]], Iterable[list[int]]]:
+    """Texts to ids without special tokens; past the wrapper of a fast tokenizer, which takes as long as the ids."""
+    if not tokenizer.is_fast:
+        return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # what a call of the wrapper may have left behind
+    backend.no_padding()
+    return lambda texts: (found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False))
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[list[str]]:
+    """The lines, in lists of about `_CHUNK_CHARACTERS`."""
+    lines: list[str] = []
+    size = 0
+    for row in rows:
+        lines += row
+        size += sum(map(len, row)) + 1
+        if size >= _CHUNK_CHARACTERS:
+            yield lines
+            lines, size = [], 0
+    if lines:
+        yield lines
+
+
+def _documents(rows: Iterable[Row]) -> Iterator[str]:
+    """A record of several lines is a document; of records of one line each, `_LINES` are."""
+    lines: list[str] = []
+    for row in rows:
+        several = len(row) > 1
+        if lines and (several or len(lines) == _LINES):
+            yield " ".join(lines)
+            lines = []
+        if several:
+            yield " ".join(row)
+        else:
+            lines += row
+    if lines:
+        yield " ".join(lines)
+
+
+def _blocks(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of `_DOCUMENTS`, the last one of at least two where there are two."""
+    documents = iter(documents)
+    block = list(islice(documents, _DOCUMENTS))
+    while block:
+        following = list(islice(documents, _DOCUMENTS))
+        if len(following) == 1:
+            block, following = block + following, []
+        yield block
+        block = following
+
+
+def _limited(pieces: Iterable[Sequences], limit_tokens: int | None) -> Iterator[Sequences]:
+    total = 0
+    for piece in pieces:
+        ends = total + np.cumsum(piece.lengths, dtype=np.int64)
+        if limit_tokens is not None and len(ends) and ends[-1] >= limit_tokens:
+            rows = 1 + int(np.searchsorted(ends, limit_tokens))
+            ids = int(ends[rows - 1]) - total
+            types = None if piece.token_type_ids is None else piece.token_type_ids[:ids]
+            yield Sequences(piece.input_ids[:ids], types, piece.lengths[:rows])
+            return
+        yield piece
+        total += int(piece.lengths.sum())
+
+
+def _datasets(pieces: Iterable[Sequences], name: str, say: Callable[[str], None]) -> Iterator["Dataset"]:
+    import pyarrow as pa
+    from datasets import Dataset
+
+    tokens, last = 0, time.monotonic()
+    for piece in pieces:
+        if not len(piece.lengths):
+            continue
+        offsets = pa.array(np.concatenate(([0], np.cumsum(piece.lengths))).astype(np.int32))
+        columns = {"input_ids": pa.ListArray.from_arrays(offsets, pa.array(piece.input_ids))}
+        if piece.token_type_ids is not None:
+            columns["token_type_ids"] = pa.ListArray.from_arrays(
+                offsets, pa.array(piece.token_type_ids.astype(np.int8))
+            )
+        columns["length"] = pa.array(piece.lengths)
+        yield Dataset(pa.table(columns))
+        tokens += len(piece.input_ids)
+        if time.monotonic() - last >= _SAY_SECONDS:
+            say(f"corpus: {tokens:,} tokens so far")
+            last = time.monotonic()
+    if not tokens:
+        raise ValueError(f"corpus {name} is empty: it holds no text beside white space")
+
+
+def _open(source, split: str, text_column: str, cache_dir) -> list[Source]:
+    given = [source] if isinstance(source, str | Path) else list(source)
+    if not given:
+        raise ValueError("no corpus: give at least one source")
+    return [_open_one(one, split, text_column, cache_dir) for one in given]
+
+
+def _open_one(given: str | Path, split: str, text_column: str, cache_dir) -> Source:
+    if given == "builtin":
         from effbert.data import builtin
 
         sentences = builtin.corpus_sentences(cache_dir)
         digest = hashlib.blake2b("\n".join(sentences).encode(), digest_size=16)
-        return "builtin", digest.hexdigest(), sentences
-    sources = [source] if isinstance(source, str | Path) else list(source)
-    if not sources:
-        raise ValueError("no corpus: the list of text files is empty")
-    if len(sources) == 1 and not _text_files(sources[0]):
-        return _open_dataset(str(sources[0]), config, split, text_column)
-    files = []
-    for given in sources:
-        found = _text_files(given)
-        if not found:
-            raise FileNotFoundError(
-                f"no text in {given}: give text files, folders of .txt files, or one data set alone"
-            )
-        files += found
-    return ", ".join(map(str, sources)), _hash_files(files), _file_paragraphs(files)
+        return Source("builtin", digest.hexdigest(), lambda: ((sentence,) for sentence in sentences))
+    files = _text_files(given)
+    if files:
+        return Source(str(given), _hash_files(files), lambda: _file_lines(files))
+    return _open_dataset(given, split, text_column)
 
 
 def _text_files(given: str | Path) -> list[Path]:
-    """The text files that a path names; none if it is no path, or a folder without .txt for `datasets` to judge."""
+    """The text files that a path names; none if it is no path, or one for `datasets` to judge."""
     path = Path(given).expanduser()
     if path.is_file():
-        files = [path]
+        files = [] if path.suffix == ".parquet" else [path]
     elif path.is_dir():
         files = sorted(path.rglob("*.txt"))
         if not files and not any(path.rglob("*.*")):
             raise FileNotFoundError(f"no text in {given}: the folder holds no .txt file")
-    elif isinstance(given, Path) or given.startswith((".", "/", "~")) or path.suffix == ".txt":
+    elif _meant_as_path(given) and not Path(_parts(given).name).expanduser().is_dir():
         raise FileNotFoundError(f"no corpus at {given}: no such file or folder")
     else:
         files = []
@@ -120,22 +388,65 @@ def _text_files(given: str | Path) -> list[Path]:
     return files
 
 
-def _open_dataset(name: str, config: str | None, split: str, text_column: str) -> tuple[str, str, Iterable[str]]:
-    from datasets import load_dataset
+def _meant_as_path(given: str | Path) -> bool:
+    return isinstance(given, Path) or given.startswith((".", "/", "~")) or given.endswith((".txt", ".parquet"))
 
+
+class _Parts(NamedTuple):
+    """A data set's name or folder, and "" or what of it: NAME:CONFIG@REVISION."""
+
+    name: str
+    config: str
+    revision: str
+
+
+def _parts(given: str | Path) -> _Parts:
+    """A path that exists is a name, whatever it is spelt like."""
+    if Path(given).expanduser().exists():
+        return _Parts(str(given), "", "")
+    name, _, revision = str(given).partition("@")
+    name, _, config = name.partition(":")
+    return _Parts(name, config, revision)
+
+
+def _open_dataset(given: str | Path, split: str, text_column: str) -> Source:
+    from datasets import load_dataset_builder
+
+    parts = _parts(given)
+    path = Path(parts.name).expanduser()
+    if path.is_file():
+        arguments = {"path": "parquet", "data_files": {split: str(path)}}
+    elif path.is_dir():
+        arguments = {"path": str(path), "name": parts.config or None}
+    else:
+        arguments = {"path": parts.name, "name": parts.config or None, "revision": parts.revision or None}
     try:
-        dataset = load_dataset(name, config, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
+        builder = load_dataset_builder(**arguments)
+        dataset = builder.as_streaming_dataset(split)
+        dataset = dataset if dataset.column_names else dataset._resolve_features()
+    except Exception as error:  # down to those of the HTTP client
         raise FileNotFoundError(
-            f"no corpus {name!r}: not a path here, and `datasets` says: {first_line(error)}"
+            f"no corpus {str(given)!r}: not a path here, and `datasets` says: {' '.join(str(error).split())[:200]}"
         ) from error
     if text_column not in dataset.column_names:
-        raise ValueError(f"corpus {name!r} has no column {text_column!r}, only {', '.join(dataset.column_names)}")
-    paragraphs = (
-        line for rows in dataset.select_columns(text_column).iter(_BATCH) for text in rows[text_column]
-        for line in (text or "").splitlines()
-    )  # fmt: skip
-    return name, f"{dataset._fingerprint}/{text_column}", paragraphs
+        columns = ", ".join(dataset.column_names)
+        raise ValueError(f"corpus {str(given)!r} has no column {text_column!r}, only {columns}")
+    files = list(builder.config.data_files[split])
+    if path.exists():
+        fingerprint = _hash_files([Path(file) for file in files])
+    else:  # the names hold the commit
+        fingerprint = hashlib.blake2b("\n".join(files).encode(), digest_size=16).hexdigest()
+
+    def rows() -> Iterator[Row]:
+        try:
+            for batch in dataset.select_columns(text_column).iter(_BATCH):
+                for text in batch[text_column]:
+                    if lines := tuple(line for line in (text or "").splitlines() if line.strip()):
+                        yield lines
+        except (OSError, ValueError, RuntimeError) as error:
+            raise OSError(f"corpus {str(given)!r} cannot be read to its end: {first_line(error)}") from error
+
+    return Source(str(given), f"{fingerprint}/{text_column}", rows)
 
 
 def _hash_files(files: list[Path]) -> str:
@@ -146,49 +457,16 @@ def _hash_files(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _file_paragraphs(files: list[Path]) -> Iterator[str]:
+def _file_lines(files: list[Path]) -> Iterator[Row]:
     for file in files:
         offset = 0
         with open(file, "rb") as handle:
             for number, line in enumerate(handle, 1):
                 try:
-                    yield line.decode("utf-8").removeprefix("\ufeff")
+                    text = line.decode("utf-8").removeprefix("\ufeff").strip()
                 except UnicodeDecodeError as error:
                     where = f"{file}, line {number}, byte {offset + error.start}"
                     raise ValueError(f"{where}: not UTF-8 text; convert the file to UTF-8") from error
+                if text:
+                    yield (text,)
                 offset += len(line)
-
-
-def _tokenize(paragraphs: Iterable[str], tokenizer) -> Iterator[list[int]]:
-    """Ids of each sentence. The space in front makes byte-level tokenizers read it as the middle of a text."""
-    sentences = (" " + sentence for paragraph in paragraphs for sentence in split_sentences(paragraph))
-    while batch := list(islice(sentences, _BATCH)):
-        ids = tokenizer(
-            batch,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        yield from (sentence for sentence in ids if sentence)
-
-
-def _limited(sequences: Iterable[list[int]], limit_tokens: int | None) -> Iterator[list[int]]:
-    total = 0
-    for sequence in sequences:
-        yield sequence
-        total += len(sequence)
-        if limit_tokens is not None and total >= limit_tokens:
-            return
-
-
-def _pieces(sequences: Iterator[list[int]], name: str) -> Iterator["Dataset"]:
-    from datasets import Dataset, Features, List, Value
-
-    features = Features({"input_ids": List(Value("int32")), "length": Value("int32")})
-    empty = True
-    while piece := list(islice(sequences, _PIECE)):
-        empty = False
-        yield Dataset.from_dict({"input_ids": piece, "length": [len(ids) for ids in piece]}, features=features)
-    if empty:
-        raise ValueError(f"corpus {name} is empty: it holds no text beside white space")

@@ -45,29 +45,35 @@ def encode_task(
     stride: ids shared by neighbouring windows of a span task, by default 128 or a third of `max_length`.
     Raises ValueError if a split is empty or `max_length` leaves no room for text.
     """
-    room = max_length - tokenizer.num_special_tokens_to_add(pair=task.spec.pair)
-    if room < 1 + task.spec.pair:
+    splits = (
+        encode_split(getattr(task, name), task.spec, tokenizer, max_length, cache_dir, stride=stride, name=name)
+        for name in ("train", "validation")
+    )
+    return EncodedTask(task, *splits)
+
+
+def encode_split(
+    dataset: "Dataset",
+    spec: "TaskSpec",
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    cache_dir: str | Path | None = None,
+    *,
+    stride: int | None = None,
+    name: str,
+) -> "Dataset":
+    """One split of a task, called `name` in errors, as `encode_task` encodes it."""
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=spec.pair)
+    if room < 1 + spec.pair:
         raise ValueError(f"max_length {max_length} leaves no room for text between the special tokens")
-    if task.spec.kind != "spans":
+    if len(dataset) == 0:
+        raise ValueError(f"task {spec.name}: the {name} split is empty")
+    if spec.kind != "spans":
         stride = 0
     elif stride is None:
         stride = min(128, max_length // 3)
-    splits = []
-    for name, dataset in (("train", task.train), ("validation", task.validation)):
-        if len(dataset) == 0:
-            raise ValueError(f"task {task.spec.name}: the {name} split is empty")
-        key = (
-            "task",
-            task.spec.kind,
-            dataset_fingerprint(dataset),
-            tokenizer_fingerprint(tokenizer),
-            max_length,
-            stride,
-        )
-        splits.append(
-            cached(key, lambda rows=dataset: _pieces(rows, task.spec, tokenizer, max_length, stride), cache_dir)
-        )
-    return EncodedTask(task, *splits)
+    key = ("task", spec.kind, dataset_fingerprint(dataset), tokenizer_fingerprint(tokenizer), max_length, stride)
+    return cached(key, lambda: _pieces(dataset, spec, tokenizer, max_length, stride), cache_dir)
 
 
 def _pieces(dataset: "Dataset", spec: "TaskSpec", tokenizer: "PreTrainedTokenizerBase", max_length: int, stride: int):

@@ -1,17 +1,19 @@
 """GLUE: the nine tasks (https://gluebenchmark.com), from `datasets` by name or from a folder in the official layout.
 
 Both ways give the same rows under the same label names, those of `nyu-mll/glue`. The one idea is the table `TASKS`:
-what differs between tasks is data, so one reader serves all nine. For MNLI the validation split is the matched one.
+what differs between tasks is data, so one reader serves all nine, and the diagnostic set beside them. For MNLI the
+validation split is the matched one; `load_split` gives every other split, test rows too, which have no labels.
 MRPC and QQP are ranked by accuracy, not F1: always answering "yes" already has an F1 of 0.8 on MRPC, so F1 would put a
 candidate that learnt nothing above many that did; it is reported beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
+from typing import NamedTuple
 
 from effbert.data.files import class_index, score, tab_separated, text_dataset, wrong_width
 from effbert.data.tasks import Task, TaskSpec, plain_name
@@ -19,12 +21,29 @@ from effbert.data.tasks import Task, TaskSpec, plain_name
 HUB = "nyu-mll/glue"
 
 
+class Split(NamedTuple):
+    """Where a split's rows are: the names its TSV may have, and its name in `datasets`."""
+
+    files: tuple[str, ...]
+    hub: str
+
+
+_SPLITS = {
+    "train": Split(("train.tsv",), "train"),
+    "validation": Split(("dev.tsv",), "validation"),
+    "test": Split(("test.tsv",), "test"),
+}
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a task's columns are: by `datasets` name (`hub_texts`) and in the official TSV (`texts`, `label`).
 
-    codes: how the TSV writes each label, in the order of `spec.labels`.
-    header: the columns of a file that has no header line.
+    codes: how the TSV, and the server that scores test rows, write each label, in the order of `spec.labels`.
+    splits: for each split the TSV's names, of which one should be there, and its name in `datasets`.
+    number: the column of a test file that numbers its rows.
+    results: the file in which the server expects the predictions for each test split.
+    header: the columns of a train or dev file that has no header line (the test file has one).
     broken_rows: the official file has rows cut in two by a line break inside a text.
     """
 
@@ -34,7 +53,9 @@ class Source:
     texts: tuple[str, ...]
     label: str
     codes: tuple[str, ...] = ("0", "1")
-    dev: str = "dev.tsv"
+    splits: Mapping[str, Split] = field(default_factory=lambda: _SPLITS)
+    number: str = "index"
+    results: Mapping[str, str] = field(default_factory=dict)
     header: tuple[str, ...] = ()
     broken_rows: bool = False
 
@@ -50,6 +71,7 @@ def _source(
     **layout,
 ) -> Source:
     spec = TaskSpec(name, "classification" if labels else "regression", labels, metrics, len(texts) == 2)
+    layout.setdefault("results", {"test": f"{folder}.tsv"})
     return Source(spec, folder, hub_texts or texts, texts, label, **layout)
 
 
@@ -76,15 +98,60 @@ TASKS = {
             *("mnli", "MNLI", _NLI, _PAIR, "gold_label"),
             hub_texts=("premise", "hypothesis"),
             codes=_NLI,
-            dev="dev_matched.tsv",
+            splits={
+                "train": Split(("train.tsv",), "train"),
+                "validation": Split(("dev_matched.tsv",), "validation_matched"),
+                "validation_mismatched": Split(("dev_mismatched.tsv",), "validation_mismatched"),
+                "test": Split(("test_matched.tsv",), "test_matched"),
+                "test_mismatched": Split(("test_mismatched.tsv",), "test_mismatched"),
+            },
+            results={"test": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
         ),
         _source("qnli", "QNLI", _ENTAILMENT, ("question", "sentence"), codes=_ENTAILMENT),
         _source(
             *("qqp", "QQP", ("not_duplicate", "duplicate"), _QUESTIONS, "is_duplicate", ("accuracy", "f1")),
+            number="id",
             broken_rows=True,
         ),
     )
 }
+
+# The diagnostic set: test rows alone, answered by a model of MNLI. The official download puts it at
+# diagnostic/diagnostic.tsv (columns index, sentence1, sentence2); the copy that `datasets` was made from is AX.tsv.
+AX = Source(
+    replace(TASKS["mnli"].spec, name="ax"),
+    "AX",
+    ("premise", "hypothesis"),
+    _PAIR,
+    "gold_label",
+    _NLI,
+    splits={"test": Split(("diagnostic.tsv", "AX.tsv", "test.tsv"), "test")},
+    results={"test": "AX.tsv"},
+)
+
+
+def source_of(name: str) -> Source:
+    """The source of a GLUE task or of the diagnostic set, "ax"; ValueError for an unknown name."""
+    key = plain_name(name)
+    if key == "ax":
+        return AX
+    if key not in TASKS:
+        raise ValueError(f"unknown GLUE task {name!r}; choose from {', '.join(s.spec.name for s in TASKS.values())}")
+    return TASKS[key]
+
+
+def load_split(name: str, split: str, data_dir: str | PathLike[str] | None = None):
+    """One split of a GLUE task, or of "ax", as rows text_a, text_b (where there are two), label; no other is read.
+
+    split: "train", "validation", "test", for MNLI "validation_mismatched" and "test_mismatched" too. Test rows have
+    label -1 and a column "index", the number under which the server knows them. Raises as `load_task` does.
+    """
+    source = source_of(name)
+    if split not in source.splits:
+        raise ValueError(f"task {source.spec.name} has no split {split!r}; it has {', '.join(source.splits)}")
+    if data_dir is None:
+        return _hub_split(fetch(HUB, plain_name(source.spec.name)), split, source)
+    return _file_split(_folder(Path(data_dir), source, split), split, source)
 
 
 def load_task(name: str, data_dir: str | PathLike[str] | None = None) -> Task:
@@ -93,15 +160,14 @@ def load_task(name: str, data_dir: str | PathLike[str] | None = None) -> Task:
     STS-B labels are floats from 0 to 5. Raises ValueError for an unknown name; FileNotFoundError or ValueError, with
     file and line, for missing or bad files; FileNotFoundError where the data cannot be fetched.
     """
-    key = plain_name(name)
-    if key not in TASKS:
-        raise ValueError(f"unknown GLUE task {name!r}; choose from {', '.join(s.spec.name for s in TASKS.values())}")
-    source = TASKS[key]
+    source = source_of(name)
+    if "train" not in source.splits:
+        raise ValueError(f"task {source.spec.name} has test rows only: predict them with a model of MNLI")
     if data_dir is None:
-        return _from_hub(key, source)
-    folder = _folder(Path(data_dir), source)
-    splits = (text_dataset(source.spec, list(_rows(folder / file, source))) for file in ("train.tsv", source.dev))
-    return Task(source.spec, *splits)
+        splits = fetch(HUB, plain_name(source.spec.name))
+        return Task(source.spec, *(_hub_split(splits, split, source) for split in ("train", "validation")))
+    folder = _folder(Path(data_dir), source, "train")
+    return Task(source.spec, *(_file_split(folder, split, source) for split in ("train", "validation")))
 
 
 def fetch(path: str, config: str | None = None):
@@ -118,46 +184,81 @@ def fetch(path: str, config: str | None = None):
         ) from error
 
 
-def _from_hub(config: str, source: Source) -> Task:
-    splits = fetch(HUB, config)
-    validation = "validation_matched" if config == "mnli" else "validation"
-    return Task(source.spec, *(_hub_split(splits[split], source) for split in ("train", validation)))
-
-
-def _hub_split(split, source: Source):
-    texts = [split[column] for column in source.hub_texts]
-    labels = split["label"]
+def _hub_split(splits, split: str, source: Source):
+    rows = splits[source.splits[split].hub]
+    texts = [rows[column] for column in source.hub_texts]
+    if split.startswith("test"):
+        return _unlabelled(source, list(zip(texts[0], texts[-1], strict=True)), rows["idx"])
+    labels = rows["label"]
     if source.spec.kind == "classification":
-        names = split.features["label"].names
+        names = rows.features["label"].names
         index = [class_index(name, source.spec.labels, f"{HUB} {source.spec.name}") for name in names]
         labels = [index[label] for label in labels]
     return text_dataset(source.spec, list(zip(texts[0], texts[-1], labels, strict=True)))
 
 
-def _folder(root: Path, source: Source) -> Path:
+def _file_split(folder: Path, split: str, source: Source):
+    names = source.splits[split].files
+    path = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
+    if not split.startswith("test"):
+        return text_dataset(source.spec, list(_rows(path, source)))
+    texts, numbers = [], []
+    for number, *pair in _test_rows(path, source):
+        texts.append(pair)
+        numbers.append(number)
+    return _unlabelled(source, texts, numbers)
+
+
+def _unlabelled(source: Source, texts: Sequence[Sequence[str]], numbers: Sequence[int]):
+    rows = text_dataset(source.spec, [(first, second, -1) for first, second in texts])
+    return rows.add_column("index", list(numbers))
+
+
+def _folder(root: Path, source: Source, split: str) -> Path:
+    """The task's folder in `root`, or `root` itself where it holds a file of the split."""
     if not root.is_dir():
         raise FileNotFoundError(f"data_dir {root}: no such folder")
+    names = {plain_name(source.folder), *({"diagnostic"} if source is AX else ())}
     for child in sorted(root.iterdir()):
-        if child.is_dir() and plain_name(child.name) == plain_name(source.folder):
+        if child.is_dir() and plain_name(child.name) in names:
             return child
-    if (root / "train.tsv").exists():
+    files = [name for other in source.splits.values() for name in other.files]
+    if any((root / name).exists() for name in files):
         return root
-    raise FileNotFoundError(f"data_dir {root}: holds neither {source.folder}/ nor train.tsv and {source.dev}")
+    wanted = " or ".join(source.splits[split].files)
+    raise FileNotFoundError(f"data_dir {root}: holds neither {source.folder}/ nor {wanted}")
 
 
 def _rows(path: Path, source: Source) -> Iterator[tuple[str, str, int | float]]:
+    """Two texts (the same twice where a row has one) and the label."""
+    for where, fields in _fields(path, source, (*source.texts, source.label), source.header):
+        yield fields[0], fields[-2], _label(fields[-1], source, where)
+
+
+def _test_rows(path: Path, source: Source) -> Iterator[tuple[int, str, str]]:
+    """The row's number and two texts (the same twice where a row has one)."""
+    for where, fields in _fields(path, source, (source.number, *source.texts)):
+        if not fields[0].isdecimal():
+            raise ValueError(f"{where}: the row's number should be a whole number, not {fields[0]!r}")
+        yield int(fields[0]), fields[1], fields[-1]
+
+
+def _fields(
+    path: Path, source: Source, columns: Sequence[str], header: Sequence[str] = ()
+) -> Iterator[tuple[str, list[str]]]:
+    """Where each row lies ("file:line"), and its fields in the order of `columns`."""
     lines = tab_separated(path)
-    header = list(source.header) or lines.pop(0)[1]
-    for column in (*source.texts, source.label):
+    header = list(header) or lines.pop(0)[1]
+    for column in columns:
         if column not in header:
             raise ValueError(f"{path}:1: no column {column!r}; the header has {', '.join(header)}")
     if not lines:
         raise ValueError(f"{path}: there are no rows below the header")
-    *texts, label = (header.index(column) for column in (*source.texts, source.label))
+    places = [header.index(column) for column in columns]
     for line, fields in _mended(lines, len(header)) if source.broken_rows else lines:
         if len(fields) != len(header):
             raise wrong_width(path, line, len(fields), len(header))
-        yield fields[texts[0]], fields[texts[-1]], _label(fields[label], source, f"{path}:{line}")
+        yield f"{path}:{line}", [fields[place] for place in places]
 
 
 def _label(text: str, source: Source, where: str) -> int | float:

@@ -7,7 +7,9 @@ always cut from the original text, never put together from tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NAMES = ("squad", "squad2.0")
+HUB = {"squad": "rajpurkar/squad", "squad2.0": "rajpurkar/squad_v2"}
 VERSIONS = {
     **dict.fromkeys(("squad", "squad1.1", "squadv1", "squadv1.1"), "1.1"),
     **dict.fromkeys(("squad2", "squad2.0", "squadv2", "squadv2.0"), "2.0"),
@@ -33,20 +36,72 @@ LONGEST_QUESTION = 64  # tokens kept of a question, as in the BERT paper's code;
 def load_task(name: str, data_dir: str | PathLike[str] | None = None) -> Task:
     """SQuAD from `data_dir` (holding train-v1.1.json and dev-v1.1.json, or -v2.0) or, without it, by `datasets` name.
 
-    Raises ValueError for an unknown name; FileNotFoundError or ValueError, with the place, for missing or bad files;
-    FileNotFoundError where the data cannot be fetched.
+    Training questions whose first answer is not where its offset says are left out and counted in the task's notes, as
+    BERT's own code does; a validation question stays, since it is scored by its answers' text alone. Raises ValueError
+    for an unknown name; FileNotFoundError or ValueError, with the place, for missing or bad files; FileNotFoundError
+    where the data cannot be fetched.
     """
+    spec = spec_of(name)
+    if data_dir is None:
+        splits = fetch(HUB[spec.name])
+        train, validation = (splits[split].to_list() for split in ("train", "validation"))
+        where = "the training split"
+    else:
+        path = _path(spec, data_dir, "train")
+        train, validation = _read(path, spec.name == NAMES[1]), _read_validation(spec, data_dir)
+        where = str(path)
+    kept = [row for row in train if _found(row)]
+    if not kept:
+        raise ValueError(f"{where}: none of its {len(train)} first answers is at its answer_start")
+    notes = ()
+    if len(kept) < len(train):
+        notes = (
+            f"{where}: {len(train) - len(kept):,} of {len(train):,} questions left out: their first answer is not at "
+            "its answer_start",
+        )
+    return Task(spec, _dataset(kept), _dataset(validation), notes)
+
+
+def load_validation(name: str, data_dir: str | PathLike[str] | None = None) -> datasets.Dataset:
+    """The validation questions of `load_task` alone: no other file is read."""
+    spec = spec_of(name)
+    if data_dir is None:
+        return _dataset(fetch(HUB[spec.name])["validation"].to_list())
+    return _dataset(_read_validation(spec, data_dir))
+
+
+def load_questions(path: str | PathLike[str]) -> datasets.Dataset:
+    """The questions of any file in the SQuAD layout, to be answered; answers may be absent, and stay unread."""
+    return _dataset(_read(Path(path), version2=True, answers=False))
+
+
+def spec_of(name: str) -> TaskSpec:
+    """What SQuAD 1.1 or 2.0 asks; ValueError for an unknown name."""
     if plain_name(name) not in VERSIONS:
         raise ValueError(f"unknown SQuAD task {name!r}; choose from {', '.join(NAMES)}")
-    version = VERSIONS[plain_name(name)]
-    spec = TaskSpec(NAMES[version == "2.0"], "spans", (), ("f1", "exact_match"), True)
-    if data_dir is None:
-        splits = fetch("rajpurkar/squad_v2" if version == "2.0" else "rajpurkar/squad")
-        return Task(spec, *(_dataset(splits[split].to_list()) for split in ("train", "validation")))
+    return TaskSpec(NAMES[VERSIONS[plain_name(name)] == "2.0"], "spans", (), ("f1", "exact_match"), True)
+
+
+def _path(spec: TaskSpec, data_dir: str | PathLike[str], split: str) -> Path:
     if not Path(data_dir).is_dir():
         raise FileNotFoundError(f"data_dir {data_dir}: no such folder")
-    paths = (Path(data_dir) / f"{split}-v{version}.json" for split in ("train", "dev"))
-    return Task(spec, *(_dataset(_read(path, version == "2.0")) for path in paths))
+    return Path(data_dir) / f"{split}-v{VERSIONS[plain_name(spec.name)]}.json"
+
+
+def _read_validation(spec: TaskSpec, data_dir: str | PathLike[str]) -> list[dict[str, Any]]:
+    return _read(_path(spec, data_dir, "dev"), spec.name == NAMES[1])
+
+
+def _found(row: Mapping[str, Any]) -> bool:
+    """Whether the words that the first answer touches hold its text, blanks aside: the test of BERT's code."""
+    if not row["answers"]["text"]:
+        return True
+    text, start = row["answers"]["text"][0], row["answers"]["answer_start"][0]
+    context, end = row["context"], start + len(text)
+    if not 0 <= start < len(context):
+        return False
+    words = [word for word in re.finditer(r"\S+", context) if word.start() < end and word.end() > start]
+    return " ".join(text.split()) in " ".join(word.group() for word in words)
 
 
 def references(dataset: datasets.Dataset) -> dict[str, list[str]]:
@@ -91,6 +146,32 @@ def encode_spans(
     return concatenate_datasets(parts)
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What the logits say to one question.
+
+    n_best: texts with their scores (start + end logit), best first, no text twice; empty where no window holds context.
+    null: the score of no answer, the smallest CLS score (start + end at token 0) over the windows.
+    """
+
+    n_best: tuple[tuple[str, float], ...]
+    null: float
+
+    @property
+    def text(self) -> str:
+        """The best span's text; "" where there is none."""
+        return self.n_best[0][0] if self.n_best else ""
+
+    @property
+    def null_odds(self) -> float:
+        """How much no answer is ahead of the best span, in logits."""
+        return self.null - (self.n_best[0][1] if self.n_best else -np.inf)
+
+    def answer(self, version2: bool, null_threshold: float = 0.0) -> str:
+        """The text, or with `version2` "" where no answer is ahead by more than the threshold."""
+        return "" if version2 and self.null_odds > null_threshold else self.text
+
+
 def decode_spans(
     start_logits: Sequence[np.ndarray],
     end_logits: Sequence[np.ndarray],
@@ -103,16 +184,32 @@ def decode_spans(
 ) -> dict[str, str]:
     """The best answer of each question by id; "" for none (where `version2`, or where a question has no window).
 
+    As `predict_spans`; with `version2` the answer is "" where no answer is ahead of the best span by more than
+    `null_threshold` (Devlin et al. 2018, section 4.3).
+    """
+    found = predict_spans(start_logits, end_logits, features, examples, max_answer_length=max_answer_length)
+    return {key: prediction.answer(version2, null_threshold) for key, prediction in found.items()}
+
+
+def predict_spans(
+    start_logits: Sequence[np.ndarray],
+    end_logits: Sequence[np.ndarray],
+    features: datasets.Dataset,
+    examples: datasets.Dataset,
+    *,
+    max_answer_length: int = 30,
+    n_best: int = 1,
+) -> dict[str, Prediction]:
+    """What the logits say to each question, by id.
+
     start_logits, end_logits: one row a window of `features` (as `encode_spans` made them from `examples`), each at
-    least as long as the window, so padded batches serve as they are. The answer maximises start + end over all windows
-    and all spans of 1 to `max_answer_length` tokens of context: the exact maximum, no list of n best is needed. With
-    `version2` it is "" where the smallest CLS score (start + end at token 0) over the windows exceeds the best span by
-    more than `null_threshold` (Devlin et al. 2018, section 4.3). Raises ValueError for another number of rows, or rows
-    that are too short.
+    least as long as the window, so padded batches serve as they are. The spans are the `n_best` of highest start + end
+    over all windows and all spans of 1 to `max_answer_length` tokens of context, the exact maxima. Raises ValueError
+    for another number of rows, or rows that are too short.
     """
     if not len(start_logits) == len(end_logits) == len(features):
         raise ValueError(f"{len(start_logits)} and {len(end_logits)} rows of logits for {len(features)} windows")
-    best = {}  # example index -> (score, window's characters)
+    spans: dict[int, list[tuple[float, int, int]]] = {}  # example index -> (score, first and last character)
     null: dict[int, float] = {}
     for start, end, window in zip(start_logits, end_logits, features, strict=True):
         example = window["example_index"]
@@ -120,26 +217,36 @@ def decode_spans(
         if min(len(start), len(end)) < len(starts):
             raise ValueError(f"{min(len(start), len(end))} logits for a window of {len(starts)} tokens")
         null[example] = min(null.get(example, np.inf), float(start[0]) + float(end[0]))
-        score, first, last = _best_span(start, end, starts >= 0, max_answer_length)
-        if score > best.get(example, (-np.inf,))[0]:
-            best[example] = score, int(starts[first]), int(ends[last])
-    answers = {}
-    for index, example in enumerate(examples):
-        score, first, last = best.get(index, (-np.inf, 0, 0))
-        none = version2 and null.get(index, np.inf) - score > null_threshold
-        answers[example["id"]] = "" if none else example["context"][first:last]
-    return answers
+        spans.setdefault(example, []).extend(
+            (score, int(starts[first]), int(ends[last]))
+            for score, first, last in _best_spans(start, end, starts >= 0, max_answer_length, n_best)
+        )
+    return {
+        example["id"]: Prediction(_texts(spans.get(index, []), example["context"], n_best), null.get(index, np.inf))
+        for index, example in enumerate(examples)
+    }
 
 
-def _best_span(start: np.ndarray, end: np.ndarray, context: np.ndarray, longest: int) -> tuple[float, int, int]:
-    """Highest start + end with start <= end < start + longest over tokens where `context`; -inf where there is none."""
+def _texts(spans: list[tuple[float, int, int]], context: str, n_best: int) -> tuple[tuple[str, float], ...]:
+    """The best spans as text, each text once; of equal scores the first."""
+    found: dict[str, float] = {}
+    for score, first, last in sorted(spans, key=lambda span: -span[0]):
+        found.setdefault(context[first:last], score)
+    return tuple(list(found.items())[:n_best])
+
+
+def _best_spans(
+    start: np.ndarray, end: np.ndarray, context: np.ndarray, longest: int, count: int
+) -> list[tuple[float, int, int]]:
+    """The `count` highest start + end with start <= end < start + longest over tokens where `context`, best first."""
     length = len(context)
     start = np.where(context, np.asarray(start, np.float64)[:length], -np.inf)
     end = np.where(context, np.asarray(end, np.float64)[:length], -np.inf)
     reach = np.lib.stride_tricks.sliding_window_view(np.append(end, np.full(longest - 1, -np.inf)), longest)
-    total = start + reach.max(axis=1)
-    first = int(total.argmax())
-    return float(total[first]), first, first + int(reach[first].argmax())
+    total = (start[:, None] + reach).ravel()
+    best = [int(total.argmax())] if count == 1 else np.argsort(-total, kind="stable")[:count].tolist()
+    spans = ((float(total[place]), *divmod(place, longest)) for place in best)
+    return [(score, first, first + more) for score, first, more in spans if score > -np.inf]
 
 
 def _windows(
@@ -211,29 +318,27 @@ def _positions(offsets: np.ndarray, context: str, answers: Mapping[str, Sequence
     return (int(covering[0]), int(covering[-1])) if len(covering) else (0, 0)
 
 
-def _read(path: Path, version2: bool) -> list[dict[str, Any]]:
+def _read(path: Path, version2: bool, answers: bool = True) -> list[dict[str, Any]]:
     content, rows = parse_json(path, read_text(path)), []
     for a, article in enumerate(_part(content, "data", list, f"{path}")):
         for p, paragraph in enumerate(_part(article, "paragraphs", list, f"{path}: data[{a}]")):
             where = f"{path}: data[{a}].paragraphs[{p}]"
             context = _part(paragraph, "context", str, where)
             for q, question in enumerate(_part(paragraph, "qas", list, where)):
-                rows.append(_row(question, context, version2, f"{where}.qas[{q}]"))
+                rows.append(_row(question, context, version2, f"{where}.qas[{q}]", answers))
     if not rows:
         raise ValueError(f"{path}: there are no questions")
     return rows
 
 
-def _row(question: Any, context: str, version2: bool, where: str) -> dict[str, Any]:
+def _row(question: Any, context: str, version2: bool, where: str, answers: bool) -> dict[str, Any]:
     texts, starts = [], []
-    for number, answer in enumerate(_part(question, "answers", list, where)):
+    for number, answer in enumerate(_part(question, "answers", list, where) if answers else ()):
         text = _part(answer, "text", str, f"{where}.answers[{number}]")
-        start = _part(answer, "answer_start", int, f"{where}.answers[{number}]")
-        if start < 0 or not text.strip() or context[start : start + len(text)] != text:
-            found = context[max(start, 0) : max(start, 0) + len(text)]
-            raise ValueError(f"{where}.answers[{number}]: {text!r} is not at answer_start {start}, {found!r} is")
+        if not text.strip():
+            raise ValueError(f"{where}.answers[{number}]: the answer is empty")
         texts.append(text)
-        starts.append(start)
+        starts.append(_part(answer, "answer_start", int, f"{where}.answers[{number}]"))
     if not texts and not version2:
         raise ValueError(f"{where}: no answer, which only SQuAD 2.0 allows")
     return {

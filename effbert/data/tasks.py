@@ -48,12 +48,14 @@ class Task:
     """Two splits with raw columns: text_a, text_b where `spec.pair`, and label (index into `spec.labels`, or float).
 
     Spans have id, question, context and answers instead, the last as {"text": [str], "answer_start": [int]} with
-    starts in characters of the context; both lists are empty where the context holds no answer.
+    starts in characters of the context; both lists are empty where the context holds no answer. notes: what was left
+    out of the data, and why, a line each.
     """
 
     spec: TaskSpec
     train: datasets.Dataset
     validation: datasets.Dataset
+    notes: tuple[str, ...] = ()
 
 
 def load_task(
@@ -93,7 +95,7 @@ def load_task(
         from effbert.data import builtin
 
         return builtin.load_task(next(known for known in BUILTIN if plain_name(known) == wanted))
-    if wanted in glue.TASKS:
+    if wanted in glue.TASKS or wanted == "ax":
         return glue.load_task(wanted, data_dir)
     if wanted in squad.VERSIONS:
         return squad.load_task(wanted, data_dir)
@@ -101,16 +103,37 @@ def load_task(
     raise ValueError(f"unknown task {name!r}; choose from {', '.join(choices)}, or give train_file for your own data")
 
 
+def load_validation(
+    name: str, data_dir: str | PathLike[str] | None = None
+) -> tuple[TaskSpec, dict[str, datasets.Dataset]]:
+    """What a known task asks, and its whole validation splits by name, MNLI's mismatched one too; no other rows are
+    read, so that none need be there. Raises as `load_task` does."""
+    from effbert.data import glue, squad
+
+    wanted = plain_name(name)
+    if wanted in glue.TASKS:
+        source = glue.TASKS[wanted]
+        splits = [split for split in source.splits if split.startswith("validation")]
+        return source.spec, {split: glue.load_split(wanted, split, data_dir) for split in splits}
+    if wanted in squad.VERSIONS:
+        return squad.spec_of(wanted), {"validation": squad.load_validation(wanted, data_dir)}
+    task = load_task(name, data_dir)
+    return task.spec, {"validation": task.validation}
+
+
 def plain_name(name: str) -> str:
     """The name with case, hyphens and underscores taken out: `SST-2` and `sst2` are one task."""
     return name.lower().replace("-", "").replace("_", "")
 
 
-def map_labels(task_labels: Sequence[str], model_id2label: Mapping[int, str], where: str) -> list[int]:
+def map_labels(
+    task_labels: Sequence[str], model_id2label: Mapping[int, str], where: str, flag: str = "--teacher_labels"
+) -> list[int]:
     """For each label of a classification task, the column of the model's logits that carries the same name.
 
     Names are compared without regard to case, unless a set has names that differ by case alone; order never matters.
-    `where` names the model in the error. Raises ValueError, showing both sets, where they are not the same.
+    `where` names the model in the error, `flag` what renames its labels. Raises ValueError, showing both sets, where
+    they are not the same.
     """
     ids = [int(column) for column in model_id2label]
     names = [str(label) for label in model_id2label.values()]
@@ -122,8 +145,8 @@ def map_labels(task_labels: Sequence[str], model_id2label: Mapping[int, str], wh
         return [columns[same(label)] for label in task_labels]
     both = f"the task has labels {_shown(task_labels)}, {where} has {_shown(names)}"
     if len(names) == len(task_labels) and all(label.upper().startswith("LABEL_") for label in names):
-        raise ValueError(f"{both}, which say nothing: name them in the order of its logits with --teacher_labels")
-    raise ValueError(f"{both}: both must have the same names (--teacher_labels renames, in the order of its logits)")
+        raise ValueError(f"{both}, which say nothing: name them in the order of its logits with {flag}")
+    raise ValueError(f"{both}: both must have the same names ({flag} renames, in the order of its logits)")
 
 
 def _folded(*label_sets: Sequence[str]):

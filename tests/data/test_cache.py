@@ -13,6 +13,11 @@ from effbert.data.tokenizer import train_wordpiece
 ROWS = {"ids": [[1, 2], [], [3]], "name": ["a", "b", "c"]}
 
 
+def entries(folder: Path) -> list[str]:
+    """Names in a cache folder beside its locks."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".locks")
+
+
 def _never():
     raise AssertionError("built again")
 
@@ -40,7 +45,7 @@ def test_a_failed_or_killed_write_leaves_nothing_that_is_read(tmp_path):
 
     with pytest.raises(RuntimeError, match="stopped"):
         cached(("rows",), breaks, tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert not entries(tmp_path)
 
     kill = (
         "import os, signal, sys; from datasets import Dataset; from effbert.data.cache import cached\n"
@@ -49,17 +54,42 @@ def test_a_failed_or_killed_write_leaves_nothing_that_is_read(tmp_path):
     )
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", kill, str(tmp_path)], cwd=root).returncode == -9
-    assert list(tmp_path.iterdir())
+    assert entries(tmp_path)
     assert cached(("rows",), lambda: Dataset.from_dict(ROWS), tmp_path)["name"] == ["a", "b", "c"]
+    assert len(entries(tmp_path)) == 1 and ".tmp-" not in entries(tmp_path)[0]
 
 
-def test_of_two_writers_one_wins_and_both_read_the_same(tmp_path):
-    def slow():
-        cached(("race",), lambda: Dataset.from_dict({"name": ["first"]}), tmp_path)
-        return Dataset.from_dict({"name": ["second"]})
+ASK = """
+import sys, time
+from datasets import Dataset
+from effbert.data.cache import cached
+def build():
+    print("built", flush=True)
+    time.sleep(float(sys.argv[2]))
+    return Dataset.from_dict({"name": [sys.argv[3]]})
+print(cached(("race",), build, sys.argv[1])["name"][0])
+"""
 
-    assert cached(("race",), slow, tmp_path)["name"] == ["first"]
-    assert len(list(tmp_path.iterdir())) == 1
+
+def ask(folder: Path, seconds: float, name: str) -> subprocess.Popen:
+    arguments = [sys.executable, "-c", ASK, str(folder), str(seconds), name]
+    return subprocess.Popen(arguments, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
+
+
+def test_of_two_processes_one_builds_and_the_other_waits_for_it(tmp_path):
+    first = ask(tmp_path, 1.0, "first")
+    assert first.stdout.readline() == "built\n"
+    assert cached(("race",), _never, tmp_path)["name"] == ["first"]
+    assert first.communicate(timeout=60)[0] == "first\n"
+    assert len(entries(tmp_path)) == 1
+
+
+def test_a_killed_builder_leaves_the_lock_to_the_next(tmp_path):
+    first = ask(tmp_path, 60.0, "first")
+    assert first.stdout.readline() == "built\n"
+    first.kill()
+    first.wait(timeout=60)
+    assert cached(("race",), lambda: Dataset.from_dict({"name": ["second"]}), tmp_path)["name"] == ["second"]
 
 
 def test_an_unwritable_place_and_a_full_disk_are_one_line(tmp_path, monkeypatch):
@@ -74,7 +104,7 @@ def test_an_unwritable_place_and_a_full_disk_are_one_line(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ValueError, match="No space left on device; set EFFBERT_CACHE"):
         cached(("rows",), lambda: Dataset.from_dict(ROWS), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert entries(tmp_path) == ["file"]
 
 
 def test_errors_of_the_builder_pass_through(tmp_path):

@@ -1,10 +1,23 @@
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
 
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effbert.data.corpus import load_corpus, pack
+from effbert.data import corpus as module
+from effbert.data.batches import Rows
+from effbert.data.corpus import cut_pair, in_order, load_corpus, pack, pair_up, sentences_of
 from effbert.data.tokenizer import train_wordpiece
 
 LINES = [
@@ -106,7 +119,7 @@ def test_missing_empty_and_undecodable_files_are_named(text, tokenizer, tmp_path
     (text / "c.txt").write_bytes(b" \n\t\n")
     with pytest.raises(ValueError, match=r"c\.txt is empty: it holds no text"):
         load(text / "c.txt")
-    with pytest.raises(ValueError, match="list of text files is empty"):
+    with pytest.raises(ValueError, match="no corpus: give at least one source"):
         load([])
 
 
@@ -115,3 +128,262 @@ def test_unusable_lengths_are_refused(text, tokenizer):
         load_corpus(text, tokenizer, 2)
     with pytest.raises(ValueError, match="limit_tokens 0"):
         load_corpus(text, tokenizer, 12, limit_tokens=0)
+
+
+def ids_of(text: str, tokenizer) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def inner(corpus) -> list[int]:
+    return [i for ids in corpus["input_ids"] for i in ids[1:-1]]
+
+
+def parquet(path: Path, texts: list[str], **more) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": texts, **more}), path)
+    return path
+
+
+@pytest.fixture
+def wikipedia(tmp_path):
+    """A folder as that of wikimedia/wikipedia: a card that names the configs, shards of articles with their titles."""
+    root = tmp_path / "wikipedia"
+    shards = [f"20231101.en/train-0000{n}-of-00002.parquet" for n in range(2)]
+    parquet(root / shards[0], ["\n\n".join(LINES)], title=["One"])
+    parquet(root / shards[1], [LINES[0], ""], title=["Two", "Three"])
+    parquet(root / "20231101.de/train-00000-of-00001.parquet", ["Ein Satz."], title=["Eins"])
+    configs = [
+        {"config_name": name, "data_files": [{"split": "train", "path": f"{name}/train-*"}]}
+        for name in ("20231101.de", "20231101.en")
+    ]
+    (root / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    return root
+
+
+def test_a_config_of_a_data_set_is_streamed_from_its_parquet_files(wikipedia, tokenizer, tmp_path):
+    corpus = load_corpus(f"{wikipedia}:20231101.en", tokenizer, 12, cache_dir=tmp_path / "cache")
+    assert inner(corpus) == ids_of(" ".join([*LINES, LINES[0]]), tokenizer)
+    assert list(sentences_of(f"{wikipedia}:20231101.de")) == ["Ein Satz."]
+    with pytest.raises(FileNotFoundError, match=r"no corpus .*wikipedia.*Config name is missing.*20231101.en"):
+        load_corpus(wikipedia, tokenizer, 12)
+    with pytest.raises(FileNotFoundError, match=r"no corpus .*:20231101.fr'"):
+        load_corpus(f"{wikipedia}:20231101.fr", tokenizer, 12)
+    shard = wikipedia / "20231101.en" / "train-00001-of-00002.parquet"
+    alone = load_corpus(shard, tokenizer, 12, cache_dir=tmp_path / "cache")
+    assert inner(alone) == ids_of(LINES[0], tokenizer)
+    shard.write_bytes(b"no parquet")
+    with pytest.raises(OSError, match=r"corpus .*20231101.en' cannot be read to its end: ") as caught:
+        load_corpus(f"{wikipedia}:20231101.en", tokenizer, 12, cache_dir=tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+
+
+def test_names_on_the_hub_are_asked_for_with_config_and_revision(wikipedia, tokenizer, tmp_path, monkeypatch):
+    """The parquet branch that the hub makes of a data set has a folder a config and a folder a split."""
+    books = parquet(tmp_path / "books" / "plain_text" / "train" / "0000.parquet", LINES).parents[2]
+    folders = {"wikimedia/wikipedia": wikipedia, "bookcorpus/bookcorpus": books}
+    asked = []
+    real = datasets.load_dataset_builder
+
+    def builder(path, **settings):
+        asked.append((path, settings))
+        return real(str(folders[path]), name=settings["name"])
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    names = ("wikimedia/wikipedia:20231101.en", "bookcorpus/bookcorpus@refs/convert/parquet")
+    corpus = load_corpus(names, tokenizer, 12, cache_dir=tmp_path / "cache")
+    assert inner(corpus) == ids_of(" ".join([*LINES, LINES[0], *LINES]), tokenizer)
+    assert asked == [
+        ("wikimedia/wikipedia", {"name": "20231101.en", "revision": None}),
+        ("bookcorpus/bookcorpus", {"name": None, "revision": "refs/convert/parquet"}),
+    ]
+
+
+def test_several_sources_are_read_one_after_the_other(text, tokenizer, tmp_path):
+    shard = parquet(tmp_path / "shard.parquet", [LINES[2]])
+    corpus = load_corpus([text / "b.txt", str(shard), text], tokenizer, 12, cache_dir=tmp_path / "cache")
+    assert inner(corpus) == ids_of(" ".join([LINES[2], LINES[2], *LINES]), tokenizer)
+    other = load_corpus([text, text / "b.txt", str(shard)], tokenizer, 12, cache_dir=tmp_path / "cache")
+    assert inner(other) == ids_of(" ".join([*LINES, LINES[2], LINES[2]]), tokenizer)
+
+
+@pytest.fixture
+def long_text(tmp_path):
+    rng = np.random.default_rng(0)
+    words = " ".join(LINES).replace(".", "").split()
+    path = tmp_path / "long.txt"
+    path.write_text("\n".join(" ".join(rng.choice(words, 15)).capitalize() + "." for _ in range(400)))
+    return path
+
+
+def arrow(corpus) -> bytes:
+    return Path(corpus.cache_files[0]["filename"]).read_bytes()
+
+
+@pytest.mark.parametrize("samples", ["packed", "released"])
+def test_the_file_is_the_same_byte_for_byte_whatever_the_number_of_processes(
+    samples, long_text, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module, "_CHUNK_CHARACTERS", 1000)
+    monkeypatch.setattr(module, "_DOCUMENTS", 3)
+    said = []
+    monkeypatch.setattr(module, "_SAY_SECONDS", 0.0)
+    made = [
+        load_corpus(
+            *(long_text, tokenizer, 32), samples=samples, num_proc=n, cache_dir=tmp_path / f"{n}", say=said.append
+        )
+        for n in (1, 2, 3)
+    ]
+    assert len(made[0].data.table.column("length").chunks) > 5
+    assert arrow(made[0]) == arrow(made[1]) == arrow(made[2])
+    tokenizer("a b c", truncation=True, max_length=3)  # leaves its truncation in the tokenizer
+    again = load_corpus(long_text, tokenizer, 32, samples=samples, num_proc=1, cache_dir=tmp_path / "again")
+    assert arrow(again) == arrow(made[0])
+    assert len(said) % 3 == 0 and said[-1] == f"corpus: {sum(made[0]['length']):,} tokens so far"
+
+
+@pytest.mark.parametrize("samples", ["packed", "released"])
+def test_a_limit_takes_the_first_sequences(samples, long_text, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK_CHARACTERS", 1000)
+    monkeypatch.setattr(module, "_DOCUMENTS", 3)
+    settings = {"samples": samples, "num_proc": 2, "cache_dir": tmp_path}
+    whole = load_corpus(long_text, tokenizer, 32, **settings).to_dict()
+    for limit in (1, 100, 101, 300):
+        part = load_corpus(long_text, tokenizer, 32, limit_tokens=limit, **settings).to_dict()
+        rows = len(part["length"])
+        assert sum(part["length"]) >= limit > sum(part["length"][:-1])
+        assert part == {name: column[:rows] for name, column in whole.items()}
+
+
+def test_released_samples_are_a_pair_a_document(long_text, tokenizer, tmp_path):
+    corpus = load_corpus(long_text, tokenizer, 32, samples="released", cache_dir=tmp_path)
+    lines = long_text.read_text().splitlines()
+    documents = [ids_of(" ".join(lines[n : n + 20]), tokenizer) for n in range(0, 400, 20)]
+    assert len(corpus) == len(documents) == 20 and corpus.column_names == ["input_ids", "token_type_ids", "length"]
+    text_of = [" ".join(map(str, document)) for document in documents]
+    for number, row in enumerate(corpus):
+        first, second = (
+            [i for i, segment in zip(row["input_ids"], row["token_type_ids"], strict=True) if segment == side]
+            for side in (0, 1)
+        )
+        assert first[0] == tokenizer.cls_token_id and first[-1] == second[-1] == tokenizer.sep_token_id
+        assert (len(first), len(second)) == (1 + 15 + 1, 14 + 1)
+        assert " ".join(map(str, first[1:-1])) in text_of[number]
+        assert any(" ".join(map(str, second[:-1])) in text for n, text in enumerate(text_of) if n != number)
+    batch = Rows(corpus).batch(np.arange(2), 32, tokenizer.pad_token_id)
+    assert batch.token_type_ids.tolist() == corpus["token_type_ids"][:2]
+    plain = train_wordpiece(LINES, 120)
+    plain.model_input_names = ["input_ids", "attention_mask"]
+    unmarked = load_corpus(long_text, plain, 32, samples="released", cache_dir=tmp_path)
+    assert unmarked.column_names == ["input_ids", "length"] and unmarked["input_ids"][:] == corpus["input_ids"][:]
+
+
+def test_a_record_of_several_lines_is_a_document_and_so_are_twenty_of_one():
+    rows = [("a",)] * 25 + [("b", "c"), ("d", "e")] + [("f",)] * 3
+    documents = list(module._documents(rows))
+    assert documents == [" ".join("a" * 20), " ".join("a" * 5), "b c", "d e", "f f f"]
+    assert [len(block) for block in module._blocks(["x"] * 3001)] == [1000, 1000, 1001]
+    assert [len(block) for block in module._blocks(["x"] * 2002)] == [1000, 1000, 2]
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(2, 50))
+def test_pairs_are_cut_from_the_longer_side_until_they_fit(first, second, room):
+    a, b = first, second
+    while a + b > room:
+        if a > b:
+            a -= 1
+        else:
+            b -= 1
+    assert cut_pair(first, second, room) == (a, b)
+
+
+def test_what_is_cut_goes_from_both_ends_at_even_odds():
+    rng = np.random.default_rng(0)
+    documents = [list(range(100, 300)), list(range(1000, 1200)), list(range(2000, 2200))]
+    starts, partners = [], []
+    for _ in range(300):
+        (ids, first), *_ = pair_up(documents, 1, 2, 128, rng)
+        assert first == 65 and len(ids) == 128
+        starts.append(ids[1] - 100)
+        partners.append(ids[65] // 1000)
+    assert abs(np.mean(starts) - 68.5) < 2  # half of the 137 that go
+    assert 100 < partners.count(1) < 200 and set(partners) == {1, 2}
+
+
+def test_one_document_has_no_other(tokenizer, tmp_path):
+    (tmp_path / "short.txt").write_text("\n".join(LINES * 3))
+    with pytest.raises(ValueError, match="released samples pair documents, and this text has 1, of 20 lines"):
+        load_corpus(tmp_path / "short.txt", tokenizer, 12, samples="released", cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match="samples 'all': one of packed, released"):
+        load_corpus(tmp_path / "short.txt", tokenizer, 12, samples="all")
+    with pytest.raises(ValueError, match=r"max_length 4 .* 5 is least"):
+        load_corpus(tmp_path / "short.txt", tokenizer, 4, samples="released")
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def test_no_more_chunks_are_read_than_processes_can_hold():
+    read = []
+
+    def chunks():
+        for number in range(50):
+            read.append(number)
+            yield number
+
+    for place, result in enumerate(in_order(square, chunks(), 2)):
+        assert result == place**2 and len(read) <= place + 1 + 2 * 2
+    assert len(read) == 50
+
+
+def test_memory_does_not_grow_with_the_text(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK_CHARACTERS", 2**13)
+    peaks = []
+    for copies in (1, 10):
+        path = tmp_path / f"{copies}.txt"
+        path.write_text((" ".join(LINES) + "\n") * 400 * copies)
+        tracemalloc.start()
+        load_corpus(path, tokenizer, 64, num_proc=1, cache_dir=tmp_path / "cache")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 2 * peaks[0]
+
+
+def end(number: int) -> None:
+    os._exit(1)
+
+
+def test_a_process_that_was_killed_is_one_line():
+    with pytest.raises(OSError, match="a process that tokenises the corpus was killed") as caught:
+        list(in_order(end, range(9), 2))
+    assert "\n" not in str(caught.value)
+
+
+SLEEPERS = """
+import os, sys, time
+from effbert.data.corpus import in_order
+def sleep(number):
+    print(os.getpid(), flush=True)
+    time.sleep(120)
+list(in_order(sleep, range(4), 2))
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_processes_end_with_the_one_that_started_them():
+    root = Path(__file__).parents[2]
+    parent = subprocess.Popen([sys.executable, "-c", SLEEPERS], cwd=root, stdout=subprocess.PIPE, text=True)
+    workers = [int(parent.stdout.readline()) for _ in range(2)]
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, workers))

@@ -44,7 +44,7 @@ def write_task(root: Path, key: str, codes: list[str] | None = None, end: str = 
     folder = root / source.folder
     folder.mkdir(parents=True, exist_ok=True)
     lines = official_lines(key, codes or list(source.codes or ("0.000", "2.5", "5")))
-    for file in ("train.tsv", source.dev):
+    for file in ("train.tsv", source.splits["validation"].files[0]):
         (folder / file).write_bytes((end.join(lines) + end).encode())
     return folder
 
@@ -159,7 +159,7 @@ def test_a_bad_file_is_named(content, says, tmp_path):
 def test_missing_folder_or_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         load_task("rte", tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"neither RTE/ nor train.tsv and dev.tsv"):
+    with pytest.raises(FileNotFoundError, match=r"neither RTE/ nor train.tsv"):
         load_task("rte", tmp_path)
     (write_task(tmp_path, "mnli") / "dev_matched.tsv").unlink()
     with pytest.raises(FileNotFoundError, match=r"dev_matched.tsv: no such file"):
@@ -193,6 +193,105 @@ def test_by_name_gives_the_rows_of_the_files(key, tmp_path, monkeypatch):
     assert asked == [("nyu-mll/glue", key)]
     assert task.spec == local.spec
     assert task.train[:] == local.train[:] and task.train.features == local.train.features
+
+
+TEST_HEADERS = HEADERS | {
+    "cola": "index sentence",
+    "sst2": "index sentence",
+    "mrpc": "index|#1 ID|#2 ID|#1 String|#2 String",
+    "qqp": "id question1 question2",
+    "ax": "index sentence1 sentence2",
+}
+SPLITS = [(key, split) for key in [*glue.TASKS, "ax"] for split in glue.source_of(key).results]
+
+
+def unlabelled_lines(key: str, rows: int = 3) -> list[str]:
+    """A test file of the task in the official layout: numbered texts, no labels."""
+    source = glue.source_of(key)
+    header = TEST_HEADERS[key]
+    columns = header.split("|" if "|" in header else " ")
+    columns = [column for column in columns if column not in (source.label, "label1")]
+    lines = ["\t".join(columns)]
+    for n in range(rows):
+        texts = dict(zip(source.texts, (f"{FIRST} {n}", SECOND), strict=False))
+        row = dict.fromkeys(columns, "n/a") | {source.number: str(n)} | texts
+        lines.append("\t".join(row[column] for column in columns))
+    return lines
+
+
+def write_test(root: Path, key: str, split: str = "test", folder: str | None = None) -> Path:
+    source = glue.source_of(key)
+    path = root / (folder or source.folder) / source.splits[split].files[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(unlabelled_lines(key)) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(("key", "split"), SPLITS)
+def test_official_test_files_give_numbered_rows_without_labels(key, split, tmp_path):
+    write_test(tmp_path, key, split)
+    rows = glue.load_split(key, split, tmp_path)
+    pair = glue.source_of(key).spec.pair
+    assert rows.column_names == ["text_a", *(["text_b"] if pair else []), "label", "index"]
+    assert rows["text_a"] == [f"{FIRST} {n}" for n in range(3)]
+    assert rows["label"] == [-1, -1, -1] and rows["index"] == [0, 1, 2]
+    assert not pair or set(rows["text_b"]) == {SECOND}
+
+
+def test_the_server_knows_eleven_files():
+    files = [file for key in [*glue.TASKS, "ax"] for file in glue.source_of(key).results.values()]
+    assert sorted(files) == sorted(
+        f"{name}.tsv" for name in "AX CoLA MNLI-m MNLI-mm MRPC QNLI QQP RTE SST-2 STS-B WNLI".split()
+    )
+
+
+def test_mismatched_rows_of_mnli_are_a_split_of_their_own(tmp_path):
+    folder = write_task(tmp_path, "mnli")
+    (folder / "dev_mismatched.tsv").write_text("\n".join(official_lines("mnli", ["neutral"])))
+    assert glue.load_split("mnli", "validation_mismatched", tmp_path)["label"] == [1]
+    assert len(glue.load_split("MNLI", "validation", tmp_path)) == 3
+
+
+@pytest.mark.parametrize(("folder", "name"), [("diagnostic", "diagnostic.tsv"), ("AX", "AX.tsv"), ("ax", "test.tsv")])
+def test_the_diagnostic_set_is_found_in_every_official_place(folder, name, tmp_path):
+    path = write_test(tmp_path, "ax", folder=folder)
+    path.rename(path.with_name(name))
+    assert glue.load_split("ax", "test", tmp_path)["index"] == [0, 1, 2]
+    assert glue.load_split("ax", "test", tmp_path / folder)["index"] == [0, 1, 2]
+
+
+def test_a_split_that_is_missing_or_bad_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds neither AX/ nor diagnostic.tsv or AX.tsv or test.tsv"):
+        glue.load_split("ax", "test", tmp_path)
+    path = write_test(tmp_path, "mnli", "test")
+    with pytest.raises(FileNotFoundError, match=r"MNLI/test_mismatched.tsv: no such file"):
+        glue.load_split("mnli", "test_mismatched", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"MNLI/dev_mismatched.tsv: no such file"):
+        glue.load_split("mnli", "validation_mismatched", tmp_path)
+    with pytest.raises(ValueError, match="task rte has no split 'test_mismatched'; it has train, validation, test"):
+        glue.load_split("rte", "test_mismatched", tmp_path)
+    with pytest.raises(ValueError, match="ax has test rows only"):
+        load_task("ax", tmp_path)
+    path.write_text(path.read_text().replace("\n1\t", "\none\t"))
+    with pytest.raises(ValueError, match=r"test_matched.tsv:3: the row's number should be a whole number, not 'one'"):
+        glue.load_split("mnli", "test", tmp_path)
+
+
+@pytest.mark.parametrize(("key", "split"), SPLITS)
+def test_test_rows_by_name_are_those_of_the_files(key, split, tmp_path, monkeypatch):
+    write_test(tmp_path, key, split)
+    local, source = glue.load_split(key, split, tmp_path), glue.source_of(key)
+    columns = {column: local[f"text_{side}"][:] for column, side in zip(source.hub_texts, "ab", strict=False)}
+    columns |= {"label": [-1] * 3, "idx": [0, 1, 2]}
+    asked = []
+
+    def load_dataset(*arguments):
+        asked.append(arguments)
+        return {source.splits[split].hub: datasets.Dataset.from_dict(columns)}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert glue.load_split(key, split)[:] == local[:]
+    assert asked == [("nyu-mll/glue", key)]
 
 
 def test_data_that_cannot_be_fetched_says_so_in_one_line(monkeypatch):

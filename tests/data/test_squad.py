@@ -12,9 +12,17 @@ from hypothesis import strategies as st
 from tokenizers import BertWordPieceTokenizer, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
-from effbert.data.squad import _dataset, decode_spans, encode_spans, references
+from effbert.data.squad import (
+    _dataset,
+    decode_spans,
+    encode_spans,
+    load_questions,
+    load_validation,
+    predict_spans,
+    references,
+)
 from effbert.data.tasks import load_task
-from effbert.metrics import squad_scores
+from effbert.metrics import squad2_scores, squad_scores
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 WORDS = [
@@ -249,8 +257,9 @@ def test_by_name_gives_the_rows_of_the_files(tmp_path, monkeypatch):
         ([], r"train-v1.1.json: not in the SQuAD layout, 'data' should be a list"),
         ({"data": [{"title": "t"}]}, r"data\[0\]: not in the SQuAD layout, 'paragraphs' should be a list"),
         (official({**GOOD, "answers": None}), r"data\[0\].paragraphs\[0\].qas\[0\]: .*'answers'"),
-        (official({**GOOD, "answers": [{"text": "Ada", "answer_start": 1}]}), r"'Ada' is not at answer_start 1, 'da '"),
-        (official({**GOOD, "answers": [{"text": "Ada", "answer_start": -30}]}), r"'Ada' is not at answer_start -30"),
+        (official({**GOOD, "answers": [{"text": "Ada", "answer_start": 4}]}), "none of its 1 first answers is at its"),
+        (official({**GOOD, "answers": [{"text": "Ada", "answer_start": -30}]}), "none of its 1 first answers is at"),
+        (official({**GOOD, "answers": [{"text": " ", "answer_start": 3}]}), r"qas\[0\].answers\[0\]: .* is empty"),
         (official(GOOD, NONE), r"qas\[1\]: no answer, which only SQuAD 2.0 allows"),
         (official(), r"train-v1.1.json: there are no questions"),
     ],
@@ -261,6 +270,54 @@ def test_bad_layout_is_named_by_its_place(content, says, tmp_path):
     with pytest.raises(ValueError, match=says) as caught:
         load_task("squad", tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_training_questions_with_a_wrong_offset_are_left_out_and_counted(tmp_path):
+    """Blanks and part-word offsets are no reason; validation questions stay, their answers' text is all that counts."""
+    answers = [("Ada", 4), ("Ada  wrote", 0), ("rote the", 5), ("first", 500), ("first", -3)]
+    rows = [
+        {"id": str(n), "question": "?", "answers": [{"text": t, "answer_start": s}]} for n, (t, s) in enumerate(answers)
+    ]
+    write(tmp_path, "1.1", official(*rows))
+    task = load_task("squad", tmp_path)
+    assert task.train["id"] == ["1", "2"] and task.validation["id"] == ["0", "1", "2", "3", "4"]
+    (note,) = task.notes
+    assert note.endswith("train-v1.1.json: 3 of 5 questions left out: their first answer is not at its answer_start")
+    assert encode_spans(task.validation, TOKENIZERS["wordpiece"])["start_positions"][4] == 0
+    write(tmp_path, "1.1", official(GOOD))
+    assert load_task("squad", tmp_path).notes == ()
+
+
+def test_validation_and_questions_are_read_alone(tmp_path):
+    write(tmp_path, "2.0", official(GOOD, NONE), "dev")
+    assert references(load_validation("squad2.0", tmp_path)) == {"1": ["Ada"], "2": []}
+    bare = {key: value for key, value in GOOD.items() if key != "answers"}
+    write(tmp_path, "2.0", official(bare), "dev")
+    with pytest.raises(ValueError, match=r"qas\[0\]: not in the SQuAD layout, 'answers'"):
+        load_validation("squad2.0", tmp_path)
+    assert load_questions(tmp_path / "dev-v2.0.json")["question"] == ["Who?"]
+
+
+def test_the_n_best_are_the_highest_spans_over_all_windows_each_text_once():
+    examples = _dataset([example(" ".join(["wrote"] * 40 + ["Ada", "the", "first"]), None)])
+    features = encode_spans(examples, TOKENIZERS["wordpiece"], max_length=64, stride=16)
+    rng = np.random.default_rng(0)
+    start, end = ([rng.normal(size=len(window["input_ids"])) for window in features] for _ in "se")
+    every: dict[str, float] = {}
+    for window, s, e in zip(features, start, end, strict=True):
+        tokens = [token for token, place in enumerate(window["offset_end"]) if place >= 0]
+        for a in tokens:
+            for b in tokens:
+                if a <= b < a + 3:
+                    text = examples[0]["context"][window["offset_start"][a] : window["offset_end"][b]]
+                    every[text] = max(every.get(text, -np.inf), s[a] + e[b])
+    wanted = sorted(every.items(), key=lambda item: -item[1])
+    found = predict_spans(start, end, features, examples, max_answer_length=3, n_best=400)["q"]
+    assert [text for text, _ in found.n_best] == [text for text, _ in wanted]
+    assert [score for _, score in found.n_best] == pytest.approx([score for _, score in wanted])
+    assert found.null == pytest.approx(min(s[0] + e[0] for s, e in zip(start, end, strict=True)))
+    assert found.null_odds == pytest.approx(found.null - wanted[0][1])
+    assert len(predict_spans(start, end, features, examples, n_best=2)["q"].n_best) == 2
 
 
 def test_missing_and_broken_files_are_named(tmp_path):
@@ -290,6 +347,25 @@ def test_the_real_files_load_whole(name, rows):
     assert (len(task.train), len(task.validation)) == rows
     impossible = sum(not accepted for accepted in references(task.validation).values())
     assert (impossible > 0) == (name == "squad2.0")
+    assert task.notes == ()
+
+
+@pytest.mark.shared
+def test_the_scores_of_the_real_questions_by_hand():
+    """321 of 699 have an answer; the model knows all of them, doubts every tenth and is sure of one that has none."""
+    accepted = references(load_validation("squad2.0", real("squad")))
+    known = [key for key, texts in accepted.items() if texts]
+    none = [key for key, texts in accepted.items() if not texts]
+    answers = {key: f"The {accepted[key][-1]}!" for key in known} | dict.fromkeys(none, "something")
+    odds = dict.fromkeys(known, -1.0) | dict.fromkeys(known[::10], 0.5) | dict.fromkeys(none, 1.0) | {none[0]: -2.0}
+    scores = squad2_scores(answers, odds, accepted)
+    doubted = len(known[::10])
+    assert (scores["HasAns_total"], scores["NoAns_total"], doubted) == (321, 378, 33)
+    assert scores["HasAns_exact"] == scores["HasAns_f1"] == (321 - 33) / 321
+    assert scores["NoAns_exact"] == scores["NoAns_f1"] == 377 / 378
+    assert scores["exact"] == scores["f1"] == pytest.approx((321 - 33 + 377) / 699)
+    assert scores["best_exact"] == scores["best_f1"] == pytest.approx(698 / 699)
+    assert scores["best_exact_thresh"] == scores["best_f1_thresh"] == 0.5
 
 
 @pytest.mark.shared

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effbert.metrics import compute, squad_scores
+from effbert.metrics import compute, squad2_scores, squad_scores
 
 BINARY = st.integers(1, 40).flatmap(
     lambda n: st.tuples(*[st.lists(st.integers(0, 1), min_size=n, max_size=n).map(np.array)] * 2)
@@ -110,6 +110,39 @@ def test_squad_ids_must_agree():
         squad_scores({"a": "", "x": ""}, {"a": [], "b": []})
     with pytest.raises(ValueError, match="0 questions"):
         squad_scores({}, {})
+
+
+def test_squad2_scores_by_hand():
+    """Five questions, odds for no answer growing. Refusing all of them scores the two without an answer: 2 of 5.
+
+    Accepting in turn, exact: a +1 = 3, b (half a match) +0 = 3, c (no answer, text given) -1 = 2, d (no answer, "") 2,
+    e +1 = 3: the first best is 3, at a's odds. F1: 3, 3.5, 2.5, 2.5, 3.5: 3.5 at b's.
+    """
+    references = {"a": ["Paris"], "b": ["x y z"], "c": [], "d": [], "e": ["the end", "stop"]}
+    predictions = {"a": "Paris!", "b": "x", "c": "here", "d": "", "e": "The Stop"}
+    odds = {"e": 4.0, "d": 3.0, "c": 1.0, "b": -1.0, "a": -2.0}
+    scores = squad2_scores(predictions, odds, references)
+    assert scores == pytest.approx(
+        {
+            **{"exact": 3 / 5, "f1": 3.5 / 5, "total": 5},
+            **{"HasAns_exact": 1 / 3, "HasAns_f1": 1.5 / 3, "HasAns_total": 3},
+            **{"NoAns_exact": 1, "NoAns_f1": 1, "NoAns_total": 2},
+            **{"best_exact": 3 / 5, "best_exact_thresh": -2, "best_f1": 3.5 / 5, "best_f1_thresh": -1},
+        }
+    )
+    wide = squad2_scores(predictions, odds, references, null_threshold=4.0)
+    assert (wide["exact"], wide["HasAns_exact"], wide["NoAns_exact"]) == pytest.approx((3 / 5, 2 / 3, 1 / 2))
+    assert wide["best_f1"] == scores["best_f1"]
+
+
+def test_squad2_thresholds_where_nothing_beats_refusing_and_parts_are_missing():
+    none = squad2_scores({"a": "x", "b": ""}, {"a": 1.0, "b": -1.0}, {"a": [], "b": []})
+    assert none["best_exact"] == none["exact"] == 1 and none["best_exact_thresh"] == 0
+    assert not any(name.startswith("HasAns") for name in none)
+    full = squad2_scores({"a": "x"}, {"a": 7.0}, {"a": ["x"]})
+    assert full["exact"] == 0 and full["best_exact"] == 1 and full["best_exact_thresh"] == 7.0
+    with pytest.raises(ValueError, match="1 answers and 0 null odds"):
+        squad2_scores({"a": "x"}, {}, {"a": ["x"]})
 
 
 @given(st.text(max_size=30), st.text(max_size=30))

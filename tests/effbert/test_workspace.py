@@ -43,7 +43,7 @@ def config(tmp_path, monkeypatch, tokenizer):
         train_file=str(tmp_path / "train.csv"),
         validation_file=str(tmp_path / "dev.csv"),
         text_columns=("text",),
-        corpus=str(tmp_path / "corpus.txt"),
+        corpus=(str(tmp_path / "corpus.txt"),),
         teacher=str(tmp_path / "bert"),
         max_length=16,
         validation_share=0.25,

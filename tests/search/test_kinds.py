@@ -113,7 +113,7 @@ def test_a_search_under_a_given_teacher_of_another_family(tmp_path, family):
     getattr(transformers, f"{family}Model")(config).save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
     (tmp_path / "text.txt").write_text("\n".join(sentence(chance, 30) + "." for _ in range(60)))
-    results, _ = search(tiny(tmp_path, teacher=str(tmp_path / "teacher"), corpus=str(tmp_path / "text.txt")))
+    results, _ = search(tiny(tmp_path, teacher=str(tmp_path / "teacher"), corpus=(str(tmp_path / "text.txt"),)))
     assert [line["row"] for line in results["table"]][:4] == ["teacher", "winner", "published", "plain BERT"]
     student = transformers.AutoConfig.from_pretrained(tmp_path / "run" / "best")
     assert student.vocab_size == len(tokenizer)

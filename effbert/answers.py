@@ -1,0 +1,450 @@
+"""A saved model and what it answers: scores on validation rows, and files for those who score.
+
+`effbert evaluate` scores one model on a task's whole validation splits, `effbert predict` writes what the GLUE server
+and SQuAD's scripts take. The one idea: logits of every row come first, in the order of the rows, from any folder that
+transformers can load (a student of ours or a BERT-like model), and label names are the only thing that joins a model's
+columns to a task. Whatever can be refused is refused before any row is read by a model.
+"""
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from effbert import metrics
+from effbert.data import glue, squad
+from effbert.data.batches import Batch, BatchPlan
+from effbert.data.cache import dataset_fingerprint, tokenizer_fingerprint
+from effbert.data.encode import encode_split
+from effbert.data.tasks import TaskSpec, load_validation, map_labels, plain_name
+from effbert.data.tokenizer import load_tokenizer
+from effbert.evaluate import predict
+from effbert.files import PARTIAL, atomic_path, write_atomic
+from effbert.teacher import check_texts, content_hash, load_model, longest_text, read_config
+from effbert.workspace import answers, pick_device
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Say = Callable[[str], None]
+NULL_WITHOUT_SPAN = 1e6  # null odds of a question whose context holds no token
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a saved model reads texts.
+
+    Attributes:
+        max_length: Longest text in tokens; 0 for 128, or 384 for SQuAD, and no more than the model has positions for.
+        doc_stride: Tokens shared by neighbouring windows of a long SQuAD context; 0 for 128, or a third of max_length.
+        per_device_eval_batch_size: Rows at once.
+        labels: Names for the columns of the model's logits, in their order, where its config has none.
+        device: "auto" (the GPU where there is one), "cpu", "cuda" or "cuda:N".
+    """
+
+    max_length: int = 0
+    doc_stride: int = 0
+    per_device_eval_batch_size: int = 64
+    labels: tuple[str, ...] = ()
+    device: str = "auto"
+
+    def __post_init__(self):
+        for name, least in (("max_length", 0), ("doc_stride", 0), ("per_device_eval_batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} {getattr(self, name)}: it must be at least {least}")
+
+
+@dataclass
+class SavedModel:
+    """A model folder (or hub name) with the head of a task; its weights are read at first use.
+
+    columns: for classes, which of the model's logits belongs to each of the task's labels.
+    """
+
+    folder: str
+    spec: TaskSpec
+    reading: Reading
+    config: object
+    tokenizer: object
+    max_length: int
+    columns: list[int] | None
+    _model: torch.nn.Module | None = field(default=None, repr=False)
+
+    def logits(self, rows: "Dataset", name: str) -> tuple["Dataset", list[np.ndarray]]:
+        """The split called `name` in ids, and float32 logits for each of its rows: [num_labels] in the order of the
+        task's labels, for spans [length, 2] a window."""
+        encoded = encode_split(
+            rows, self.spec, self.tokenizer, self.max_length, stride=self.reading.doc_stride or None, name=name
+        )
+        device = pick_device(self.reading.device)
+        if self._model is None:
+            self._model = load_model(self.folder, self.spec.kind, "model").to(device).eval()
+        plan = BatchPlan(encoded, self.reading.per_device_eval_batch_size, pad_token_id=self.tokenizer.pad_token_id)
+        return encoded, predict(self._run, plan, device)
+
+    def _run(self, batch: Batch) -> torch.Tensor:
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if "token_type_ids" in self.tokenizer.model_input_names:
+            inputs["token_type_ids"] = batch.token_type_ids
+        output = self._model(**inputs)
+        if self.spec.kind == "spans":
+            return torch.stack((output.start_logits, output.end_logits), dim=-1)
+        return output.logits if self.columns is None else output.logits[:, self.columns]
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides its answers to a row."""
+        parts = [content_hash(self.folder), tokenizer_fingerprint(self.tokenizer), self.max_length, self.columns]
+        return json.dumps([*parts, self.reading.doc_stride])
+
+
+def open_model(folder: str, spec: TaskSpec, reading: Reading) -> SavedModel:
+    """A saved model for a task. ValueError or FileNotFoundError, one line, where the folder lacks a file, the model has
+    no head for the task, its labels have other names, or it cannot read texts so long."""
+    config = read_config(folder, "model")
+    if not answers(config, spec):
+        has = "/".join(config.architectures or ()) or f"a bare {config.model_type}"
+        needed = {
+            "classification": f"a sequence classification head with {len(spec.labels)} labels",
+            "regression": "a sequence classification head with one output",
+            "spans": "a question answering head",
+        }[spec.kind]
+        outputs = f" with {config.num_labels} outputs" if has.endswith("ForSequenceClassification") else ""
+        raise ValueError(f"model {folder} is {has}{outputs}: task {spec.name} needs {needed}")
+    columns = None
+    if spec.kind == "classification":
+        if reading.labels and len(reading.labels) != config.num_labels:
+            raise ValueError(f"--labels has {len(reading.labels)} names, and model {folder} {config.num_labels} logits")
+        names = dict(enumerate(reading.labels)) if reading.labels else config.id2label
+        columns = map_labels(spec.labels, names, f"model {folder}", "--labels")
+    tokenizer = load_tokenizer(folder)
+    length = reading.max_length or min(384 if spec.kind == "spans" else 128, longest_text(config))
+    check_texts(config, tokenizer, length, "model")
+    if config.type_vocab_size < 2:
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    return SavedModel(str(folder), spec, reading, config, tokenizer, length, columns)
+
+
+def evaluate_saved(
+    folder: str,
+    task: str,
+    data_dir: str | None = None,
+    reading: Reading = Reading(),
+    null_threshold: float = 0.0,
+) -> dict[str, dict[str, float]]:
+    """The official metrics of a saved model on each whole validation split of a task, by split and name.
+
+    All are fractions of 1 (the published ones are usually printed times 100). SQuAD 2.0 has all that its script prints
+    (`effbert.metrics.squad2_scores`); `null_threshold` is how far no answer must be ahead. "rows" (there "total")
+    counts rows or questions. Raises as `open_model` and `effbert.data.tasks.load_validation` do.
+    """
+    spec, splits = load_validation(task, data_dir)
+    model = open_model(folder, spec, reading)
+    return {name: _scores(model, rows, name, null_threshold) for name, rows in splits.items()}
+
+
+def _scores(model: SavedModel, rows: "Dataset", name: str, null_threshold: float) -> dict[str, float]:
+    encoded, logits = model.logits(rows, name)
+    count = {"rows": len(rows)}
+    if model.spec.kind == "spans":
+        found = _spans(encoded, rows, logits, 1)
+        accepted = squad.references(rows)
+        texts = {key: prediction.text for key, prediction in found.items()}
+        if model.spec.name == "squad":
+            return metrics.squad_scores(texts, accepted) | count
+        odds = {key: prediction.null_odds for key, prediction in found.items()}
+        return metrics.squad2_scores(texts, odds, accepted, null_threshold)
+    values, labels = np.stack(logits), np.asarray(rows["label"][:])
+    predictions = values[:, 0] if model.spec.kind == "regression" else values.argmax(axis=1)
+    return metrics.compute(model.spec.metrics, predictions, labels) | count
+
+
+def _spans(
+    encoded: "Dataset", rows: "Dataset", logits: Sequence[np.ndarray], n_best: int
+) -> dict[str, squad.Prediction]:
+    starts, ends = ([values[:, side] for values in logits] for side in (0, 1))
+    return squad.predict_spans(starts, ends, encoded, rows, n_best=n_best)
+
+
+def check_output(path: str | Path, flag: str = "--output") -> Path:
+    """`path`, where a new file can be written; ValueError or OSError, one line, where it exists or cannot be."""
+    path = Path(path).expanduser()
+    if path.exists():
+        raise ValueError(f"{flag} {path} exists already: remove it or choose another name")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{flag} {path}: there is no folder {path.parent}")
+    probe = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: the folder cannot be written: {error.strerror}") from error
+    return path
+
+
+class Unfinished:
+    """What a command has done so far, in OUTPUT.unfinished/: a killed command finds there what it need not redo."""
+
+    def __init__(self, output: Path):
+        self.folder = output.with_name(f"{output.name}.unfinished")
+
+    def text(self, name: str, key: str, make: Callable[[], str]) -> tuple[str, bool]:
+        """The text kept under `name` and `key`, and True; else what `make` gives, kept from now on, and False."""
+        path = self.folder / name
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["key"] == key:
+                return kept["text"], True
+        text = make()
+        self.folder.mkdir(exist_ok=True)
+        write_atomic(path, json.dumps({"key": key, "text": text}))
+        return text, False
+
+    def remove(self) -> None:
+        """The output is there."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def predict_glue(
+    models: Mapping[str, str],
+    output: str | Path,
+    data_dir: str | None = None,
+    reading: Reading = Reading(),
+    say: Say = print,
+) -> Path:
+    """The zip that the GLUE server takes, with the test rows of each task answered by its model; returns its path.
+
+    models: a folder by task ("ax" is the diagnostic set, for a model of MNLI; "mnli" gives both of its files). In the
+    zip each task has its official file: a header `index`, `prediction`, one row a test row, labels as the official
+    training files write them, STS-B's scores within 0 to 5. Tasks that are done are kept beside the output until all
+    are. Raises as `open_model`, `glue.load_split` and `check_output` do, before any model runs.
+    """
+    output = check_output(output)
+    if output.suffix != ".zip":
+        raise ValueError(f"--output {output}: the GLUE server takes a .zip")
+    opened = {task: open_model(folder, glue.source_of(task).spec, reading) for task, folder in models.items()}
+    splits = {task: glue.source_of(task).results for task in models}
+    rows = {(task, split): glue.load_split(task, split, data_dir) for task in models for split in splits[task]}
+    done, texts = Unfinished(output), {}
+    for task in models:
+        model = opened.pop(task)  # and its weights go with it
+        for split, file in splits[task].items():
+            part = rows[task, split]
+            key = json.dumps([model.fingerprint(), dataset_fingerprint(part)])
+            texts[file], kept = done.text(file, key, partial(_glue_file, model, glue.source_of(task), split, part))
+            say(f"{file}: {len(part):,} rows{', kept from before' if kept else ''}")
+    with atomic_path(output) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for file in sorted(texts):  # a date of its own would make two equal zips differ
+            archive.writestr(zipfile.ZipInfo(file), texts[file], zipfile.ZIP_DEFLATED)
+    done.remove()
+    return output
+
+
+def _glue_file(model: SavedModel, source: glue.Source, split: str, rows: "Dataset") -> str:
+    values = np.stack(model.logits(rows, split)[1])
+    if source.spec.kind == "regression":
+        found = [f"{value:.3f}" for value in values[:, 0].clip(0, 5)]
+    else:
+        found = [source.codes[label] for label in values.argmax(axis=1)]
+    lines = (f"{number}\t{answer}\n" for number, answer in zip(rows["index"], found, strict=True))
+    return "index\tprediction\n" + "".join(lines)
+
+
+def predict_squad(
+    folder: str,
+    task: str,
+    output: str | Path,
+    data_dir: str | None = None,
+    reading: Reading = Reading(),
+    *,
+    predict_file: str | None = None,
+    null_odds: str | Path | None = None,
+    n_best: str | Path | None = None,
+    n_best_size: int = 20,
+    null_threshold: float = 0.0,
+    say: Say = print,
+) -> Path:
+    """The JSON of answers by question id that SQuAD's scripts take; returns its path.
+
+    The questions are those of `predict_file` (answers are not read), else of the validation split. For SQuAD 2.0 the
+    answer is "" where no answer is ahead by more than `null_threshold`. null_odds: also write how far it is ahead, by
+    id, which only SQuAD 2.0 has. n_best: also write, by id, the `n_best_size` best texts, with score (start + end
+    logit) and probability among them; for SQuAD 2.0 with "" at its place. Raises as `predict_glue` does.
+    """
+    spec = squad.spec_of(task)
+    version2 = spec.name == squad.NAMES[1]
+    if null_odds and not version2:
+        raise ValueError(f"--null_odds: every question of task {spec.name} has an answer; it is for squad2.0")
+    if n_best_size < 1:
+        raise ValueError(f"--n_best_size {n_best_size}: it must be at least 1")
+    output = check_output(output)
+    done = Unfinished(output)
+    wanted = {"--null_odds": null_odds, "--n_best": n_best}
+    sides = {flag: Path(path).expanduser() for flag, path in wanted.items() if path}
+    if len({output, *sides.values()}) <= len(sides):
+        raise ValueError(f"--output {output}: each file to be written needs a name of its own")
+    if not done.folder.exists():  # else a side file may be this command's own
+        for flag, path in sides.items():
+            check_output(path, flag)
+    rows = squad.load_questions(predict_file) if predict_file else squad.load_validation(task, data_dir)
+    model = open_model(folder, spec, reading)
+
+    def answer() -> str:
+        encoded, logits = model.logits(rows, "validation")
+        found = _spans(encoded, rows, logits, n_best_size)
+        return json.dumps({key: [prediction.n_best, _odds(prediction)] for key, prediction in found.items()})
+
+    key = json.dumps([model.fingerprint(), dataset_fingerprint(rows), n_best_size])
+    text, kept = done.text("answers", key, answer)
+    found = json.loads(text)
+    refused = {key: version2 and odds > null_threshold for key, (_, odds) in found.items()}
+    best = {key: "" if refused[key] or not spans else spans[0][0] for key, (spans, _) in found.items()}
+    contents = {
+        "--null_odds": {key: odds for key, (_, odds) in found.items()},
+        "--n_best": {key: _listed(spans, odds if version2 else None) for key, (spans, odds) in found.items()},
+    }
+    for flag, path in sides.items():
+        write_atomic(path, json.dumps(contents[flag], indent=2) + "\n")
+    write_atomic(output, json.dumps(best, indent=2) + "\n")
+    done.remove()
+    say(f"{output}: {len(best):,} questions{', kept from before' if kept else ''}")
+    return output
+
+
+def _odds(prediction: squad.Prediction) -> float:
+    return min(prediction.null_odds, NULL_WITHOUT_SPAN)
+
+
+def _listed(spans: Sequence[Sequence], null_odds: float | None) -> list[dict[str, float | str]]:
+    """Texts with scores and the softmax over them, best first; with odds also "" in its place."""
+    entries = [(text, score) for text, score in spans]
+    if null_odds is not None:
+        entries.append(("", null_odds + (spans[0][1] if spans else 0.0)))
+    entries.sort(key=lambda entry: -entry[1])
+    scores = np.array([score for _, score in entries], np.float64)
+    weights = np.exp(scores - scores.max()) if len(scores) else scores
+    return [
+        {"text": text, "score": score, "probability": float(weight / weights.sum())}
+        for (text, score), weight in zip(entries, weights, strict=True)
+    ]
+
+
+def named_models(models: Sequence[str], task: str) -> dict[str, str]:
+    """The folder of each task, from arguments TASK=FOLDER, or one FOLDER with --task."""
+    if task:
+        if len(models) != 1:
+            raise ValueError(f"--task {task} is for one model; for several write TASK=FOLDER, such as mrpc=runs/mrpc")
+        return {plain_name(task): models[0]}
+    found: dict[str, str] = {}
+    for model in models:
+        name, mark, folder = model.partition("=")
+        if not mark or not name or not folder:
+            raise ValueError(f"{model!r}: write TASK=FOLDER, such as mrpc=runs/mrpc/best, or give --task")
+        if plain_name(name) in found:
+            raise ValueError(f"task {name} has two models: give one")
+        found[plain_name(name)] = folder
+    return found
+
+
+def main_evaluate(arguments: list[str]) -> None:
+    """effbert evaluate."""
+    import tyro
+
+    from effbert.flags import parse, quiet_libraries
+
+    @dataclass(frozen=True)
+    class Arguments:
+        """The official metrics of a saved model on the whole validation splits of a task, as fractions of 1.
+
+        Attributes:
+            model: Folder or name of a model with the task's head.
+            task: A task of GLUE, squad, squad2.0, or a built-in one.
+            data_dir: Folder with the official files; without it they come by name.
+            null_threshold: For SQuAD 2.0, how far no answer must be ahead of the best span, in logits.
+            output: JSON file to write the scores to.
+        """
+
+        model: tyro.conf.Positional[str]
+        task: str
+        data_dir: str = ""
+        null_threshold: float = 0.0
+        output: str = ""
+        reading: tyro.conf.OmitArgPrefixes[Reading] = Reading()
+
+    given = parse(Arguments, arguments, "effbert evaluate")
+    output = check_output(given.output) if given.output else None
+    quiet_libraries()
+    scores = evaluate_saved(given.model, given.task, given.data_dir or None, given.reading, given.null_threshold)
+    for split, values in scores.items():
+        for name, value in values.items():
+            print(f"{given.task} {split} {name} {value if isinstance(value, int) else f'{value:.4f}'}")
+    if output is not None:
+        content = {"model": given.model, "task": given.task, "scores": scores}
+        write_atomic(output, json.dumps(content, indent=2) + "\n")
+
+
+def main_predict(arguments: list[str]) -> None:
+    """effbert predict."""
+    import tyro
+
+    from effbert.flags import parse, quiet_libraries
+
+    @dataclass(frozen=True)
+    class Arguments:
+        """The zip of test predictions that the GLUE server takes, or the JSON of answers that SQuAD's scripts take.
+
+        Attributes:
+            models: TASK=FOLDER for each GLUE task (ax=FOLDER is the diagnostic set), or one FOLDER with --task.
+            output: The .zip, or for SQuAD the JSON file, to write.
+            task: What the one FOLDER is for.
+            data_dir: Folder with the official files; without it they come by name.
+            predict_file: A file of SQuAD questions other than the validation split.
+            null_odds: For SQuAD 2.0, a JSON file for how far no answer is ahead, by question.
+            n_best: For SQuAD, a JSON file for the best answers of each question.
+            n_best_size: How many those are.
+            null_threshold: For SQuAD 2.0, how far no answer must be ahead of the best span, in logits.
+        """
+
+        models: tyro.conf.Positional[tuple[str, ...]]
+        output: str
+        task: str = ""
+        data_dir: str = ""
+        predict_file: str = ""
+        null_odds: str = ""
+        n_best: str = ""
+        n_best_size: int = 20
+        null_threshold: float = 0.0
+        reading: tyro.conf.OmitArgPrefixes[Reading] = Reading()
+
+    given = parse(Arguments, arguments, "effbert predict")
+    models = named_models(given.models, given.task)
+    if not models:
+        raise ValueError("predict needs a model: TASK=FOLDER, such as mrpc=runs/mrpc/best, or a FOLDER with --task")
+    quiet_libraries()
+    spans = [task for task in models if task in squad.VERSIONS]
+    if not spans:
+        if given.predict_file or given.null_odds or given.n_best:
+            raise ValueError("--predict_file, --null_odds and --n_best are for SQuAD, and no model is for it")
+        predict_glue(models, given.output, given.data_dir or None, given.reading)
+    elif len(models) > 1:
+        raise ValueError("SQuAD's answers are a file of their own: predict it without other tasks")
+    else:
+        predict_squad(
+            models[spans[0]],
+            spans[0],
+            given.output,
+            given.data_dir or None,
+            given.reading,
+            predict_file=given.predict_file or None,
+            null_odds=given.null_odds or None,
+            n_best=given.n_best or None,
+            n_best_size=given.n_best_size,
+            null_threshold=given.null_threshold,
+        )

@@ -1,0 +1,379 @@
+"""Saved models on official layouts: scores, the GLUE server's zip, SQuAD's answers, and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertConfig
+
+import effbert.answers
+from effbert.__main__ import main
+from effbert.answers import (
+    Reading,
+    SavedModel,
+    evaluate_saved,
+    named_models,
+    open_model,
+    predict_glue,
+    predict_squad,
+)
+from effbert.data import glue, squad
+from effbert.data.tokenizer import train_wordpiece
+from effbert.metrics import compute
+from effbert.model import EffBertConfig, new_student
+from effbert.teacher import _auto_class
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = "the red fox runs over a hill while a dog sleeps and nobody wrote it in 1843".split()
+TINY = "linear1_1(gelu(linear1_1(x,wb1)),wb2)"
+
+
+def text(seed: int, words: int = 6) -> str:
+    return " ".join(np.random.default_rng(seed).choice(WORDS, words))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_wordpiece([" ".join(WORDS)] * 3, 120, max_length=64)
+
+
+def spec_of(task: str):
+    return squad.spec_of(task) if task.startswith("squad") else glue.source_of(task).spec
+
+
+def save_bert(folder: Path, task: str, tokenizer, seed: int = 0, labels=None, **changes) -> str:
+    """A tiny BERT with large weights and centred logits, so that its answers differ from row to row."""
+    spec = spec_of(task)
+    names = labels or {"regression": ("score",), "spans": ("start", "end")}.get(spec.kind, spec.labels)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(
+        **{"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": 64},
+        **{"initializer_range": 0.5, "id2label": dict(enumerate(names)), **sizes, **changes},
+    )
+    torch.manual_seed(seed)
+    model = _auto_class(spec.kind).from_config(config).eval()
+    if spec.kind == "classification":
+        inputs = tokenizer([text(n) for n in range(20)], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            model.classifier.bias -= model(**inputs).logits.mean(dim=0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write_glue(root: Path, task: str, split: str, rows: int = 12) -> Path:
+    """A file of the split in the official layout, with texts that a tiny vocabulary knows."""
+    source = glue.source_of(task)
+    test = split.startswith("test")
+    columns = [source.number, *source.texts] if test else [*(source.header or source.texts), source.label]
+    columns = list(dict.fromkeys(columns))
+    lines = [] if source.header and not test else ["\t".join(columns)]
+    for n in range(rows):
+        code = source.codes[n % len(source.codes)] if source.codes else f"{n % 6}.5"
+        fields = {source.number: str(n), source.label: code}
+        fields |= {name: text(100 * place + n) for place, name in enumerate(source.texts)}
+        lines.append("\t".join(fields.get(column, "x") for column in columns))
+    path = root / source.folder / source.splits[split].files[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def write_squad(root: Path, version: str, name: str = "dev") -> Path:
+    rows = [{"id": "a", "question": text(1, 3), "answers": [{"text": "red fox", "answer_start": 4}]}]
+    if version == "2.0":
+        rows.append({"id": "b", "question": text(2, 3), "answers": [], "is_impossible": True})
+    context = "the red fox runs over a hill while a dog sleeps " * 6
+    content = {"version": version, "data": [{"title": "t", "paragraphs": [{"context": context, "qas": rows}]}]}
+    root.mkdir(exist_ok=True)
+    path = root / f"{name}-v{version}.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("EFFBERT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def one_by_one(folder: str, task: str, rows, tokenizer) -> np.ndarray:
+    """Logits of a model fed by hand, a row at a time."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    pairs = zip(rows["text_a"], rows["text_b"] if spec_of(task).pair else [None] * len(rows), strict=True)
+    with torch.inference_mode():
+        return np.concatenate([model(**tokenizer(a, b, return_tensors="pt")).logits.numpy() for a, b in pairs])
+
+
+@pytest.mark.parametrize("task", ["cola", "mrpc", "sts-b"])
+def test_scores_are_those_of_the_rows_fed_by_hand(task, tmp_path, tokenizer):
+    folder = save_bert(tmp_path / "model", task, tokenizer)
+    write_glue(tmp_path, task, "validation", 20)
+    rows = glue.load_split(task, "validation", tmp_path)
+    logits = one_by_one(folder, task, rows, tokenizer)
+    predictions = logits[:, 0] if task == "sts-b" else logits.argmax(axis=1)
+    wanted = compute(spec_of(task).metrics, predictions, np.asarray(rows["label"][:]))
+    found = evaluate_saved(folder, task, tmp_path, Reading(per_device_eval_batch_size=3))["validation"]
+    assert found == pytest.approx(wanted | {"rows": 20}, abs=1e-5)
+    assert len(set(predictions.tolist())) > 1
+
+
+def test_labels_meet_by_name_not_by_place(tmp_path, tokenizer):
+    write_glue(tmp_path, "mrpc", "validation", 20)
+    there = save_bert(tmp_path / "there", "mrpc", tokenizer)
+    back = save_bert(tmp_path / "back", "mrpc", tokenizer, labels=("EQUIVALENT", "not_equivalent"))
+    bare = save_bert(tmp_path / "bare", "mrpc", tokenizer, labels=("LABEL_0", "LABEL_1"))
+    named = Reading(labels=("equivalent", "not_equivalent"))
+    accuracy = [
+        evaluate_saved(folder, "mrpc", tmp_path, reading)["validation"]["accuracy"]
+        for folder, reading in ((there, Reading()), (back, Reading()), (bare, named))
+    ]
+    assert accuracy[0] == pytest.approx(1 - accuracy[1]) and accuracy[1] == accuracy[2]
+    with pytest.raises(ValueError, match=r"LABEL_0, LABEL_1\}, which say nothing: .* with --labels"):
+        open_model(bare, spec_of("mrpc"), Reading())
+    with pytest.raises(ValueError, match=r"--labels has 3 names, and model .* 2 logits"):
+        open_model(bare, spec_of("mrpc"), Reading(labels=("a", "b", "c")))
+
+
+def test_mnli_is_scored_on_both_validation_splits_by_a_student_of_ours(tmp_path, tokenizer):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "embedding_size": 8}
+    config = EffBertConfig(architecture=TINY, vocab_size=len(tokenizer), initializer_range=0.5, **sizes)
+    torch.manual_seed(0)
+    new_student(config, "classification", spec_of("mnli").labels).save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    write_glue(tmp_path, "mnli", "validation", 9)
+    with pytest.raises(FileNotFoundError, match=r"dev_mismatched.tsv: no such file"):
+        evaluate_saved(tmp_path / "student", "mnli", tmp_path)
+    write_glue(tmp_path, "mnli", "validation_mismatched", 6)
+    scores = evaluate_saved(tmp_path / "student", "mnli", tmp_path)
+    assert {split: values["rows"] for split, values in scores.items()} == {
+        "validation": 9,
+        "validation_mismatched": 6,
+    }
+    assert all(set(values) == {"accuracy", "rows"} for values in scores.values())
+
+
+def oracle(self: SavedModel, rows, name):
+    """Logits of a model that knows the first answer, and sees at token 0 where there is none."""
+    encoded = squad.encode_spans(rows, self.tokenizer, self.max_length, 8)
+    logits = [np.zeros((len(window["input_ids"]), 2), np.float32) for window in encoded]
+    for values, window in zip(logits, encoded, strict=True):
+        values[window["start_positions"], 0] = values[window["end_positions"], 1] = 5.0
+    return encoded, logits
+
+
+@pytest.mark.parametrize("task", ["squad", "squad2.0"])
+def test_squad_scores_of_a_model_that_knows(task, tmp_path, tokenizer, monkeypatch):
+    write_squad(tmp_path / "data", "2.0" if task == "squad2.0" else "1.1")
+    folder = save_bert(tmp_path / "model", task, tokenizer)
+    real = evaluate_saved(folder, task, tmp_path / "data")["validation"]
+    monkeypatch.setattr(SavedModel, "logits", oracle)
+    known = evaluate_saved(folder, task, tmp_path / "data")["validation"]
+    assert real.keys() == known.keys() and known["f1"] == 1 and real["f1"] < 1
+    if task == "squad2.0":
+        assert (known["HasAns_exact"], known["NoAns_exact"], known["best_exact"], known["total"]) == (1, 1, 1, 2)
+        strict = evaluate_saved(folder, task, tmp_path / "data", null_threshold=-100.0)["validation"]
+        assert (strict["HasAns_exact"], strict["NoAns_exact"]) == (0, 1)
+
+
+def everything(tmp_path, tokenizer) -> dict[str, str]:
+    """Test files of all tasks, and a model for each."""
+    models = {}
+    for task in [*glue.TASKS, "ax"]:
+        for split in glue.source_of(task).results:
+            write_glue(tmp_path, task, split, 5)
+        kind = "mnli" if task == "ax" else task
+        models[task] = save_bert(tmp_path / "models" / kind, kind, tokenizer, seed=len(models))
+    return models
+
+
+def test_the_zip_has_the_servers_files_and_spellings(tmp_path, tokenizer):
+    models = everything(tmp_path, tokenizer)
+    output = predict_glue(models, tmp_path / "glue.zip", tmp_path, say=lambda line: None)
+    with zipfile.ZipFile(output) as archive:
+        files = {name: archive.read(name).decode() for name in archive.namelist()}
+    assert set(files) == {f"{name}.tsv" for name in "AX CoLA MNLI-m MNLI-mm MRPC QNLI QQP RTE SST-2 STS-B WNLI".split()}
+    spellings = {"MNLI-m.tsv": {"entailment", "neutral", "contradiction"}, "RTE.tsv": {"entailment", "not_entailment"}}
+    for file, content in files.items():
+        header, *rows = content.splitlines()
+        assert header == "index\tprediction" and [row.split("\t")[0] for row in rows] == list("01234")
+        task = next(task for task in models if file in glue.source_of(task).results.values())
+        source = glue.source_of(task)
+        split = next(split for split, name in source.results.items() if name == file)
+        logits = one_by_one(models[task], task, glue.load_split(task, split, tmp_path), tokenizer)
+        found = [row.split("\t")[1] for row in rows]
+        if file == "STS-B.tsv":
+            assert [float(score) for score in found] == pytest.approx(logits[:, 0].clip(0, 5), abs=1e-3)
+        else:
+            assert found == [source.codes[column] for column in logits.argmax(axis=1)]
+            assert set(found) <= spellings.get(file, {*"01", *spellings["MNLI-m.tsv"], "not_entailment"})
+    again = predict_glue(models, tmp_path / "again.zip", tmp_path, say=lambda line: None)
+    assert again.read_bytes() == output.read_bytes()
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_score_outside_the_scale_is_cut_to_it(tmp_path, tokenizer, monkeypatch):
+    write_glue(tmp_path, "sts-b", "test", 3)
+    folder = save_bert(tmp_path / "model", "sts-b", tokenizer)
+    values = [np.array([value], np.float32) for value in (-0.7, 2.3456, 5.01)]
+    monkeypatch.setattr(SavedModel, "logits", lambda self, rows, name: (None, values))
+    output = predict_glue({"sts-b": folder}, tmp_path / "glue.zip", tmp_path, say=lambda line: None)
+    content = zipfile.ZipFile(output).read("STS-B.tsv").decode()
+    assert content == "index\tprediction\n0\t0.000\n1\t2.346\n2\t5.000\n"
+
+
+KILLED = """
+import json, os, signal, sys
+from effbert.answers import predict_glue
+models, data, output = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
+predict_glue(models, output, data, say=lambda line: "MRPC" in line and os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_a_killed_command_goes_on_with_the_next_task(tmp_path, tokenizer, monkeypatch):
+    models = {}
+    for task in ("cola", "mrpc", "rte"):
+        write_glue(tmp_path, task, "test", 5)
+        models[task] = save_bert(tmp_path / "models" / task, task, tokenizer, seed=len(models))
+    whole = predict_glue(models, tmp_path / "whole.zip", tmp_path, say=lambda line: None).read_bytes()
+    output = tmp_path / "glue.zip"
+    arguments = [sys.executable, "-c", KILLED, json.dumps(models), str(tmp_path), str(output)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run(arguments, env=environment, capture_output=True).returncode == -signal.SIGKILL
+    assert not output.exists() and (tmp_path / "glue.zip.unfinished").is_dir()
+
+    asked = []
+    load = effbert.answers.load_model
+    monkeypatch.setattr(
+        effbert.answers, "load_model", lambda folder, *rest: asked.append(folder) or load(folder, *rest)
+    )
+    said = []
+    save_bert(tmp_path / "models" / "cola", "cola", tokenizer, seed=9)  # another model: its answers are not kept
+    assert predict_glue(models, output, tmp_path, say=said.append) == output
+    assert asked == [models["cola"], models["rte"]]
+    assert said == ["CoLA.tsv: 5 rows", "MRPC.tsv: 5 rows, kept from before", "RTE.tsv: 5 rows"]
+    parts = [zipfile.ZipFile(path) for path in (output, tmp_path / "whole.zip")]
+    assert all(len({part.read(name) for part in parts}) == 1 for name in ("MRPC.tsv", "RTE.tsv"))
+    assert not (tmp_path / "glue.zip.unfinished").exists()
+    save_bert(tmp_path / "models" / "cola", "cola", tokenizer, seed=0)
+    assert predict_glue(models, tmp_path / "same.zip", tmp_path, say=said.append).read_bytes() == whole
+
+
+def test_squads_answers_odds_and_best(tmp_path, tokenizer, monkeypatch):
+    path = write_squad(tmp_path / "data", "2.0")
+    folder = save_bert(tmp_path / "model", "squad2.0", tokenizer)
+    monkeypatch.setattr(SavedModel, "logits", oracle)
+    files = {name: tmp_path / f"{name}.json" for name in ("output", "null_odds", "n_best")}
+
+    def predict(task="squad2.0", **settings):
+        predict_squad(folder, task, data_dir=tmp_path / "data", say=lambda line: None, **settings)
+        found = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+        for file in files.values():
+            file.unlink(missing_ok=True)
+        return found
+
+    found = predict(**files, n_best_size=3)
+    assert found["output"] == {"a": "red fox", "b": ""}
+    assert found["null_odds"] == {"a": pytest.approx(-10.0), "b": pytest.approx(10.0)}
+    assert found["n_best"]["b"][0]["text"] == "" and len(found["n_best"]["b"]) == 4
+    first = found["n_best"]["a"][0]
+    assert first["text"] == "red fox" and first["score"] == pytest.approx(10.0) and first["probability"] > 0.9
+    assert sum(entry["probability"] for entry in found["n_best"]["a"]) == pytest.approx(1)
+    assert predict(output=files["output"], null_threshold=11.0)["output"]["b"] != ""
+    other = path.rename(tmp_path / "other.json")
+    assert predict(output=files["output"], predict_file=str(other)).keys() == {"output"}
+    write_squad(tmp_path / "data", "1.1")
+    found = predict("squad", output=files["output"], n_best=files["n_best"])
+    assert found["output"] == {"a": "red fox"} and all(entry["text"] for entry in found["n_best"]["a"])
+    with pytest.raises(ValueError, match="--null_odds: every question of task squad has an answer"):
+        predict("squad", **files)
+
+
+@pytest.mark.parametrize(
+    ("task", "trained", "reading", "says"),
+    [
+        ("mrpc", "sts-b", {}, "BertForSequenceClassification with 1 outputs: task mrpc needs .* with 2 labels"),
+        ("sts-b", "mrpc", {}, "with 2 outputs: task sts-b needs a sequence classification head with one output"),
+        ("squad", "mrpc", {}, "task squad needs a question answering head"),
+        ("mrpc", "squad", {}, "is BertForQuestionAnswering: task mrpc needs a sequence classification head"),
+        ("rte", "mrpc", {}, r"has labels \{entailment, not_entailment\}, model .*--labels renames"),
+        ("mrpc", "mrpc", {"max_length": 65}, "the model reads texts of at most 64 tokens: --max_length 65 is too long"),
+        ("mrpc", "mrpc", {"max_length": 4}, "max_length 4 leaves no room for text"),
+        ("mrpc", "mrpc", {"device": "gpu"}, "--device gpu"),
+    ],
+)
+def test_a_model_that_cannot_answer_is_refused(task, trained, reading, says, tmp_path, tokenizer):
+    folder = save_bert(tmp_path / "model", trained, tokenizer)
+    if task.startswith("squad"):
+        write_squad(tmp_path, "1.1")
+    else:
+        write_glue(tmp_path, task, "validation")
+    with pytest.raises(ValueError, match=says) as caught:
+        evaluate_saved(folder, task, tmp_path, Reading(**reading))
+    assert "\n" not in str(caught.value)
+
+
+def fails(capsys, *arguments) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_the_commands(capsys, tmp_path, tokenizer):
+    folder = save_bert(tmp_path / "model", "rte", tokenizer)
+    write_glue(tmp_path, "rte", "validation", 4)
+    write_glue(tmp_path, "rte", "test", 4)
+    data = ("--data_dir", tmp_path)
+    evaluate = ("evaluate", folder, "--task", "rte", *data, "--output", tmp_path / "scores.json")
+    assert main([str(argument) for argument in evaluate]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]["validation"]
+    assert shown == [f"rte validation accuracy {scores['accuracy']:.4f}", "rte validation rows 4"]
+    assert "scores.json exists already: remove it" in fails(capsys, *evaluate)
+    predict = ("predict", f"rte={folder}", *data, "--output", tmp_path / "glue.zip")
+    assert main([str(argument) for argument in predict]) == 0
+    assert capsys.readouterr().out == "RTE.tsv: 4 rows\n"
+    assert zipfile.ZipFile(tmp_path / "glue.zip").namelist() == ["RTE.tsv"]
+    assert "glue.zip exists already: remove it" in fails(capsys, *predict)
+    assert "holds neither QNLI/ nor test.tsv" in fails(
+        capsys, "predict", f"qnli={folder}", *data, "--output", tmp_path / "qnli.zip"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("predict", "--output", "x.zip"), "predict needs a model: TASK=FOLDER"),
+        (("predict", "model", "--output", "x.zip"), "'model': write TASK=FOLDER"),
+        (("predict", "rte=a", "RTE=b", "--output", "x.zip"), "task RTE has two models"),
+        (("predict", "a", "b", "--task", "rte", "--output", "x.zip"), "--task rte is for one model"),
+        (("predict", "rte=a", "--output", "x.tsv"), "the GLUE server takes a .zip"),
+        (("predict", "rte=a", "--output", "nowhere/x.zip"), "there is no folder nowhere"),
+        (("predict", "rte=a", "--output", "/proc/x.zip"), "/proc"),
+        (("predict", "rte=a", "--output", "x.zip", "--n_best", "n.json"), "are for SQuAD"),
+        (("predict", "squad=a", "rte=b", "--output", "x.json"), "predict it without other tasks"),
+        (("predict", "squad=a", "--output", "x.json", "--n_best", "x.json"), "needs a name of its own"),
+        (("predict", "squad=a", "--output", "x.json", "--n_best_size", "0"), "--n_best_size 0"),
+        (("predict", "mrcp=a", "--output", "x.zip"), "unknown GLUE task 'mrcp'"),
+        (("predict", "rte=./absent", "--output", "x.zip"), "model ./absent: no such folder"),
+        (("evaluate", "a", "--task", "mrcp"), "unknown task 'mrcp'"),
+        (("evaluate", "a", "--task", "ax", "--data_dir", "."), "ax has test rows only"),
+        (("evaluate", "a", "--task", "rte", "--output", "nowhere/x.json"), "there is no folder nowhere"),
+        (("evaluate", "a", "--task", "rte", "--per_device_eval_batch_size", "0"), "it must be at least 1"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(arguments, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert says in fails(capsys, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_are_named_by_task_or_alone():
+    assert named_models(["SST-2=a", "mrpc=b=c"], "") == {"sst2": "a", "mrpc": "b=c"}
+    assert named_models(["runs/a=1"], "STS-B") == {"stsb": "runs/a=1"}
