@@ -106,12 +106,12 @@ def export(source: str | Path, config: ExportConfig) -> list[str]:
     refuse_difference(largest_difference(model, plain), f"{standalone.FILE_NAME} for {source}", CODE_TOLERANCE)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_dir(target) as folder:
-        copied = _copy(source, folder)
+        copied = _copy_tokenizer(source, folder)
         if config.format == "onnx":
             lines = onnx_export.write(folder, plain, config, rows)
         else:
             lines = _write_transformers(folder, model, text)
-    if not any("tokenizer" in name or "vocab" in name for name in copied):
+    if not copied:
         lines.append(f"{source} holds no tokenizer, so {target} has none either")
     return [f"{target} is written", *lines]
 
@@ -202,8 +202,8 @@ def refuse_difference(difference: float, what: str, tolerance: float) -> None:
         raise ValueError(f"{what}: outputs differ from the model's by {difference:.1e}, more than {tolerance:g}")
 
 
-def _copy(source: Path, target: Path) -> list[str]:
-    names = [name for name in (*TOKENIZER_FILES, "README.md") if (source / name).is_file()]
+def _copy_tokenizer(source: Path, target: Path) -> list[str]:
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     for name in names:
         shutil.copyfile(source / name, target / name)
     return names

@@ -5,16 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from effbert import export, onnx_export
+from effbert import export, onnx_export, standalone
 from effbert.__main__ import main
 from effbert.data.tokenizer import train_wordpiece
+from effbert.evaluate import evaluate
 from effbert.model import EffBertConfig, EffBertForQuestionAnswering, EffBertForSequenceClassification, EffBertModel
 
 MIXED = "tanh(linear2_2(gelu(linear2_2(x,wb1)),wb2)), add(linear1_3(mul(linear1_3(max(x,tanh(x)),wb1),x),wb2),x)"
@@ -229,7 +229,8 @@ def test_int8_and_its_accuracy_are_recorded_as_they_are(onnx_folder, rows):
 
 @pytest.mark.parametrize("kind", [EffBertModel, EffBertForQuestionAnswering])
 def test_other_heads_the_oldest_opset_and_no_task(kind, tmp_path, capsys):
-    model = student(kind, position_offset=2, combine="pad", intermediate_size=96)
+    one_layer = MIXED.split(", ")[1]
+    model = student(kind, architecture=one_layer, position_offset=2, combine="pad", intermediate_size=96)
     saved(tmp_path / "model", model)
     run(tmp_path / "model", "--output_dir", tmp_path / "out", "--format", "onnx", "--opset", "18")
     assert "accuracy was not measured" in capsys.readouterr().out
@@ -254,8 +255,8 @@ def test_a_file_that_disagrees_is_not_left_behind(classifier, onnx_folder, tmp_p
 
 
 def test_code_that_disagrees_is_not_left_behind(classifier, tmp_path, monkeypatch, capsys):
-    right = export.standalone.source
-    monkeypatch.setattr(export.standalone, "source", lambda config: right(config).replace("torch.tanh(y)", "y"))
+    right = standalone.source
+    monkeypatch.setattr(standalone, "source", lambda config: right(config).replace("torch.tanh(y)", "y"))
     line = fails(capsys, classifier, "--output_dir", tmp_path / "out")
     assert "modeling_effbert.py" in line and "more than 1e-05" in line
     assert list(tmp_path.iterdir()) == []
@@ -355,7 +356,40 @@ def test_rows_that_lack_a_label_of_the_model_still_find_their_columns(tmp_path, 
     assert found.encoded.spec.labels == ("Heavy", "light") and found.columns == [2, 1, 0]
     questions = student(EffBertForQuestionAnswering)
     with pytest.raises(ValueError, match=r"asks for classification, but .* is for spans"):
-        onnx_export.load_rows(folder, replace(config, task="builtin-topic", validation_file=None), questions)
+        onnx_export.load_rows(folder, config, questions)
+
+
+class InPlaceOfAFile:
+    """The plain model, called as an ONNX file is."""
+
+    def __init__(self, model):
+        self.config = model.config
+        self.plain = standalone.plain_model(model, standalone.load(standalone.source(model.config)))
+
+    def __call__(self, *tensors):
+        return self.plain(*tensors).to_tuple()
+
+
+@pytest.mark.parametrize("kind", ["regression", "spans"])
+def test_scores_are_those_that_effbert_gives(kind, tmp_path):
+    if kind == "spans":
+        answers = [{"text": "fast", "answer_start": 11}]
+        question = {"id": "1", "question": "bad?", "answers": answers}
+        text = json.dumps({"data": [{"paragraphs": [{"context": " ".join(WORDS), "qas": [question]}]}]})
+        for split in ("train", "dev"):
+            (tmp_path / f"{split}-v1.1.json").write_text(text)
+        model, where = student(EffBertForQuestionAnswering), {"task": "squad", "data_dir": str(tmp_path)}
+    else:
+        (tmp_path / "dev.tsv").write_text("text\tlabel\ngood fast\t0.5\nbad\t1.5\nbig slow dark\t-2\n")
+        model = student(num_labels=1)
+        where = {"validation_file": str(tmp_path / "dev.tsv"), "text_columns": ("text",)}
+    folder = saved(tmp_path / "model", model)
+    found = onnx_export.load_rows(folder, export.ExportConfig("", "onnx", **where), model)
+    own = evaluate(
+        lambda batch: model.trace(batch.input_ids, batch.attention_mask, batch.token_type_ids).logits, found.encoded
+    )
+    scores = found.scores(InPlaceOfAFile(model))
+    assert scores == pytest.approx(own) and set(scores) == set(found.encoded.spec.metrics)
 
 
 def test_importing_effbert_imports_no_onnx():
