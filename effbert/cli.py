@@ -12,6 +12,10 @@ USAGE = """usage: effbert COMMAND ...
 
   search   find a small BERT: effbert search --preset demo --output_dir runs/demo; with a process for each of two GPUs:
            torchrun --nproc-per-node 2 -m effbert search ...
+  teacher  fine-tune an encoder on a task: effbert teacher --teacher BERT --task mrpc --data_dir GLUE --output_dir mrpc
+  pretrain distil a supernet, or one model, on text: effbert pretrain --teacher BERT --corpus TEXT --output_dir net
+  distill  distil one model, on text and then a task: effbert distill --model efficientbert --start net/model
+           --teacher mrpc/model --task mrpc --data_dir GLUE --corpus TEXT --output_dir student
   arch     parameters and FLOPs of an architecture: effbert arch "TEXT" --preset efficientbert
   import   a checkpoint of the authors' as a transformers folder:
            effbert import ckpt_ep10.bin --architecture efficientbert --output_dir student
@@ -33,7 +37,7 @@ effbert COMMAND --help lists a command's flags. EFFBERT_TRACEBACK=1 shows where 
 def run(arguments: list[str], world: World = ALONE) -> int:
     """Run one command; returns the exit status. ValueError and OSError carry one line for the person.
 
-    world: the processes that all run it, a search only."""
+    world: the processes that all run it, those of SHARED only."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -45,8 +49,8 @@ def run(arguments: list[str], world: World = ALONE) -> int:
     if arguments[0] not in COMMANDS:
         raise ValueError(f"unknown command {arguments[0]!r}: one of {', '.join(COMMANDS)}; effbert --help tells more")
     refuse_repeats(arguments[1:])
-    if arguments[0] == "search":
-        return search(arguments[1:], world)
+    if arguments[0] in SHARED:
+        return COMMANDS[arguments[0]](arguments[1:], world)
     if world.size > 1:
         raise ValueError(f"effbert {arguments[0]} is for one process: start it without torchrun")
     return COMMANDS[arguments[0]](arguments[1:])
@@ -90,6 +94,37 @@ def search(arguments: list[str], world: World = ALONE) -> int:
         raise ValueError("--flops_per_second is for --dry_run: a search takes the time it takes")
     else:
         run_search(config, world=world)
+    return 0
+
+
+def teacher(arguments: list[str], world: World = ALONE) -> int:
+    """effbert teacher: fine-tune an encoder on a task."""
+    from effbert.config import TeacherConfig
+    from effbert.search.runs import run_teacher
+
+    return _single(TeacherConfig, run_teacher, "effbert teacher", arguments, world)
+
+
+def pretrain(arguments: list[str], world: World = ALONE) -> int:
+    """effbert pretrain: general distillation of a supernet or one model."""
+    from effbert.config import PretrainConfig
+    from effbert.search.runs import run_pretraining
+
+    return _single(PretrainConfig, run_pretraining, "effbert pretrain", arguments, world)
+
+
+def distill(arguments: list[str], world: World = ALONE) -> int:
+    """effbert distill: general, then task distillation of one model."""
+    from effbert.config import DistillConfig
+    from effbert.search.runs import run_distillation
+
+    return _single(DistillConfig, run_distillation, "effbert distill", arguments, world)
+
+
+def _single(kind, run, program: str, arguments: list[str], world: World) -> int:
+    config = parse(kind, arguments, program)
+    quiet_libraries()
+    run(config, world=world)
     return 0
 
 
@@ -328,8 +363,13 @@ def bench(arguments: list[str]) -> int:
     return importlib.import_module(f"effbert.bench.{module}").main(rest) or 0
 
 
+SHARED = ("search", "teacher", "pretrain", "distill")  # commands that several processes may run together
+
 COMMANDS = {
     "search": search,
+    "teacher": teacher,
+    "pretrain": pretrain,
+    "distill": distill,
     "arch": arch,
     "import": import_,
     "report": report,

@@ -6,7 +6,7 @@ Every field can be overridden on the command line under its own name (`--learnin
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from effbert.architecture import PUBLISHED, Architecture, Dimensions, count_parameters
 from effbert.distill import LossWeights
@@ -134,30 +134,164 @@ def _candidate() -> SearchStage:
 
 
 @dataclass(frozen=True)
-class SearchConfig:
-    """A progressive search with warm-up distillation, from text to a small model.
+class RunConfig:
+    """What every run has.
 
     Attributes:
         output_dir: The run's folder; the same command again resumes there.
-        task: The task that ranks candidates: builtin-topic, builtin-next, a GLUE name, squad, squad2.0, or a name of
-            your own with train_file.
-        tasks: Further tasks that stage 3 learns beside it.
+        teacher: Folder or name of a BERT-like encoder; a search without one trains its own.
+        max_length: Longest text in tokens.
+        pad_to_max_length: Pad every batch to max_length, as published, instead of grouping texts by length.
+        seed: Of everything random.
+        device: "auto" (the GPU where there is one), "cpu", "cuda"; each process of several has a GPU of its own.
+        num_threads: CPU threads, and processes that tokenise the corpus; 0 leaves it to PyTorch, and is one process a
+            core. The last bits of a score depend on the threads.
+    """
+
+    output_dir: str
+    teacher: str = ""
+    max_length: int = 128
+    pad_to_max_length: bool = False
+    seed: int = 0
+    device: str = "auto"
+    num_threads: int = 0
+
+    def __post_init__(self):
+        self.at_least(max_length=8, num_threads=0)
+
+    def at_least(self, **least: float) -> None:
+        """ValueError where a field is below what it must be."""
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {minimum}")
+
+
+@dataclass(frozen=True)
+class TaskConfig(RunConfig):
+    """A run on a task.
+
+    Attributes:
+        task: The task, in a search the one that ranks candidates: builtin-topic, builtin-next, a GLUE name, squad,
+            squad2.0, or a name of your own with train_file.
         data_dir: Folder with GLUE or SQuAD files in their official layout; without it they are loaded by name.
         train_file: Your own task as CSV, TSV, JSON or JSON lines.
         validation_file: The rows of your own task to hold out.
         text_columns: The one or two text columns of your own task.
         label_column: The label column of your own task.
         task_kind: "regression" where the labels of your own task are scores.
+        max_train_rows: Use at most so many training rows of each task; 0 for all.
+        teacher_labels: Names for the columns of the teacher's logits, in their order.
+    """
+
+    task: str = "mnli"
+    data_dir: str = ""
+    train_file: str = ""
+    validation_file: str = ""
+    text_columns: tuple[str, ...] = ()
+    label_column: str = "label"
+    task_kind: Literal["", "classification", "regression"] = ""
+    max_train_rows: int = 0
+    teacher_labels: tuple[str, ...] = ()
+
+    tasks: ClassVar[tuple[str, ...]] = ()
+    validation_share: ClassVar[float] = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(max_train_rows=0)
+
+
+@dataclass(frozen=True)
+class TextConfig(RunConfig):
+    """A run that distils students on plain text.
+
+    Attributes:
         corpus: Plain text for general distillation, one or several of: "builtin", a text file or folder, a parquet
             file or folder, NAME, NAME:CONFIG or NAME:CONFIG@REVISION of a data set on the hub, which is streamed.
         corpus_samples: "packed" uses every token; "released" cuts one sample out of each document, as published.
         corpus_tokens: Use at most so many tokens of it; 0 for all.
-        teacher: Folder or name of a BERT-like encoder; empty to train one.
-        teacher_labels: Names for the columns of the teacher's logits, in their order.
-        max_length: Longest text in tokens.
-        pad_to_max_length: Pad every batch to max_length, as published, instead of grouping texts by length.
+        start: Folder of a supernet to begin with (effbert pretrain), or where one model is trained, of a student;
+            empty for fresh weights.
+    """
+
+    corpus: tuple[str, ...] = ("builtin",)
+    corpus_samples: Literal["packed", "released"] = "packed"
+    corpus_tokens: int = 0
+    start: str = ""
+    student: StudentArguments = field(default_factory=StudentArguments)
+    loss: LossWeights = field(default_factory=LossWeights)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(corpus_tokens=0)
+
+
+@dataclass(frozen=True)
+class TeacherConfig(TaskConfig):
+    """A teacher fine-tuned on a task, from an encoder: all its training rows, scored on its official validation rows.
+
+    Attributes:
+        finetuning: How it is trained.
+    """
+
+    finetuning: TrainingArguments = field(
+        default_factory=lambda: TrainingArguments(learning_rate=5e-5, num_train_epochs=3)
+    )
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TextConfig):
+    """General distillation, on plain text without labels, of a supernet or of one model.
+
+    Attributes:
+        model: "supernet" with the sizes of --student; or what is distilled alone: a published model such as
+            efficientbert-tiny, a plain BERT such as bert-6x312, "teacher" sized down to --params, or an architecture,
+            an expression a layer, with the sizes of --student.
+        params: Parameters of --model teacher, without pooler and head.
+        training: How it is trained.
+    """
+
+    model: str = "supernet"
+    params: int = 0
+    training: TrainingArguments = field(default_factory=TrainingArguments)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(params=0)
+
+
+@dataclass(frozen=True)
+class DistillConfig(TextConfig, TaskConfig):
+    """General, then task distillation of one model, scored on the official validation rows.
+
+    Attributes:
+        model: A published model such as efficientbert-tiny, a plain BERT such as bert-6x312, "teacher" sized down to
+            --params, or an architecture, an expression a layer, with the sizes of --student; empty for the student that
+            --start holds.
+        params: Parameters of --model teacher, without pooler and head.
+        seeds: Repeat it so often, for mean and spread.
+        budget: What it may see and how it trains; --budget.general_phase.num_train_epochs 0 leaves out the first half.
+    """
+
+    model: str = ""
+    params: int = 0
+    seeds: int = 1
+    budget: Budget = field(default_factory=Budget)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(params=0, seeds=1)
+        if not self.model and not self.start:
+            raise ValueError("nothing to distil: give --model, or --start with the folder of a student")
+
+
+@dataclass(frozen=True)
+class SearchConfig(TextConfig, TaskConfig):
+    """A progressive search with warm-up distillation, from text to a small model.
+
+    Attributes:
+        tasks: Further tasks that stage 3 learns beside it.
         validation_share: Share of the task's training rows on which candidates are ranked.
-        max_train_rows: Use at most so many training rows of each task; 0 for all.
         min_params: Fewest parameters of a candidate, with the projection, without pooler and head; 0 for the published
             architecture's count at these sizes times 15/15.74.
         max_params: Most parameters of a candidate; 0 for the published architecture's count times 16/15.74.
@@ -180,31 +314,11 @@ class SearchConfig:
         population: Candidates trained at once on the same batches; 0 for as many of a cohort as memory holds.
         teacher_cache: On a CPU, keep the teacher's outputs for the rows that candidates train on in the run's folder,
             in bf16 and while candidates train, where they take at most so many GB; 0 for never.
-        seed: Of everything random.
         seeds: Repeat the rows of the final table so often, for mean and spread.
-        device: "auto" (the GPU where there is one), "cpu", "cuda"; each process of several has a GPU of its own.
-        num_threads: CPU threads, and processes that tokenise the corpus; 0 leaves it to PyTorch, and is one process a
-            core. The last bits of a score depend on the threads.
     """
 
-    output_dir: str
-    task: str = "mnli"
     tasks: tuple[str, ...] = ()
-    data_dir: str = ""
-    train_file: str = ""
-    validation_file: str = ""
-    text_columns: tuple[str, ...] = ()
-    label_column: str = "label"
-    task_kind: Literal["", "classification", "regression"] = ""
-    corpus: tuple[str, ...] = ("builtin",)
-    corpus_samples: Literal["packed", "released"] = "packed"
-    corpus_tokens: int = 0
-    teacher: str = ""
-    teacher_labels: tuple[str, ...] = ()
-    max_length: int = 128
-    pad_to_max_length: bool = False
     validation_share: float = 0.1
-    max_train_rows: int = 0
     min_params: int = 0
     max_params: int = 0
     params: int = 0
@@ -217,13 +331,8 @@ class SearchConfig:
     storage: str = ""
     population: int = 0
     teacher_cache: float = 2.0
-    seed: int = 0
     seeds: int = 1
-    device: str = "auto"
-    num_threads: int = 0
-    student: StudentArguments = field(default_factory=StudentArguments)
     teacher_model: TeacherArguments = field(default_factory=TeacherArguments)
-    loss: LossWeights = field(default_factory=LossWeights)
     supernet: TrainingArguments = field(default_factory=TrainingArguments)
     stage1: SearchStage = field(default_factory=_candidate)
     stage2: SearchStage = field(default_factory=_candidate)
@@ -231,22 +340,9 @@ class SearchConfig:
     final: FinalStage = field(default_factory=FinalStage)
 
     def __post_init__(self):
-        least = {
-            "seeds": 1,
-            "num_threads": 0,
-            "max_length": 8,
-            "corpus_tokens": 0,
-            "max_train_rows": 0,
-            "population": 0,
-            "params": 0,
-            "max_flops": 0,
-            "max_latency_ms": 0,
-            "teacher_cache": 0,
-            "agreement_candidates": 0,
-        }
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {minimum}")
+        super().__post_init__()
+        self.at_least(seeds=1, population=0, params=0, max_flops=0, max_latency_ms=0)
+        self.at_least(teacher_cache=0, agreement_candidates=0)
         if len(self.stage3.rungs) > 1:
             raise ValueError(
                 f"stage3.rungs is {self.stage3.rungs}: its candidates are scored, not trained: leave it out"
@@ -279,13 +375,13 @@ BAND = (15_000_000, 16_000_000)
 PUBLISHED_PARAMETERS = 15_737_724
 
 
-def as_dict(config: SearchConfig) -> dict:
+def as_dict(config: RunConfig) -> dict:
     """The configuration as plain JSON values, without output_dir, which does not change what is computed, and without
     the storage's password."""
     fields = dataclasses.asdict(config)
     fields.pop("output_dir")
-    if config.storage:
-        fields["storage"] = without_password(config.storage)
+    if fields.get("storage"):
+        fields["storage"] = without_password(fields["storage"])
     return _plain(fields)
 
 

@@ -1,6 +1,7 @@
 """Reading a command line: what every command that takes settings shares."""
 
 import os
+import re
 
 
 def take_flag(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
@@ -44,6 +45,9 @@ def parse(kind: type, arguments: list[str], program: str, **options):
             raise
         lines = [line.strip("│ ─").strip() for line in box.getvalue().splitlines() if line[:1] not in "╭╰├"]
         text = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
+        text = re.sub(
+            r"^.*? -{8,} | -{8,}$", "", text
+        )  # where the terminal has no box characters: title, rule, text, rule
         raise ValueError(f"{text or 'the arguments cannot be read'} ({program} --help lists the flags)") from None
 
 

@@ -1,16 +1,17 @@
-"""Distilling standalone students: general distillation on a share of the corpus, then on the task. The candidates of a
-search, many at once, and the rows of its final table, one by one, go through this one function."""
+"""Distilling students: general distillation on a share of the corpus, then on the task. The candidates of a search,
+many at once, and the rows of its final table go through the one function `distil`; a supernet learns from text only."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from effbert.config import Budget
 from effbert.data.batches import Batch, subset
-from effbert.engine import Phase, Trainee, TrainingResult, train_together
-from effbert.model import EffBertHeadModel
+from effbert.engine import Phase, Trainee, TrainingResult, train, train_together
+from effbert.model import EffBertHeadModel, EffBertModel
 from effbert.optim import TrainingArguments
 from effbert.parallel import ALONE, World
 from effbert.step import general_lesson, task_lesson
+from effbert.supernet import Supernet
 from effbert.trace import Trace
 from effbert.workspace import Workspace, model_inputs
 
@@ -108,6 +109,30 @@ def warm_up(
         ),
         arguments,
         share=lesson.teacher_of,
+        device=workspace.device,
+        on_step=on_step,
+        world=world,
+    )
+
+
+def distil_generally(
+    workspace: Workspace,
+    model: Supernet | EffBertModel,
+    arguments: TrainingArguments,
+    phase: Phase,
+    on_step: Callable[[int, int], None] | None = None,
+    world: World = ALONE,
+) -> TrainingResult:
+    """General distillation in place, on the whole corpus, of a supernet with all its weights, or of a bare encoder."""
+    encoder = getattr(model, "effbert", model)
+    return train(
+        model,
+        lambda epoch: workspace.general_plan(1.0, arguments.per_device_train_batch_size, epoch, world=world),
+        general_lesson(workspace).loss(
+            lambda batch, number, targets: encoder.trace(*model_inputs(batch), targets=targets), encoder.fit_dense
+        ),
+        arguments,
+        phase,
         device=workspace.device,
         on_step=on_step,
         world=world,

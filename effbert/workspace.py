@@ -15,7 +15,7 @@ import torch
 
 from effbert import random
 from effbert.architecture import attention_head_size
-from effbert.config import SearchConfig
+from effbert.config import RunConfig, SearchConfig, TaskConfig, TextConfig
 from effbert.data.batches import BatchPlan, subset
 from effbert.data.cache import dataset_fingerprint, tokenizer_fingerprint
 from effbert.data.corpus import load_corpus, sentences_of
@@ -27,6 +27,7 @@ from effbert.evaluate import evaluate
 from effbert.files import atomic_dir, write_atomic
 from effbert.mlm import MaskedPlan, masked_lm_loss, new_bert
 from effbert.model import EffBertConfig
+from effbert.optim import TrainingArguments
 from effbert.parallel import ALONE, World
 from effbert.teacher import (
     Teacher,
@@ -51,7 +52,7 @@ def no_steps(what: str) -> None:
 
 @dataclass
 class Workspace:
-    """Tokenizer, data and teachers of a run.
+    """Tokenizer, data and teachers of a run; a run on tasks alone has no corpus, one on text alone no tasks.
 
     tasks: by name, the main task first: rows to train on, and as validation the rows that rank candidates, cut from the
         official training rows. held_out: the official validation split, for the final table only.
@@ -60,7 +61,7 @@ class Workspace:
     world: the processes that train supernets and final rows together.
     """
 
-    config: SearchConfig
+    config: RunConfig
     folder: Path
     device: torch.device
     tokenizer: object
@@ -121,7 +122,7 @@ class Workspace:
         )
 
 
-def open_workspace(config: SearchConfig, folder: Path, say: Say, world: World = ALONE) -> Workspace:
+def open_workspace(config: RunConfig, folder: Path, say: Say, world: World = ALONE) -> Workspace:
     """Make or read back tokenizer and data, and check that they, the teacher and the student go together.
 
     Cheap beside what follows: `open_teachers` makes the teachers.
@@ -130,13 +131,26 @@ def open_workspace(config: SearchConfig, folder: Path, say: Say, world: World = 
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     given = read_config(config.teacher) if config.teacher else None
-    loaded = load_tasks(config)
+    loaded = load_tasks(config) if isinstance(config, TaskConfig) else {}
     for name, task in loaded.items():
         for note in task.notes:
             say(f"task {name}: {note}")
-    check_teacher(given, config, next(iter(loaded.values())).spec)
+    check_teacher(given, config, next((task.spec for task in loaded.values()), None))
     tokenizer = own_tokenizer(config, folder, say) if given is None else given_tokenizer(config, given)
     raw = {name: split_task(task, config) for name, task in loaded.items()}
+    corpus = open_corpus(config, tokenizer, say) if isinstance(config, TextConfig) else None
+    check_inputs(folder, fingerprints(config, tokenizer, corpus, loaded))
+    tasks = {name: encode_task(task, tokenizer, config.max_length) for name, (task, _) in raw.items()}
+    held_out = {name: encode_task(task, tokenizer, config.max_length) for name, (_, task) in raw.items()}
+    for name, task in tasks.items():
+        ranking = f"{len(task.validation):,} to rank on, " if config.validation_share else ""
+        say(f"task {name}: {len(task.train):,} rows to train on, {ranking}{len(held_out[name].validation):,} held out")
+    teacher_config = given or own_teacher_config(config, tokenizer)
+    return Workspace(config, folder, device, tokenizer, corpus, tasks, held_out, teacher_config, world=world)
+
+
+def open_corpus(config: TextConfig, tokenizer, say: Say):
+    """The encoded sequences of general distillation."""
     corpus = load_corpus(
         config.corpus,
         tokenizer,
@@ -147,16 +161,7 @@ def open_workspace(config: SearchConfig, folder: Path, say: Say, world: World = 
         say=say,
     )
     say(f"corpus: {len(corpus):,} sequences of at most {config.max_length} tokens from {', '.join(config.corpus)}")
-    check_inputs(folder, fingerprints(config, tokenizer, corpus, loaded))
-    tasks = {name: encode_task(task, tokenizer, config.max_length) for name, (task, _) in raw.items()}
-    held_out = {name: encode_task(task, tokenizer, config.max_length) for name, (_, task) in raw.items()}
-    for name, task in tasks.items():
-        say(
-            f"task {name}: {len(task.train):,} rows to train on, {len(task.validation):,} to rank on, "
-            f"{len(held_out[name].validation):,} held out"
-        )
-    teacher_config = given or own_teacher_config(config, tokenizer)
-    return Workspace(config, folder, device, tokenizer, corpus, tasks, held_out, teacher_config, world=world)
+    return corpus
 
 
 def open_teachers(workspace: Workspace, say: Say, steps: Steps = no_steps) -> None:
@@ -211,7 +216,7 @@ def _own_gpu(name: str, device: torch.device, world: World) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
-def load_tasks(config: SearchConfig) -> dict[str, Task]:
+def load_tasks(config: TaskConfig) -> dict[str, Task]:
     """The main task and the further ones of stage 3, raw."""
     own = {}
     if config.train_file:
@@ -228,7 +233,7 @@ def load_tasks(config: SearchConfig) -> dict[str, Task]:
     return {task.spec.name: task for task in tasks}
 
 
-def _data_dir(config: SearchConfig, task: str) -> str | None:
+def _data_dir(config: TaskConfig, task: str) -> str | None:
     return None if plain_name(task) in map(plain_name, BUILTIN) else config.data_dir or None
 
 
@@ -244,15 +249,18 @@ def _check_names(names: list[str]) -> None:
             raise ValueError(f"task {name} is given twice, by --task and --tasks: name it once")
 
 
-def split_task(task: Task, config: SearchConfig) -> tuple[Task, Task]:
+def split_task(task: Task, config: TaskConfig) -> tuple[Task, Task]:
     """(training rows cut into train and ranking rows, the official validation rows held out), by a fixed draw.
 
     Rows about one text (the context of spans, else text_a) stay on one side. Groups are drawn until the ranking rows
     reach their share, which the last one may exceed. The rows of the built-in tasks do not say which document they come
-    from, so there too only rows with the same first text are kept together.
+    from, so there too only rows with the same first text are kept together. Where no share is for ranking, all training
+    rows train, and the official validation rows take both other places.
     """
     rng = random.generator(0, "ranking split", task.spec.name)
     order = rng.permutation(len(task.train))[: config.max_train_rows or None]
+    if not config.validation_share:
+        return Task(task.spec, task.train.select(order), task.validation, task.notes), task
     texts = task.train["context" if task.spec.kind == "spans" else "text_a"][:]
     numbers: dict[str, int] = {}
     group = np.array([numbers.setdefault(texts[row], len(numbers)) for row in order])
@@ -269,11 +277,14 @@ def split_task(task: Task, config: SearchConfig) -> tuple[Task, Task]:
     return Task(task.spec, train, rank), Task(task.spec, task.validation, task.validation)
 
 
-def fingerprints(config: SearchConfig, tokenizer, corpus, tasks: dict[str, Task]) -> dict[str, str]:
+def fingerprints(config: RunConfig, tokenizer, corpus, tasks: dict[str, Task]) -> dict[str, str]:
     """Hashes of what a run reads, by what to call it in a message."""
     found = {"the teacher": content_hash(config.teacher)} if config.teacher else {}
     found["the tokenizer"] = tokenizer_fingerprint(tokenizer)
-    found["the corpus"] = Path(corpus.cache_files[0]["filename"]).parent.name  # named by the hash of its content
+    if corpus is not None:
+        found["the corpus"] = Path(corpus.cache_files[0]["filename"]).parent.name  # named by the hash of its content
+    if getattr(config, "start", ""):
+        found["the weights of --start"] = content_hash(config.start)
     for name, task in tasks.items():
         splits = [dataset_fingerprint(split) for split in (task.train, task.validation)]
         found[f"the rows of task {name}"] = " ".join([*splits, *task.spec.labels])
@@ -291,22 +302,26 @@ def check_inputs(folder: Path, found: dict[str, str]) -> None:
         raise ValueError(f"{changed[0]} changed since this run began: use another --output_dir")
 
 
-def check_teacher(given, config: SearchConfig, spec: TaskSpec) -> None:
+def check_teacher(given, config: RunConfig, spec: TaskSpec | None) -> None:
     """Fail early, before anything is computed, where a teacher (given, or the run's own) cannot serve the student."""
     if given is not None:
         check_family(given)
-    student, teacher = config.student, given or config.teacher_model
-    check_shape(
-        teacher.num_hidden_layers, teacher.num_attention_heads, student.num_hidden_layers, student.num_attention_heads
-    )
-    attention_head_size(student.hidden_size, student.num_attention_heads)
+    if isinstance(config, TextConfig):
+        student, teacher = config.student, given or config.teacher_model
+        check_shape(
+            teacher.num_hidden_layers, teacher.num_attention_heads, student.num_hidden_layers,
+            student.num_attention_heads,
+        )  # fmt: skip
+        attention_head_size(student.hidden_size, student.num_attention_heads)
+    if spec is None:
+        return
     if config.teacher_labels:
         _check_label_count(given, config)
     if given is not None and spec.kind == "classification" and answers(given, spec):
         teacher_columns(given, config, spec)
 
 
-def _check_label_count(given, config: SearchConfig) -> None:
+def _check_label_count(given, config: TaskConfig) -> None:
     count = len(config.teacher_labels)
     if given is None or head_of(given) != "classification":
         raise ValueError("--teacher_labels names the classes of a --teacher with a classification head: there is none")
@@ -322,13 +337,13 @@ def answers(given, spec: TaskSpec) -> bool:
     return kind == spec.kind
 
 
-def teacher_columns(given, config: SearchConfig, spec: TaskSpec) -> list[int]:
+def teacher_columns(given, config: TaskConfig, spec: TaskSpec) -> list[int]:
     """Columns of a given teacher's logits in the task's label order, mapped by name."""
     names = dict(enumerate(config.teacher_labels)) if config.teacher_labels else given.id2label
     return map_labels(spec.labels, names, f"teacher {config.teacher}")
 
 
-def given_tokenizer(config: SearchConfig, given):
+def given_tokenizer(config: RunConfig, given):
     """The given teacher's tokenizer, checked against it; it marks no segments where the teacher has one only."""
     tokenizer = load_tokenizer(config.teacher)
     check_texts(given, tokenizer, config.max_length)
@@ -405,17 +420,29 @@ def tuned_teacher(workspace: Workspace, base: str, task: EncodedTask, say: Say, 
     target.parent.mkdir(parents=True, exist_ok=True)
     phase = Phase(("teacher", "task", name), workspace.config.seed, folder / f"task-{name}.pt")
     if not target.exists():
-        fine_tune(workspace, base, task, target, phase, say, steps)
+        arguments = workspace.config.teacher_model.finetuning
+        model, result = fine_tune(workspace, base, task, arguments, phase, say, steps)
+        must_finish(result, f"fine-tuning the teacher on {name}", "--teacher_model.finetuning.learning_rate")
+        scores = teacher_scores(workspace, model, task)
+        say(f"teacher for {name}: {show(scores)} on the ranking rows after {result.seconds:.0f} s")
+        keep(model, target, result, tokenizer=workspace.tokenizer)
     forget([phase])
     return Teacher(load_model(target, task.spec.kind)).to(workspace.device)
 
 
 def fine_tune(
-    workspace: Workspace, base: str, task: EncodedTask, target: Path, phase: Phase, say: Say, steps: Steps
-) -> None:
-    """Fine-tune the encoder `base` under a new head on a task's labels, in their order, into the folder `target`."""
+    workspace: Workspace,
+    base: str,
+    task: EncodedTask,
+    arguments: TrainingArguments,
+    phase: Phase,
+    say: Say,
+    steps: Steps,
+    world: World = ALONE,
+) -> tuple[torch.nn.Module, TrainingResult]:
+    """The encoder `base` fine-tuned under a new head on a task's labels, in their order, by all processes of a world
+    together."""
     config, spec = workspace.config, task.spec
-    arguments = config.teacher_model.finetuning
     labels = {"regression": ("score",), "spans": ("start", "end")}.get(spec.kind, spec.labels)
     torch.manual_seed(random.key(config.seed, "teacher", spec.name, "head"))
     model = with_new_head(base, spec.kind, labels).to(workspace.device)
@@ -423,18 +450,21 @@ def fine_tune(
     say(f"teacher for {spec.name}: fine-tuning {base}")
     result = train(
         model,
-        lambda epoch: workspace.plan(task.train, size, f"teacher {spec.name}", epoch),
-        lambda batch, number: labelled_loss(model, batch, spec.kind),
+        lambda epoch: workspace.plan(task.train, size, f"teacher {spec.name}", epoch, world=world),
+        lambda batch, number: labelled_loss(model, batch, spec.kind) * batch.shares.rows,
         arguments,
         phase,
         device=workspace.device,
         on_step=steps(f"teacher for {spec.name}"),
+        world=world,
     )
-    must_finish(result, f"fine-tuning the teacher on {spec.name}", "--teacher_model.finetuning.learning_rate")
+    return model, result
+
+
+def teacher_scores(workspace: Workspace, model, task: EncodedTask) -> dict[str, float]:
+    """Metrics of a transformers model on a task's validation rows."""
     teacher = Teacher(model)
-    scores = score(workspace, lambda batch: teacher.trace(*model_inputs(batch)).logits, task)
-    say(f"teacher for {spec.name}: {show(scores)} on the ranking rows after {result.seconds:.0f} s")
-    keep(model, target, result, tokenizer=workspace.tokenizer)
+    return score(workspace, lambda batch: teacher.trace(*model_inputs(batch)).logits, task)
 
 
 def labelled_loss(model, batch, kind: str) -> torch.Tensor:

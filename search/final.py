@@ -15,6 +15,7 @@ import torch
 from effbert import random
 from effbert.architecture import Architecture, bert_flops, count_flops, count_parameters, mlp_parameters
 from effbert.config import published
+from effbert.data.tasks import TaskSpec
 from effbert.engine import Phase, forget
 from effbert.evaluate import evaluate
 from effbert.files import atomic_dir, write_atomic
@@ -190,13 +191,14 @@ def teacher_row(workspace: Workspace) -> dict:
 
 def save_best(workspace: Workspace, model: EffBertHeadModel) -> None:
     """The deployed winner in <run>/best: config, safetensors, tokenizer; without the training-only projection."""
-    spec = workspace.main_task.spec
-    deployed = new_student(
-        derive_config(model.config, Architecture.parse(model.config.architecture), fit_size=None),
-        spec.kind,
-        spec.labels,
-    )
-    deployed.load_state_dict({k: v for k, v in model.state_dict().items() if "fit_dense" not in k})
     with atomic_dir(workspace.folder / "best") as temporary:
-        deployed.save_pretrained(temporary)
+        deployed(model, workspace.main_task.spec).save_pretrained(temporary)
         workspace.tokenizer.save_pretrained(temporary)
+
+
+def deployed(model: EffBertHeadModel, spec: TaskSpec) -> EffBertHeadModel:
+    """A copy of a student without the training-only projection."""
+    config = derive_config(model.config, Architecture.parse(model.config.architecture), fit_size=None)
+    found = new_student(config, spec.kind, spec.labels)
+    found.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if "fit_dense" not in name})
+    return found

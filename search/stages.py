@@ -18,7 +18,7 @@ from effbert import random
 from effbert.architecture import Architecture
 from effbert.checkpoint import own_memory
 from effbert.config import SearchStage
-from effbert.engine import Phase, forget, train
+from effbert.engine import Phase, TrainingResult, forget
 from effbert.search.agreement import paired_difference
 from effbert.search.budget import fitness, ladder, survivors
 from effbert.search.pareto import best_front, fronts, point
@@ -29,9 +29,10 @@ from effbert.search.screen import DISCARDED, SCREENED, STAYS, Screen
 from effbert.search.space import Space
 from effbert.search.study import Evaluation, StageStudy, TakenOver
 from effbert.search.workers import SHARING, Workers
-from effbert.step import general_lesson
+from effbert.start import load_start
+from effbert.student import distil_generally
 from effbert.supernet import Supernet, supernet_config
-from effbert.workspace import Workspace, keep, model_inputs, must_finish
+from effbert.workspace import Workspace, keep, must_finish
 
 POLL_SECONDS = 1.0  # between two looks at whether the other workers are done with a rung
 
@@ -286,7 +287,8 @@ def comparison(evaluations: Sequence[Evaluation], best: Evaluation) -> str:
 
 
 def warm_supernet(workspace: Workspace, reporter: Reporter) -> Supernet:
-    """The supernet after general distillation with all its weights, kept in <run>/supernet; data-parallel."""
+    """The supernet after general distillation with all its weights, or begun with those of --start, kept in
+    <run>/supernet; data-parallel."""
     config, target, world = workspace.config, workspace.folder / "supernet", workspace.world
     phase = Phase(("supernet", "general"), config.seed, workspace.folder / "supernet.pt")
     if not target.exists():
@@ -294,29 +296,29 @@ def warm_supernet(workspace: Workspace, reporter: Reporter) -> Supernet:
         torch.manual_seed(random.key(config.seed, "supernet", "init"))
         base = supernet_config(workspace.student_config(), config.student.num_hidden_layers)
         supernet = Supernet(base, specs).to(workspace.device)
-        reporter.say(f"supernet: general distillation, {supernet.num_parameters():,} parameters")
-        result = train(
-            supernet,
-            lambda epoch: workspace.general_plan(1.0, config.supernet.per_device_train_batch_size, epoch, world=world),
-            general_lesson(workspace).loss(
-                lambda batch, number, targets: supernet.trace(*model_inputs(batch), targets=targets),
-                supernet.effbert.fit_dense,
-            ),
-            config.supernet,
-            phase,
-            device=workspace.device,
-            on_step=reporter.steps("supernet"),
-            world=world,
-        )
-        must_finish(result, "the supernet's general distillation", "--supernet.learning_rate")
-        rate = result.tokens / max(result.seconds, 1e-9)
-        reporter.say(
-            f"supernet: loss {result.loss:.4f} after {result.tokens:,} tokens in {result.seconds:.0f} s "
-            f"({rate:,.0f} tokens/s)"
-        )
-        world.on_first(keep, supernet, target, result)
+        results = []
+        if config.start:
+            load_start(supernet, config.start)
+            reporter.say(f"supernet: that of {config.start}, {supernet.num_parameters():,} parameters")
+        else:
+            results = [distilled_supernet(workspace, supernet, phase, reporter)]
+        world.on_first(keep, supernet, target, *results)
     forget([phase])
     return load_supernet(workspace, target)
+
+
+def distilled_supernet(workspace: Workspace, supernet: Supernet, phase: Phase, reporter: Reporter) -> TrainingResult:
+    """General distillation of a supernet in place."""
+    config, world = workspace.config, workspace.world
+    reporter.say(f"supernet: general distillation, {supernet.num_parameters():,} parameters")
+    result = distil_generally(workspace, supernet, config.supernet, phase, reporter.steps("supernet"), world)
+    must_finish(result, "the supernet's general distillation", "--supernet.learning_rate")
+    rate = result.tokens / max(result.seconds, 1e-9)
+    reporter.say(
+        f"supernet: loss {result.loss:.4f} after {result.tokens:,} tokens in {result.seconds:.0f} s "
+        f"({rate:,.0f} tokens/s)"
+    )
+    return result
 
 
 def load_supernet(workspace: Workspace, folder: Path) -> Supernet:

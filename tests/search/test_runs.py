@@ -1,0 +1,205 @@
+"""Teacher, general distillation and distillation as commands of their own: what they leave, and what they refuse."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+
+from effbert.__main__ import main
+from effbert.data.tokenizer import train_wordpiece
+from effbert.model import EffBertModel
+from effbert.supernet import Supernet
+
+WORDS = "the small model reads long words about trees and rivers in every quiet town near some old stone bridge".split()
+MLP = "linear1_2(gelu(linear1_2(x,wb1)),wb2)"
+SIZES = ("--student.hidden_size", "24", "--student.intermediate_size", "24", "--student.embedding_size", "8")
+SIZES += ("--student.num_hidden_layers", "2", "--student.num_attention_heads", "4")
+
+
+def sentence(chance, length=12):
+    return " ".join(chance.choice(WORDS) for _ in range(length))
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A tiny BERT without a head, text, and a task in two files."""
+    folder, chance = tmp_path_factory.mktemp("given"), random.Random(1)
+    tokenizer = train_wordpiece([sentence(chance) for _ in range(50)], 120, max_length=40)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, hidden_size=32, num_hidden_layers=4,
+        num_attention_heads=4, intermediate_size=64, max_position_embeddings=40,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder / "bert")
+    tokenizer.save_pretrained(folder / "bert")
+    (folder / "text.txt").write_text("\n".join(sentence(chance, 30) + "." for _ in range(40)))
+    for name in ("train", "dev"):
+        rows = [(sentence(chance), chance.choice(("good", "bad"))) for _ in range(40)]
+        (folder / f"{name}.csv").write_text("text,label\n" + "\n".join(",".join(row) for row in rows) + "\n")
+    return folder
+
+
+def common(given, teacher):
+    return ["--teacher", str(teacher), "--max_length", "32", "--num_threads", "1", "--device", "cpu"]
+
+
+def task(given):
+    return [
+        *("--task", "mine", "--train_file", str(given / "train.csv")),
+        *("--validation_file", str(given / "dev.csv"), "--text_columns", "text"),
+    ]
+
+
+def teacher_command(given, folder, *more):
+    return ["teacher", *common(given, given / "bert"), *task(given), "--output_dir", str(folder), *more]
+
+
+def pretrain_command(given, folder, *more):
+    text = ["--corpus", str(given / "text.txt"), "--output_dir", str(folder)]
+    return ["pretrain", *common(given, given / "bert"), *text, *SIZES, *more]
+
+
+@pytest.fixture(scope="module")
+def made(given, tmp_path_factory):
+    """A fine-tuned teacher and a supernet, by the commands."""
+    folder = tmp_path_factory.mktemp("made")
+    assert main(teacher_command(given, folder / "teacher", "--finetuning.num_train_epochs", "1")) == 0
+    assert main(pretrain_command(given, folder / "net")) == 0
+    return folder
+
+
+def distill_command(given, made, folder, *more):
+    text = [
+        "--corpus",
+        str(given / "text.txt"),
+        "--output_dir",
+        str(folder),
+        "--budget.task_phase.num_train_epochs",
+        "1",
+    ]
+    return ["distill", *common(given, made / "teacher" / "model"), *task(given), *text, *SIZES, *more]
+
+
+def test_a_teacher_is_fine_tuned_on_all_rows(given, made, capsys):
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(made / "teacher" / "model")
+    assert set(model.config.id2label.values()) == {"good", "bad"}
+    results = json.loads((made / "teacher" / "results.json").read_text())
+    assert results["task"] == "mine" and 0 <= results["scores"]["accuracy"] <= 1 and results["tokens"] > 0
+    assert main(teacher_command(given, made / "teacher", "--finetuning.num_train_epochs", "1")) == 0
+    assert "40 rows to train on, 40 held out" in capsys.readouterr().out
+    assert main(teacher_command(given, made / "teacher", "--finetuning.num_train_epochs", "2")) == 2
+    assert "finetuning" in capsys.readouterr().err
+
+
+def test_a_supernet_and_a_single_model_are_distilled_on_text(given, made, tmp_path):
+    supernet = Supernet.from_pretrained(made / "net" / "model")
+    assert len(supernet.effbert.layers) == 2 and supernet.effbert.fit_dense.out_features == 32
+    more = ("--model", f"{MLP}, {MLP}", "--start", str(made / "net" / "model"), "--training.learning_rate", "0")
+    assert main(pretrain_command(given, tmp_path / "one", *more)) == 0
+    one = EffBertModel.from_pretrained(tmp_path / "one" / "model", add_pooling_layer=False)
+    mine, source = one.layers[1].mlps[0].dense2.weight, supernet.effbert.layers[1].mlps[0].dense2.weight
+    torch.testing.assert_close(mine, source[:, :12], rtol=0, atol=0)
+    assert json.loads((tmp_path / "one" / "results.json").read_text())["architecture"] == f"{MLP}, {MLP}"
+
+
+@pytest.mark.parametrize(
+    ("model", "hidden"), [("bert-2x16x20", 16), (f"{MLP}, {MLP}", 24), ("teacher", 8)], ids=["plain", "slices", "small"]
+)
+def test_a_model_is_distilled_and_scored(given, made, tmp_path, model, hidden):
+    more = {"teacher": ["--params", "2500"], f"{MLP}, {MLP}": ["--start", str(made / "net" / "model"), "--seeds", "2"]}
+    command = distill_command(given, made, tmp_path / "run", "--model", model, *more.get(model, ()))
+    assert main(command) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["metric"] == "accuracy" and len(results["seeds"]) == (2 if "MLP" in model or "(" in model else 1)
+    assert (results["spread"] is None) == (len(results["seeds"]) == 1)
+    found = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    assert found.config.hidden_size == hidden and found.config.fit_size is None
+    assert found.num_parameters() == results["seeds"][0]["parameters"]
+    assert set(found.config.id2label.values()) == {"good", "bad"}
+
+
+def test_an_imported_or_deployed_student_goes_on(given, made, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(distill_command(given, made, first, "--model", "bert-2x16")) == 0
+    more = ("--start", str(first / "model"), "--budget.general_phase.num_train_epochs", "0")
+    assert main(distill_command(given, made, second, *more, "--budget.task_phase.learning_rate", "0")) == 0
+    before, after = (
+        transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model").effbert.layers.state_dict()
+        for folder in (first, second)
+    )
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=0)
+
+
+def interrupted(command, seconds):
+    """Run a command, kill it after a while; whether it had ended by itself."""
+    process = subprocess.Popen([sys.executable, "-m", "effbert", *command], stdout=subprocess.DEVNULL)
+    try:
+        return process.wait(seconds) == 0
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        return False
+
+
+def test_killed_again_and_again_it_ends_with_the_same_weights(given, made, tmp_path):
+    more = ("--model", f"{MLP}, {MLP}", "--start", str(made / "net" / "model"), "--seeds", "3")
+    begun = time.monotonic()
+    subprocess.run(
+        [sys.executable, "-m", "effbert", *distill_command(given, made, tmp_path / "whole", *more)], check=True
+    )
+    whole = time.monotonic() - begun
+    for part in (0.6, 0.75, 0.9):
+        interrupted(distill_command(given, made, tmp_path / "cut", *more), part * whole)
+    assert interrupted(distill_command(given, made, tmp_path / "cut", *more), 20 * whole)
+    found = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut")]
+    assert [seed["scores"] for seed in found[0]["seeds"]] == [seed["scores"] for seed in found[1]["seeds"]]
+    states = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert states[0] == states[1]
+    assert not list((tmp_path / "cut").glob("*.pt"))
+
+
+def test_what_does_not_go_together_is_one_line_and_leaves_nothing(given, made, tmp_path, capsys):
+    other = tmp_path / "other"
+    tokenizer = train_wordpiece([sentence(random.Random(3)) for _ in range(50)], 90, max_length=40)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer) + 3, pad_token_id=tokenizer.pad_token_id, hidden_size=32, num_hidden_layers=4,
+        num_attention_heads=4, intermediate_size=64, max_position_embeddings=40,
+    )  # fmt: skip
+    transformers.BertForSequenceClassification(config).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    net, run, text = str(made / "net" / "model"), tmp_path / "run", f"{MLP}, {MLP}"
+    distill = distill_command(given, made, run)
+    no_head = [str(given / "bert") if word == str(made / "teacher" / "model") else word for word in distill]
+    strange = [str(other) if word == str(made / "teacher" / "model") else word for word in distill]
+    for command, said in (
+        (distill, "nothing to distil: give --model, or --start"),
+        ([*distill, "--start", net], "is a supernet, of which any model is slices: name one with --model"),
+        ([*distill, "--start", str(tmp_path / "nowhere")], "no such folder"),
+        ([*distill, "--start", str(given / "bert")], "a model of type 'bert', neither a student nor a supernet"),
+        ([*distill, "--model", "teacher"], "--model teacher needs --params"),
+        ([*distill, "--model", "bert-2x16", "--params", "9"], "--params is for --model teacher"),
+        ([*distill, "--model", "bert-3x16"], "a teacher of 4 layers cannot be divided among 3"),
+        ([*distill, "--model", "bert-2x18"], "does not divide into 4 attention heads"),
+        ([*distill, "--model", "bert-2x16", "--start", net], "does not fit the teacher and the model"),
+        ([*no_head, "--model", "bert-2x16"], "has no head for mine (classification): make one with effbert teacher"),
+        ([*strange, "--model", text, "--start", net], "--start"),
+        (
+            [
+                word
+                for word in [*distill, "--model", text]
+                if word not in ("--teacher", str(made / "teacher" / "model"))
+            ],
+            "--teacher is missing",
+        ),
+    ):
+        assert main(command) == 2, said
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+        assert not run.exists() or not [entry for entry in run.iterdir() if not entry.name.startswith(".")], said
