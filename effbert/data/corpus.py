@@ -42,6 +42,7 @@ Samples = Literal["packed", "released"]
 _BATCH = 1000  # sentences tokenised at once
 _CHUNK_CHARACTERS = 2**20
 _LINES, _DOCUMENTS = 20, 1000  # lines a document where records are lines; documents among which B is drawn
+_PROCESSES = 16  # unless told otherwise: each takes some 50 MB
 _SAY_SECONDS = 60.0
 
 
@@ -82,7 +83,7 @@ def load_corpus(
     data set on the hub as NAME, NAME:CONFIG or NAME:CONFIG@REVISION, which is streamed, never downloaded whole. Of data
     sets `split` and `text_column` choose the text. samples: as this file says at its top; the draws depend on the text
     alone. limit_tokens: end at the first sequence that reaches that many ids. num_proc: processes that tokenise, 0 for
-    one a core. say: told once a minute how far it is.
+    one a core, 16 at most. say: told once a minute how far it is.
 
     Raises FileNotFoundError for a missing source, ValueError for one that is empty or not UTF-8 (file and offset).
     """
@@ -189,8 +190,9 @@ def in_order(work: Callable, chunks: Iterable, num_proc: int) -> Iterator:
 
 
 def _cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Those that this process may use, `_PROCESSES` at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _PROCESSES)
 
 
 _work: Callable | None = None  # of a process that `in_order` started
