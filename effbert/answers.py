@@ -244,8 +244,10 @@ def predict_glue(
             texts[file], kept = done.text(file, key, partial(_glue_file, model, glue.source_of(task), split, part))
             say(f"{file}: {len(part):,} rows{', kept from before' if kept else ''}")
     with atomic_path(output) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for file in sorted(texts):  # a date of its own would make two equal zips differ
-            archive.writestr(zipfile.ZipInfo(file), texts[file], zipfile.ZIP_DEFLATED)
+        for file in sorted(texts):
+            entry = zipfile.ZipInfo(file)  # without the date, which would make two equal zips differ
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, texts[file], zipfile.ZIP_DEFLATED)
     done.remove()
     return output
 

@@ -433,11 +433,11 @@ def _open_dataset(given: str | Path, split: str, text_column: str) -> Source:
     if text_column not in dataset.column_names:
         columns = ", ".join(dataset.column_names)
         raise ValueError(f"corpus {str(given)!r} has no column {text_column!r}, only {columns}")
-    files = list(builder.config.data_files[split])
+    files = builder.config.data_files[split]
     if path.exists():
         fingerprint = _hash_files([Path(file) for file in files])
-    else:  # the names hold the commit
-        fingerprint = hashlib.blake2b("\n".join(files).encode(), digest_size=16).hexdigest()
+    else:  # these name the commit
+        fingerprint = hashlib.blake2b(repr([list(files), files.origin_metadata]).encode(), digest_size=16).hexdigest()
 
     def rows() -> Iterator[Row]:
         try:
