@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 Row = tuple[str, ...]  # the lines of one record: of a file one line, of a data set all lines of one text
 Samples = Literal["packed", "released"]
 
-_BATCH = 1000  # sentences tokenised at once
-_CHUNK_CHARACTERS = 2**20
+_ROWS = 1000  # records read at once
+_CHUNK_CHARACTERS, _BATCH_CHARACTERS = 2**20, 2**17  # of a process's share, and of what it tokenises at once
 _LINES, _DOCUMENTS = 20, 1000  # lines a document where records are lines; documents among which B is drawn
 _PROCESSES = 16  # unless told otherwise: each takes some 50 MB
 _SAY_SECONDS = 60.0
@@ -106,7 +106,7 @@ def load_corpus(
     def build() -> Iterator["Dataset"]:
         rows = chain.from_iterable(found.rows() for found in sources)
         work = _Work(tokenizer, max_length, samples)
-        chunks = enumerate(_chunks(rows) if samples == "packed" else _blocks(_documents(rows)))
+        chunks = enumerate(_chunks(rows, _CHUNK_CHARACTERS) if samples == "packed" else _blocks(_documents(rows)))
         pieces = in_order(work, chunks, num_proc or _cores())
         return _datasets(_limited(pieces, limit_tokens), ", ".join(found.name for found in sources), say)
 
@@ -138,7 +138,11 @@ def pack(sentences: Iterable[list[int]], cls_token_id: int, sep_token_id: int, m
 
 
 def pair_up(
-    documents: Sequence[Sequence[int]], cls_token_id: int, sep_token_id: int, max_length: int, rng: np.random.Generator
+    documents: Sequence[Sequence[int] | np.ndarray],
+    cls_token_id: int,
+    sep_token_id: int,
+    max_length: int,
+    rng: np.random.Generator,
 ) -> Iterator[tuple[list[int], int]]:
     """The released sample of each of two or more documents: (`cls A sep B sep` of at most `max_length` ids, the number
     of them that are in segment 0). B is another of the documents, each as likely."""
@@ -231,7 +235,7 @@ class _Work:
             sentences = (sentence for text in texts for sentence in split_sentences(text))
             packed = list(pack(_tokenize(sentences, self.tokenizer), *special))
             return Sequences(_flat(packed), None, _lengths(packed))
-        documents = list(_tokenize(texts, self.tokenizer))
+        documents = [np.array(ids, np.int32) for ids in _tokenize(texts, self.tokenizer)]
         if len(documents) < 2:
             raise ValueError(
                 f"released samples pair documents, and this text has {len(documents)}, of {_LINES} lines or one record "
@@ -256,8 +260,7 @@ def _lengths(lists: list[list[int]]) -> np.ndarray:
 def _tokenize(texts: Iterable[str], tokenizer) -> Iterator[list[int]]:
     """Ids of each text that has any. The space in front makes byte-level tokenizers read it as the middle of a text."""
     encode = _encoder(tokenizer)
-    texts = (" " + text for text in texts)
-    while batch := list(islice(texts, _BATCH)):
+    for batch in _chunks(((" " + text,) for text in texts), _BATCH_CHARACTERS):
         yield from (ids for ids in encode(batch) if ids)
 
 
@@ -271,14 +274,14 @@ def _encoder(tokenizer) -> Callable[[list[str]], Iterable[list[int]]]:
     return lambda texts: (found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False))
 
 
-def _chunks(rows: Iterable[Row]) -> Iterator[list[str]]:
-    """The lines, in lists of about `_CHUNK_CHARACTERS`."""
+def _chunks(rows: Iterable[Row], characters: int) -> Iterator[list[str]]:
+    """The lines, in lists of about so many characters."""
     lines: list[str] = []
     size = 0
     for row in rows:
         lines += row
         size += sum(map(len, row)) + 1
-        if size >= _CHUNK_CHARACTERS:
+        if size >= characters:
             yield lines
             lines, size = [], 0
     if lines:
@@ -441,7 +444,7 @@ def _open_dataset(given: str | Path, split: str, text_column: str) -> Source:
 
     def rows() -> Iterator[Row]:
         try:
-            for batch in dataset.select_columns(text_column).iter(_BATCH):
+            for batch in dataset.select_columns(text_column).iter(_ROWS):
                 for text in batch[text_column]:
                     if lines := tuple(line for line in (text or "").splitlines() if line.strip()):
                         yield lines
