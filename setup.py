@@ -42,12 +42,16 @@ setup(
         "rich>=13",
     ],
     extras_require={
+        "onnx": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"],
         "postgresql": ["psycopg[binary]>=3.1"],
         "test": [
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-xdist>=3",
             "hypothesis>=6",
+            "onnx>=1.23",
+            "onnxruntime>=1.32",
+            "onnxscript>=0.7",
             "psycopg[binary]>=3.1",
             "ruff>=0.8",
             "build>=1",

@@ -13,9 +13,12 @@ USAGE = """usage: effbert COMMAND ...
   search   find a small BERT: effbert search --preset demo --output_dir runs/demo; with a process for each of two GPUs:
            torchrun --nproc-per-node 2 -m effbert search ...
   arch     parameters and FLOPs of an architecture: effbert arch "TEXT" --preset efficientbert
+  import   a checkpoint of the authors' as a transformers folder:
+           effbert import ckpt_ep10.bin --architecture efficientbert --output_dir student
   report   one HTML page about a search, finished or under way: effbert report runs/demo
   evaluate official metrics of a saved model: effbert evaluate MODEL --task mnli --data_dir GLUE
   predict  the GLUE server's zip, or SQuAD's answers: effbert predict mrpc=MODEL rte=MODEL --output glue.zip
+  export   a folder to deploy, for transformers or ONNX Runtime: effbert export runs/demo/best --output_dir small
   kernels  the code generated for an expression: effbert kernels show "TEXT", with --ptx sm_90 its assembly;
            tile sizes measured on this GPU: effbert kernels tune --output tiles.json
   bench    every kernel built for GPUs that are not here, and its time predicted: effbert bench compile-report, effbert
@@ -31,10 +34,6 @@ def run(arguments: list[str], world: World = ALONE) -> int:
     """Run one command; returns the exit status. ValueError and OSError carry one line for the person.
 
     world: the processes that all run it, a search only."""
-    commands = {
-        **{"search": search, "arch": arch, "report": report, "kernels": kernels, "bench": bench},
-        **{"evaluate": evaluate, "predict": predict},
-    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -43,14 +42,14 @@ def run(arguments: list[str], world: World = ALONE) -> int:
 
         print(__version__)
         return 0
-    if arguments[0] not in commands:
-        raise ValueError(f"unknown command {arguments[0]!r}: one of {', '.join(commands)}; effbert --help tells more")
+    if arguments[0] not in COMMANDS:
+        raise ValueError(f"unknown command {arguments[0]!r}: one of {', '.join(COMMANDS)}; effbert --help tells more")
     refuse_repeats(arguments[1:])
     if arguments[0] == "search":
         return search(arguments[1:], world)
     if world.size > 1:
         raise ValueError(f"effbert {arguments[0]} is for one process: start it without torchrun")
-    return commands[arguments[0]](arguments[1:])
+    return COMMANDS[arguments[0]](arguments[1:])
 
 
 def refuse_repeats(arguments: list[str]) -> None:
@@ -130,6 +129,29 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
+def export(arguments: list[str]) -> int:
+    """effbert export: write a student as a folder to deploy and say what is in it."""
+    import tyro
+
+    from effbert.export import ExportConfig
+    from effbert.export import export as write
+
+    @dataclass(frozen=True)
+    class Arguments:
+        """A trained student as a folder to deploy.
+
+        model: Folder that a student was saved in, such as a search's best/.
+        """
+
+        model: tyro.conf.Positional[str]
+        settings: tyro.conf.OmitArgPrefixes[ExportConfig]
+
+    given = parse(Arguments, arguments, "effbert export")
+    quiet_libraries()
+    print("\n".join(write(given.model, given.settings)))
+    return 0
+
+
 def evaluate(arguments: list[str]) -> int:
     """effbert evaluate: the official metrics of a saved model."""
     from effbert.answers import main_evaluate
@@ -148,11 +170,11 @@ def arch(arguments: list[str]) -> int:
     """effbert arch: print what an architecture has and costs, with and without the training-only projection."""
     import tyro
 
-    from effbert.architecture import Architecture, Dimensions
-    from effbert.config import DIMENSIONS
+    from effbert.architecture import Dimensions
+    from effbert.models import architecture_of, dimensions
 
     name, arguments = take_flag(arguments, "preset")
-    sizes = preset(name, DIMENSIONS, Dimensions())
+    sizes = dimensions(name) if name else Dimensions()
 
     @dataclass(frozen=True)
     class Arguments:
@@ -164,7 +186,40 @@ def arch(arguments: list[str]) -> int:
         dims: tyro.conf.OmitArgPrefixes[Dimensions] = dataclasses.field(default=sizes)
 
     given = parse(Arguments, arguments, "effbert arch")
-    print_costs(Architecture.parse(given.text), given.dims, given.length, given.num_labels)
+    print_costs(architecture_of(given.text), given.dims, given.length, given.num_labels)
+    return 0
+
+
+def import_(arguments: list[str]) -> int:
+    """effbert import: a checkpoint of the authors' as a transformers folder."""
+    import tyro
+
+    @dataclass(frozen=True)
+    class Arguments:
+        """A student or supernet in the authors' checkpoint format, as a folder that transformers loads.
+
+        checkpoint: their file. architecture: an expression a layer, joined by ", ", or the name of a published model
+        such as efficientbert. output_dir: a new folder. num_attention_heads: which the file does not tell. task: whose
+        labels its head has, such as mnli; of several heads the one to keep. vocab: BERT's vocab.txt, for a tokenizer.
+        """
+
+        checkpoint: tyro.conf.Positional[str]
+        architecture: str
+        output_dir: str
+        num_attention_heads: int = 12
+        task: str | None = None
+        vocab: str | None = None
+
+    given = parse(Arguments, arguments, "effbert import")
+    quiet_libraries()
+    from effbert.models import architecture_of
+    from effbert.released import import_checkpoint, save_imported
+
+    architecture = architecture_of(given.architecture)
+    model = import_checkpoint(given.checkpoint, architecture, given.num_attention_heads, given.task)
+    save_imported(model, given.output_dir, given.vocab)
+    without = "" if given.vocab else ", without a tokenizer: --vocab adds one"
+    print(f"{given.output_dir}: {type(model).__name__}, {model.num_parameters():,} parameters{without}")
     return 0
 
 
@@ -271,3 +326,16 @@ def bench(arguments: list[str]) -> int:
 
     module, rest = second_word("bench", arguments, BENCHMARKS)
     return importlib.import_module(f"effbert.bench.{module}").main(rest) or 0
+
+
+COMMANDS = {
+    "search": search,
+    "arch": arch,
+    "import": import_,
+    "report": report,
+    "evaluate": evaluate,
+    "predict": predict,
+    "export": export,
+    "kernels": kernels,
+    "bench": bench,
+}

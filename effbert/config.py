@@ -97,7 +97,7 @@ class SearchStage(Budget):
         for name, least in {"num_candidates": 1, "cohort": 1, "initial_samples": 2, "refit_every": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
-        if self.filter != "none" and max(1, round(self.cohort * (1 - self.filter_share))) == self.cohort:
+        if self.filter != "none" and self.kept(self.cohort) == self.cohort:
             raise ValueError(
                 f"filter is {self.filter}: with a filter_share of {self.filter_share} it would discard nobody of a "
                 f"cohort of {self.cohort}: give a larger cohort"
@@ -105,6 +105,10 @@ class SearchStage(Budget):
         rising = all(low < high for low, high in zip(self.rungs, self.rungs[1:], strict=False))
         if not self.rungs or not rising or self.rungs[0] <= 0 or self.rungs[-1] != 1:
             raise ValueError(f"rungs is {self.rungs}: it should rise, from above 0, to 1 at its end")
+
+    def kept(self, count: int) -> int:
+        """How many of `count` candidates the filter leaves to be trained."""
+        return count if self.filter == "none" else max(1, round(count * (1 - self.filter_share)))
 
 
 @dataclass(frozen=True)
@@ -406,8 +410,8 @@ def paper() -> SearchConfig:
     at full budget, LaNAS, ten epochs for each supernet. Give --teacher (BERT-base) and --corpus (Wikipedia and
     BooksCorpus).
 
-    Unlike it: one warm supernet for all stages, where the published search trains a second one for stage 3; and rows
-    that rank candidates are the rows of --validation_share, where its are another 1 % a stage.
+    Unlike it: one warm supernet for all stages, where the published search trains a second one for stage 3; and one
+    validation share of 1 % for all stages, where its stage 3 holds a tenth back.
     """
     general = TrainingArguments(learning_rate=1e-4, per_device_train_batch_size=64)
     task = TrainingArguments(learning_rate=4e-4, num_train_epochs=3, per_device_train_batch_size=64)
@@ -426,6 +430,7 @@ def paper() -> SearchConfig:
         pad_to_max_length=True,
         validation_share=0.01,
         population=1,
+        loss=LossWeights(loss_mask="released", score_form="direct"),
         supernet=ten,
         stage1=stage,
         stage2=stage,
@@ -464,6 +469,7 @@ def paper_fast() -> SearchConfig:
         pad_to_max_length=False,
         population=0,
         validation_share=0.02,
+        loss=LossWeights(),
         supernet=fast(base.supernet, 3),
         stage1=stage,
         stage2=stage,
@@ -487,7 +493,3 @@ PAPER_CORPUS_TOKENS = 1.27e9  # Wikipedia and BooksCorpus in samples of the publ
 PAPER_GENERAL_TOKENS = 16e6  # of a candidate's general phase
 
 PRESETS = {"demo": demo, "smoke": smoke, "paper": paper, "paper-fast": paper_fast}
-DIMENSIONS = {
-    "efficientbert": Dimensions,
-    "efficientbert-tiny": lambda: Dimensions(hidden_size=360, intermediate_size=360),
-}

@@ -1,9 +1,22 @@
-"""The authors' checkpoint naming: their parameter names in ours (students) and in transformers' (BERT teachers)."""
+"""The authors' checkpoints: their parameter names in ours (students) and in transformers' (BERT teachers), and a
+released student or supernet as a standalone model.
+
+Every size is read from the tensors; only the number of attention heads cannot be. A released student holds four MLPs a
+layer at full width, as the supernet does: an architecture uses slices of them, and those are what is kept.
+"""
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+
+from effbert.architecture import Architecture
+from effbert.data.tasks import plain_name
+from effbert.errors import first_line
+from effbert.files import atomic_dir
+from effbert.model import EffBertConfig, EffBertModel, EffBertPreTrainedModel, new_student, num_outputs
+from effbert.supernet import used_slices
 
 STUDENT_NAMES = (
     (r"^encoder\.", "layers."),
@@ -42,3 +55,168 @@ def _renamed(name: str, rules, prefix: str) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return prefix + name
+
+
+MULTI_TASK = ("mnli", "qqp", "qnli", "sst-2", "cola", "sts-b", "mrpc", "rte")  # the order of their `classifiers`
+LABELS = {"mnli": ("contradiction", "entailment", "neutral")}  # where their order is not that of `effbert.data.glue`
+MLP = re.compile(r"encoder\.(\d+)\.all_ffn\.(\d+)\.")
+
+
+def import_checkpoint(
+    path: str | Path, architecture: Architecture, num_attention_heads: int = 12, task: str | None = None
+) -> EffBertPreTrainedModel:
+    """A released student or supernet as a model of ours that runs `architecture`, in eval mode, with the head it has.
+
+    path: their file, read without running code. task: of GLUE or SQuAD, whose labels the head has; of several heads the
+    one to keep. The training-only projection stays. Masked neighbours are embedded as in the released code; a table
+    without neighbours (their 768-wide model) has its padding operations. ValueError, in one line, for missing or
+    surplus weights, sizes that do not go together, a head that is not the task's.
+    """
+    state = read_state(path)
+    config = config_of(state, architecture, num_attention_heads, path)
+    state = with_one_head(state, task, path)
+    pooled = "cls_pooler.dense.weight" in state
+    if "classifier.weight" in state:
+        kind, labels = head_of(len(state["classifier.weight"]), pooled, task, path)
+        model, prefix = new_student(config, kind, labels), "effbert."
+    else:
+        model, prefix = EffBertModel(config, add_pooling_layer=pooled), ""
+    fill(model, used_slices(student_state(state, prefix), architecture, config.intermediate_size, prefix), path)
+    return model.eval()
+
+
+def read_state(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint under its own names, without "module." and without a language-model head."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path}: no such file")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling, zip and end-of-file errors share no better class
+        raise ValueError(f"checkpoint {path}: no file of tensors that torch.load reads: {first_line(error)}") from None
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f'checkpoint {path}: holds no weights: a state dict, or {{"state_dict": ...}}, belongs there')
+    found = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return {name: tensor for name, tensor in found.items() if not name.startswith("lm_head.")}
+
+
+def config_of(
+    state: Mapping[str, torch.Tensor], architecture: Architecture, num_attention_heads: int, path: str | Path
+) -> EffBertConfig:
+    """The sizes of a checkpoint, for `architecture`. ValueError where it has other layers, or too few MLPs in one."""
+
+    def size(name: str, dimension: int) -> int:
+        if name not in state or state[name].dim() <= dimension:
+            raise ValueError(f"checkpoint {path}: it lacks {name}: is it a student or supernet of EfficientBERT?")
+        return state[name].shape[dimension]
+
+    stacks: dict[int, int] = {}
+    for layer, stack in (map(int, found.groups()) for found in map(MLP.match, state) if found):
+        stacks[layer] = max(stacks.get(layer, 0), stack + 1)
+    if sorted(stacks) != list(range(len(architecture.layers))):
+        raise ValueError(f"checkpoint {path}: {len(stacks)} layers, the architecture has {len(architecture.layers)}")
+    for layer, structure in enumerate(architecture.structures):
+        if structure.stacks > stacks[layer]:
+            raise ValueError(
+                f"checkpoint {path}: {stacks[layer]} MLPs in layer {layer + 1}, the architecture stacks "
+                f"{structure.stacks} there"
+            )
+    neighbours = "embeddings.dense.weight" in state
+    return EffBertConfig(
+        architecture=str(architecture),
+        vocab_size=size("embeddings.token_embeddings.weight", 0),
+        embedding_size=size("embeddings.token_embeddings.weight", 1) if neighbours else None,
+        hidden_size=size("embeddings.position_embeddings.weight", 1),
+        num_attention_heads=num_attention_heads,
+        intermediate_size=size("encoder.0.all_ffn.0.dense1.weight", 0),
+        max_position_embeddings=size("embeddings.position_embeddings.weight", 0),
+        type_vocab_size=size("embeddings.segment_embeddings.weight", 0),
+        fit_size=size("fit_dense.weight", 0) if "fit_dense.weight" in state else None,
+        neighbour_padding="released",
+        combine="truncate" if neighbours else "pad_released",
+    )
+
+
+def with_one_head(state: Mapping[str, torch.Tensor], task: str | None, path: str | Path) -> dict[str, torch.Tensor]:
+    """A state with the head of `task` alone, under the name that a model with one head has."""
+    if not any(name.startswith("classifiers.") for name in state):
+        return dict(state)
+    names = [plain_name(name) for name in MULTI_TASK]
+    if plain_name(task or "") not in names:
+        given = f"{task!r} is none of them" if task else "none is named"
+        raise ValueError(f"checkpoint {path}: its heads are of {', '.join(MULTI_TASK)}, and {given}: give --task")
+    own = f"classifiers.{names.index(plain_name(task))}."
+    return {
+        name.replace(own, "classifier."): tensor
+        for name, tensor in state.items()
+        if name.startswith(own) or not name.startswith("classifiers.")
+    }
+
+
+def head_of(width: int, pooled: bool, task: str | None, path: str | Path) -> tuple[str, tuple[str, ...]]:
+    """Kind and label names of a released head with `width` outputs, as `effbert.model.new_student` takes them."""
+    kind = "spans" if not pooled else "regression" if width == 1 else "classification"
+    if task is None:
+        return kind, tuple(f"LABEL_{index}" for index in range(width)) if kind == "classification" else ()
+    wanted, labels = kind_of(task)
+    if (wanted, num_outputs(wanted, labels)) != (kind, width):
+        raise ValueError(
+            f"checkpoint {path}: a head for {kind} with {width} outputs, task {task} needs {wanted} with "
+            f"{num_outputs(wanted, labels)}"
+        )
+    return kind, LABELS.get(plain_name(task), labels)
+
+
+def kind_of(task: str) -> tuple[str, tuple[str, ...]]:
+    """Kind and labels of a task of GLUE or SQuAD, by name."""
+    from effbert.data import glue, squad
+
+    name = plain_name(task)
+    if name in squad.VERSIONS:
+        return "spans", ()
+    if name not in glue.TASKS:
+        known = ", ".join([source.spec.name for source in glue.TASKS.values()] + list(squad.NAMES))
+        raise ValueError(f"--task {task}: the released heads are of {known}")
+    return glue.TASKS[name].spec.kind, glue.TASKS[name].spec.labels
+
+
+def fill(model: EffBertPreTrainedModel, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Load weights; ValueError that lists, under our names, what is missing, surplus or of another size."""
+    wanted = model.state_dict()
+    problems = {
+        "missing": wanted.keys() - state.keys(),
+        "surplus": state.keys() - wanted.keys(),
+        "of another size": {name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape},
+    }
+    said = [f"{what}: {', '.join(sorted(names))}" for what, names in problems.items() if names]
+    if said:
+        raise ValueError(f"checkpoint {path}: weights {'; '.join(said)}")
+    model.load_state_dict(state)
+
+
+def save_imported(model: EffBertPreTrainedModel, output_dir: str | Path, vocab: str | Path | None = None) -> None:
+    """A transformers folder of an imported model; vocab: a BERT vocabulary, a token a line, for its tokenizer (lower
+    case, as all released checkpoints). ValueError where the folder exists or the vocabulary is of another size."""
+    folder = Path(output_dir)
+    if folder.exists():
+        raise ValueError(f"--output_dir {folder} exists: give a folder that does not")
+    tokenizer = None if vocab is None else read_vocab(vocab, model.config)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_dir(folder) as temporary:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+
+
+def read_vocab(vocab: str | Path, config: EffBertConfig):
+    """The lower-casing WordPiece tokenizer of a vocabulary file."""
+    from transformers import BertTokenizer
+
+    if not Path(vocab).is_file():
+        raise FileNotFoundError(f"--vocab {vocab}: no such file")
+    tokens = Path(vocab).read_text(encoding="utf-8").splitlines()
+    if len(tokens) != config.vocab_size:
+        raise ValueError(f"--vocab {vocab}: {len(tokens)} tokens, the checkpoint has {config.vocab_size}")
+    known = {token: index for index, token in enumerate(tokens)}
+    return BertTokenizer(vocab=known, do_lower_case=True, model_max_length=config.max_position_embeddings)

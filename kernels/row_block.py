@@ -7,7 +7,7 @@ The one idea: a program owns BLOCK_M whole rows and takes the stages one after t
 What a stage writes, the next one of the same program reads back: no other program needs it, so no launch has to come
 between, and it comes from the caches. No stage keeps more in registers than its own kernel would: the products go tile
 by tile of BLOCK_N columns, LayerNorm ROWS whole rows at a time, both by the functions of those kernels, so the results
-have the same bits.
+have the same bits, but for the gradients of the norm's weight and bias, which are summed over other groups of rows.
 
 It needs rows enough to give every multiprocessor its share, and its slots' functions key its compilations in pairs:
 `effbert.kernels.tiles` decides, and what it refuses goes to the separate kernels. It refuses AMD's GPUs, where the

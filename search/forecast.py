@@ -3,8 +3,8 @@
 The one idea: time is tokens times seconds a token, of four kinds: a teacher's pass, a candidate's step, a step of the
 whole supernet, and scoring. `measure` times these on a few real batches here; `assume` derives them from counted FLOPs
 and assumed rates. Tokens are those of the batches that will be drawn, padding included, or follow from sizes that are
-only declared (effbert.bench.forecast). Left out: loading data,
-extracting candidates, the sampler, and what teachers take: training the run's own, fine-tuning for a task.
+only declared (effbert.bench.forecast). Left out: loading data, extracting candidates, the sampler, what teachers take
+(training the run's own, fine-tuning for a task), and what is saved where a CPU keeps the teacher's outputs.
 """
 
 import dataclasses
@@ -123,7 +123,7 @@ def candidates(name: str, settings: SearchStage, data: DataSizes, rates: Rates, 
     cohorts, rest = divmod(settings.num_candidates, settings.cohort)
     tokens, seconds = 0, 0.0
     for size, times in ((settings.cohort, cohorts), (rest, 1)):
-        trained = size if settings.filter == "none" else max(1, round(size * (1 - settings.filter_share)))
+        trained = settings.kept(size)
         for rung in ladder(settings, trained) if size and times else ():
             each = student_tokens(data, cut(settings, rung.share))
             groups = -(-rung.places // together)

@@ -15,13 +15,24 @@ def fronts(points: Sequence[Sequence[float]]) -> list[int]:
     values = np.asarray(points, float)
     found, left, front = np.full(len(values), -1), np.arange(len(values)), 0
     while len(left):
-        here = values[left]
-        no_worse = (here[:, None] >= here[None]).all(-1)
-        better = no_worse & (here[:, None] > here[None]).any(-1)
-        unbeaten = ~better.any(0)
-        found[left[unbeaten]] = front
-        left, front = left[~unbeaten], front + 1
+        first = _unbeaten(values[left])
+        found[left[first]] = front
+        left, front = left[~first], front + 1
     return found.tolist()
+
+
+def best(points: Sequence[Sequence[float]]) -> list[int]:
+    """Indices, rising, of the points that no other beats; of equal points the first."""
+    if not len(points):
+        return []
+    first = {tuple(points[index]): index for index in np.flatnonzero(_unbeaten(np.asarray(points, float)))[::-1]}
+    return sorted(map(int, first.values()))
+
+
+def _unbeaten(values: np.ndarray) -> np.ndarray:
+    no_worse = (values[:, None] >= values[None]).all(-1)
+    better = no_worse & (values[:, None] > values[None]).any(-1)
+    return ~better.any(0)
 
 
 def point(value: float, evaluation: Evaluation, minimize: Sequence[str]) -> tuple[float, ...]:
@@ -32,6 +43,5 @@ def point(value: float, evaluation: Evaluation, minimize: Sequence[str]) -> tupl
 def best_front(evaluations: Sequence[Evaluation], minimize: Sequence[str]) -> list[Evaluation]:
     """The complete candidates that no other beats, the highest value first; of equal points the first."""
     complete = [evaluation for evaluation in evaluations if evaluation.state == "complete"]
-    points = [point(evaluation.value, evaluation, minimize) for evaluation in complete]
-    first = {p: e for p, e, front in reversed(list(zip(points, complete, fronts(points), strict=True))) if front == 0}
-    return sorted(first.values(), key=lambda evaluation: (-evaluation.value, evaluation.number))
+    chosen = best([point(evaluation.value, evaluation, minimize) for evaluation in complete])
+    return sorted((complete[index] for index in chosen), key=lambda evaluation: (-evaluation.value, evaluation.number))

@@ -19,7 +19,7 @@ from effbert.architecture import Architecture, Dimensions, mlp_parameters
 from effbert.config import SearchStage
 from effbert.files import write_atomic
 from effbert.kernels.expression import ExpressionError
-from effbert.search import report
+from effbert.search import pareto, report
 from effbert.search.budget import ladder
 from effbert.search.figures import Chart, bars, best_so_far, escape, intervals, tag, tree
 from effbert.search.record import Record, read_record
@@ -136,18 +136,6 @@ def candidates(record: Record, stage: str, metric: str) -> list[Candidate]:
         score = last if evaluation.value is None else evaluation.value
         found.append(Candidate(evaluation, score, rungs, [value for value in epochs if value is not None]))
     return found
-
-
-def front(points: Iterable[tuple[float, float]]) -> list[int]:
-    """Indices of the points (cost, value) that no other beats: none costs less or the same and is worth more or the
-    same. Of equal points the first; by rising cost."""
-    points = list(points)
-    order = sorted(range(len(points)), key=lambda index: (points[index][0], -points[index][1], index))
-    kept: list[int] = []
-    for index in order:
-        if not kept or points[index][1] > points[kept[-1]][1]:
-            kept.append(index)
-    return kept
 
 
 def summary(record: Record, stages: dict[str, list[Candidate]], metric: str) -> str:
@@ -361,7 +349,7 @@ def _front(name: str, cost: str, complete: list[Candidate], metric: str) -> str:
     if len(costs_seen) == 1:
         number = f"{costs_seen.pop():,.6g}" if cost == "latency_ms" else f"{costs_seen.pop():,.0f}"
         return _missing(f"The same for all {len(points)} candidates: {number} {_COSTS[cost]}.")
-    chosen = front(points)
+    chosen = sorted(pareto.best([(-x, y) for x, y in points]), key=points.__getitem__)
     chart = Chart([x for x, _ in points], [y for _, y in points], _COSTS[cost], metric)
     dominated = sorted(set(range(len(points))) - set(chosen))
     chart.dots([points[index] for index in dominated], "dominated", [known[index].hint for index in dominated])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import platform
 import shutil
 import tempfile
@@ -256,7 +257,11 @@ class Pages:
 
 
 def _tau(found: Interval) -> dict:
-    return {"kendall": found.estimate, "low": found.low, "high": found.high, "candidates": found.count}
+    """An entry of agreement.json, null where it is undefined: all values equal."""
+    numbers = {"kendall": found.estimate, "low": found.low, "high": found.high}
+    return {name: number if math.isfinite(number) else None for name, number in numbers.items()} | {
+        "candidates": found.count
+    }
 
 
 def finish(

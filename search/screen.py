@@ -4,7 +4,7 @@ Both cost a moment where training costs minutes. What was found is kept beside t
 that alone; a discarded candidate keeps its number, is pruned without a value, and no sampler learns from it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from effbert import random
@@ -25,12 +25,12 @@ TRIED = 8  # architectures measured before a search whose latency is limited
 @dataclass(frozen=True)
 class Screen:
     """latencies, score: None where latency does not count, or there is no filter. max_latency_ms: 0 for no limit.
-    share: of a cohort, discarded by the filter."""
+    kept: how many of so many candidates the filter leaves."""
 
     latencies: Latencies | None
     max_latency_ms: float
     score: Score | None
-    share: float
+    kept: Callable[[int], int]
 
     def look(self, architecture: Architecture) -> dict[str, float]:
         """What is kept beside a candidate."""
@@ -48,7 +48,7 @@ class Screen:
         }
         scores = {number: attrs[FILTER] for number, attrs in found.items() if self.score and number not in gone}
         if scores:
-            stay = survivors(scores, keys, max(1, round(len(scores) * (1 - self.share))))
+            stay = survivors(scores, keys, self.kept(len(scores)))
             gone |= {number: "among the worst by the filter" for number in scores.keys() - set(stay)}
         return gone
 
@@ -59,7 +59,7 @@ def make_screen(workspace: Workspace, supernet: Supernet, settings: SearchStage)
     timed = limit or "latency" in workspace.config.minimize
     if not timed and score is None:
         return None
-    return Screen(Latencies(workspace) if timed else None, limit, score, settings.filter_share)
+    return Screen(Latencies(workspace) if timed else None, limit, score, settings.kept)
 
 
 def check_latency(workspace: Workspace, space: ArchitectureSpace) -> None:

@@ -12,7 +12,9 @@ from rich.console import Console
 
 from effbert.config import PRESETS
 from effbert.data.tokenizer import train_wordpiece
+from effbert.search.pareto import best_front
 from effbert.search.progress import Reporter
+from effbert.search.record import read_record
 from effbert.search.run import run_search
 
 WORDS = "the small model reads long words about trees and rivers in every quiet town near some old stone bridge".split()
@@ -116,3 +118,24 @@ def test_a_search_under_a_given_teacher_of_another_family(tmp_path, family):
     student = transformers.AutoConfig.from_pretrained(tmp_path / "run" / "best")
     assert student.vocab_size == len(tokenizer)
     assert student.position_offset == (1 if family == "Roberta" else 0)
+
+
+def test_a_search_for_several_objectives_behind_a_filter_and_a_latency_limit(tmp_path):
+    base = tiny(tmp_path)
+    screened = dataclasses.replace(base.stage1, num_candidates=4, cohort=4, filter="w-pca", rungs=(1.0,))
+    config = dataclasses.replace(
+        base, stage1=screened, stage2=screened, minimize=("flops", "latency"), max_latency_ms=1e4,
+        agreement_candidates=0, stage3=dataclasses.replace(base.stage3, num_candidates=6),
+    )  # fmt: skip
+    results, _ = search(config)
+    stages = read_record(tmp_path / "run").stages
+    for name, discarded in {"stage1": 2, "stage2": 1}.items():  # in stage 2 the winner of stage 1 stays beside half
+        gone = [found for found in stages[name] if found.attrs.get("discarded") == "among the worst by the filter"]
+        assert [found.state for found in gone] == ["pruned"] * discarded
+        assert all({"latency_ms", "filter_score"} <= found.attrs.keys() for found in stages[name])
+    agreed = json.loads((tmp_path / "run" / "agreement.json").read_text())
+    filters = [entry["stage"] for entry in agreed if entry["what"].startswith("filter w-pca")]
+    assert filters == ["stage1", "stage2"]
+    best = best_front(stages["stage3"], config.minimize)
+    rows = [row["architecture"] for row in results["table"] if row["row"] == "winner" or row["row"].startswith("front")]
+    assert rows == [found.architecture for found in best[: 1 + config.final.num_front]]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effbert.search.budget import survivors
-from effbert.search.pareto import best_front, fronts, point
+from effbert.search.pareto import best, best_front, fronts, point
 from effbert.search.stages import by_fronts
 from effbert.search.study import Evaluation
 
@@ -25,6 +25,13 @@ def test_a_point_is_one_front_behind_the_worst_that_beats_it(points):
     for own, here in zip(found, points, strict=True):
         before = [front for front, other in zip(found, points, strict=True) if beats(other, here)]
         assert own == max(before, default=-1) + 1
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 4)] * 2), max_size=20))
+def test_the_best_are_the_first_front_each_point_once(points):
+    assert best(points) == [
+        index for index, front in enumerate(fronts(points)) if front == 0 and points[index] not in points[:index]
+    ]
 
 
 def test_fronts_of_one_objective_are_its_order():

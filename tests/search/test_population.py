@@ -5,27 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from effbert import random
 from effbert.engine import Phase
 from effbert.evaluate import unpack_hits
 from effbert.search import population
 from effbert.search.progress import Reporter
-from effbert.search.run import coarse_space
 from effbert.student import Distillation, Student, distil
-from effbert.supernet import Supernet, supernet_config
-
-
-@pytest.fixture(scope="module")
-def supernet(workspace):
-    torch.manual_seed(0)
-    base = supernet_config(workspace.student_config(), workspace.config.student.num_hidden_layers)
-    return Supernet(base, [workspace.main_task.spec]).eval()
-
-
-@pytest.fixture(scope="module")
-def architectures(workspace):
-    space = coarse_space(workspace, Reporter())
-    return [space.sample(random.generator(0, "test", number)) for number in range(3)]
 
 
 @pytest.fixture

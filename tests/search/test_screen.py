@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from effbert import random
 from effbert.config import SearchConfig, SearchStage
 from effbert.kernels import Expression
 from effbert.search import proxies, screen
@@ -15,31 +14,14 @@ from effbert.search.agreement import of_filter
 from effbert.search.latency import Latencies
 from effbert.search.population import Evaluator, Outcome
 from effbert.search.progress import Reporter
-from effbert.search.run import coarse_space
 from effbert.search.screen import Screen, check_latency, make_screen
 from effbert.search.stages import search_stage
 from effbert.search.study import Study
 from effbert.search.workers import Workers
 from effbert.step import general_lesson
-from effbert.supernet import Supernet, supernet_config
 from effbert.workspace import model_inputs
 
-
-@pytest.fixture(scope="module")
-def space(workspace):
-    return coarse_space(workspace, Reporter())
-
-
-@pytest.fixture(scope="module")
-def supernet(workspace):
-    torch.manual_seed(0)
-    base = supernet_config(workspace.student_config(), workspace.config.student.num_hidden_layers)
-    return Supernet(base, [workspace.main_task.spec]).eval()
-
-
-@pytest.fixture(scope="module")
-def architectures(space):
-    return [space.sample(random.generator(0, "screen", number)) for number in range(4)]
+HALF = SearchStage(cohort=2, filter="parameters").kept
 
 
 def changed(workspace, folder=None, **changes):
@@ -121,7 +103,7 @@ def test_no_filter_and_an_unknown_one(workspace, supernet):
 
 
 def test_a_filter_discards_the_worst_and_ties_go_by_key():
-    filter_only = Screen(None, 0.0, lambda architecture: 0.0, 0.5)
+    filter_only = Screen(None, 0.0, lambda architecture: 0.0, HALF)
     found = {number: {screen.FILTER: score} for number, score in enumerate([3.0, 1.0, 2.0, 1.0])}
     gone = filter_only.discard(found, {number: str(9 - number) for number in found})
     assert gone == {1: "among the worst by the filter", 3: "among the worst by the filter"}
@@ -130,7 +112,7 @@ def test_a_filter_discards_the_worst_and_ties_go_by_key():
 
 
 def test_latency_goes_first_and_the_filter_chooses_among_the_rest():
-    both = Screen(None, 10.0, lambda architecture: 0.0, 0.5)
+    both = Screen(None, 10.0, lambda architecture: 0.0, HALF)
     found = {
         number: {screen.LATENCY: taken, screen.FILTER: score}
         for number, (taken, score) in enumerate([(11, 9.0), (9, 1.0), (8, 2.0)])
@@ -152,7 +134,7 @@ def test_a_stage_trains_only_what_the_filter_left_and_a_resume_does_not_look_aga
         return [(number, Outcome(float(number), {"parameters": 1})) for number, _ in members]
 
     def run():
-        evaluator = Evaluator(len, evaluate, Screen(None, 0.0, look, settings.filter_share))
+        evaluator = Evaluator(len, evaluate, Screen(None, 0.0, look, settings.kept))
         with Workers(tmp_path) as workers, Reporter() as reporter:
             stage = Study(tmp_path, workers=workers).stage("stage1")
             search_stage(stage, "stage1", space, settings, 0, evaluator, None, reporter, workers)
@@ -186,7 +168,7 @@ def test_of_equal_candidates_the_one_that_costs_less_wins_where_costs_count(tmp_
 
 def test_a_stage_whose_candidates_are_all_too_slow_says_so(tmp_path, space):
     settings = SearchStage(num_candidates=2, cohort=2, sampler="random")
-    slow = Evaluator(len, None, Screen(SimpleNamespace(of=lambda architecture: 11.0), 10.0, None, 0.5))
+    slow = Evaluator(len, None, Screen(SimpleNamespace(of=lambda architecture: 11.0), 10.0, None, HALF))
     with pytest.raises(ValueError, match=r"stage1: every candidate was discarded .* takes 11\.00 ms, over 10"):
         run_stage(tmp_path, space, settings, slow)
 
@@ -197,7 +179,7 @@ def test_the_winner_of_the_stage_before_is_never_discarded(tmp_path, space, arch
     def evaluate(members, share):
         return [(number, Outcome(0.5, {"parameters": 1})) for number, _ in members]
 
-    evaluator = Evaluator(len, evaluate, Screen(None, 0.0, lambda architecture: 1.0, settings.filter_share))
+    evaluator = Evaluator(len, evaluate, Screen(None, 0.0, lambda architecture: 1.0, settings.kept))
     with Workers(tmp_path) as workers, Reporter() as reporter:
         stage = Study(tmp_path, workers=workers).stage("stage2")
         search_stage(stage, "stage2", space, settings, 0, evaluator, architectures[0], reporter, workers)

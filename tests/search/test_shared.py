@@ -1,32 +1,29 @@
 """Shared weights: what a batch trains, in single-path and sandwich form, from one pass of the teacher."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 
 from effbert import random
-from effbert.search.progress import Reporter
-from effbert.search.run import coarse_space
 from effbert.search.shared import Draws
 from effbert.search.space import ArchitectureSpace
 from effbert.step import general_lesson
-from effbert.supernet import Supernet, supernet_config
 from effbert.workspace import model_inputs
 
 
 @pytest.fixture(scope="module")
-def space(workspace):
-    coarse = coarse_space(workspace, Reporter())
-    base = coarse.sample(random.generator(0, "shared"))
-    return ArchitectureSpace("fine", coarse.dims, coarse.num_layers, *workspace.config.band(coarse.dims), base)
+def space(workspace, space):
+    """The space of stage 3 round a candidate of stage 1's."""
+    base = space.sample(random.generator(0, "shared"))
+    return ArchitectureSpace("fine", space.dims, space.num_layers, *workspace.config.band(space.dims), base)
 
 
 @pytest.fixture
-def supernet(workspace):
-    torch.manual_seed(0)
-    base = supernet_config(workspace.student_config(), workspace.config.student.num_hidden_layers)
-    return Supernet(base, [workspace.main_task.spec]).eval()
+def supernet(supernet):
+    """One of each test's own, to train."""
+    return copy.deepcopy(supernet)
 
 
 def draws(workspace, supernet, space, sharing):

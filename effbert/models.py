@@ -1,0 +1,90 @@
+"""The named models: the published students and the baselines that are distilled the same way.
+
+All take the teacher's vocabulary and train with a projection to its width. Where they start is another matter: the
+published students from a supernet's slices, the narrow ones from its first channels (`Supernet.narrowed`).
+"""
+
+import re
+from collections.abc import Mapping
+
+from effbert.architecture import PUBLISHED, Architecture, Dimensions, count_parameters
+from effbert.kernels.expression import ExpressionError
+
+_PUBLISHED = Architecture.parse(PUBLISHED)
+_NAME = re.compile(r"[a-z][a-z0-9-]+")
+_PLAIN = re.compile(r"bert-(\d+)x(\d+)(?:x(\d+))?")
+
+
+def _plain(layers: int, hidden: int, intermediate: int) -> dict:
+    """A plain BERT: one gelu MLP a layer, a token table of the hidden width without neighbours."""
+    return {
+        "architecture": str(Architecture.uniform("1_1", layers)),
+        "embedding_size": None,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+    }
+
+
+def _published(hidden: int, times: int = 1) -> dict:
+    return {"architecture": str(_PUBLISHED.repeat(times)), "hidden_size": hidden, "intermediate_size": hidden}
+
+
+# What a model sets in an EffBertConfig; sizes that it leaves out are efficientbert's.
+MODELS: Mapping[str, dict] = {
+    "efficientbert": _published(540),
+    "efficientbert-tiny": _published(360),
+    "efficientbert-plus": _published(540),  # efficientbert, but begun from the weights that stage 3 shared among tasks
+    "efficientbert-plusplus": _published(360, times=2),
+    "efficientbert-tinybert6": _published(768) | {"embedding_size": None, "intermediate_size": 3072, "combine": "pad"},
+    "tinybert4": _plain(4, 312, 1200),
+    "tinybert6": _plain(6, 768, 3072),
+}
+
+
+def model_fields(name: str) -> dict:
+    """What a named model sets in an EffBertConfig: one of MODELS, or bert-LAYERSxHIDDEN[xINTERMEDIATE], a plain BERT of
+    any size, four times as wide inside where that is left out. ValueError, with the names, for another one."""
+    if name in MODELS:
+        return dict(MODELS[name])
+    found = _PLAIN.fullmatch(name)
+    if not found:
+        raise ValueError(f"unknown model {name!r}: one of {', '.join(MODELS)}, or a plain BERT such as bert-6x312")
+    layers, hidden = int(found[1]), int(found[2])
+    if 0 in (layers, hidden) or found[3] == "0":
+        raise ValueError(f"model {name!r}: layers and widths must be at least 1")
+    return _plain(layers, hidden, int(found[3] or 4 * hidden))
+
+
+def architecture_of(text: str) -> Architecture:
+    """The architecture of a named model, or that which the text spells out."""
+    if not _NAME.fullmatch(text):
+        return Architecture.parse(text)
+    try:
+        return Architecture.parse(model_fields(text)["architecture"])
+    except ValueError as error:
+        raise ExpressionError(f"{text!r} is no expression, and {error}") from None
+
+
+def dimensions(name: str) -> Dimensions:
+    """The sizes of a named model, with BERT's vocabulary and a projection to 768."""
+    fields = model_fields(name)
+    return Dimensions(**{size: fields[size] for size in ("hidden_size", "intermediate_size")},
+                      embedding_size=fields.get("embedding_size", Dimensions.embedding_size))  # fmt: skip
+
+
+def sized_down(teacher, num_layers: int, parameters: int) -> str:
+    """The plain BERT, by name, that a teacher becomes when all its widths shrink in proportion: of `num_layers`, and of
+    the hidden width, a multiple of its heads, at which it has closest to so many parameters without pooler and head."""
+    heads = teacher.num_attention_heads
+    ratio = teacher.intermediate_size / teacher.hidden_size
+
+    def distance(hidden: int) -> int:
+        dims = Dimensions(
+            vocab_size=teacher.vocab_size, embedding_size=None, hidden_size=hidden, fit_size=None,
+            intermediate_size=round(ratio * hidden), max_position_embeddings=teacher.max_position_embeddings,
+            type_vocab_size=teacher.type_vocab_size,
+        )  # fmt: skip
+        return abs(count_parameters(Architecture.uniform("1_1", num_layers), dims).total - parameters)
+
+    hidden = min(range(heads, teacher.hidden_size + 1, heads), key=distance)
+    return f"bert-{num_layers}x{hidden}x{round(ratio * hidden)}"

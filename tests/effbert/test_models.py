@@ -1,0 +1,102 @@
+"""The named models: their sizes are the published ones, and the narrow ones begin with slices of a wide supernet."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig
+
+from effbert.__main__ import main
+from effbert.architecture import Architecture, count_parameters
+from effbert.data.tasks import TaskSpec
+from effbert.kernels.expression import ExpressionError
+from effbert.model import EffBertConfig, EffBertModel
+from effbert.models import MODELS, architecture_of, dimensions, model_fields, sized_down
+from effbert.supernet import Supernet, supernet_config
+
+PARAMETERS = json.loads((Path(__file__).parents[1] / "fixtures" / "params.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("efficientbert", "auto_bert"),
+        ("efficientbert-plus", "auto_bert"),
+        ("efficientbert-tiny", "auto_bert_small"),
+        ("efficientbert-plusplus", "auto_bert_12"),
+        ("efficientbert-tinybert6", "auto_tiny_bert"),
+    ],
+)
+def test_a_published_student_has_the_published_parameters(name, published):
+    counted = count_parameters(architecture_of(name), dimensions(name))
+    true = PARAMETERS["archs"]["released_FFN_EXPR"][published]
+    assert counted.total_with_projection == true["total_with_fit_dense"]
+    assert counted.total == true["total_without_fit_dense"]
+
+
+def test_tinybert_has_its_parameters():
+    dims = dimensions("tinybert4")
+    counted = count_parameters(architecture_of("tinybert4"), dims)
+    assert counted.total_with_projection == PARAMETERS["models"]["tiny_bert"]["single"]
+
+
+@pytest.mark.parametrize("name", [*MODELS, "bert-2x24", "bert-2x24x30"])
+def test_a_model_is_what_its_dimensions_say(name):
+    fields = model_fields(name)
+    small = EffBertConfig(**fields | {"vocab_size": 50, "max_position_embeddings": 16})
+    dims = dimensions(name)
+    assert (small.hidden_size, small.intermediate_size) == (dims.hidden_size, dims.intermediate_size)
+    with torch.device("meta"):
+        model = EffBertModel(small, add_pooling_layer=False)
+    assert model.num_parameters() == count_parameters(architecture_of(name), small).total
+
+
+def test_a_plain_bert_of_any_size():
+    assert model_fields("bert-3x24")["intermediate_size"] == 96
+    assert str(architecture_of("bert-3x24x7")) == str(Architecture.uniform("1_1", 3))
+
+
+@pytest.mark.parametrize("name", ["efficientbart", "bert-0x24", "bert-2x24x0", "bert-2"])
+def test_an_unknown_model_is_one_line(name):
+    with pytest.raises(ValueError, match=name):
+        model_fields(name)
+    with pytest.raises(ExpressionError, match="is no expression"):
+        architecture_of(name)
+
+
+def test_a_teacher_sized_down_keeps_its_proportions():
+    teacher = BertConfig()
+    name = sized_down(teacher, 6, 15_000_000)
+    dims = dimensions(name)
+    assert dims.intermediate_size == 4 * dims.hidden_size and dims.hidden_size % teacher.num_attention_heads == 0
+    count = count_parameters(architecture_of(name), dims).total
+    assert abs(count - 15_000_000) < 500_000
+
+
+def test_a_narrow_supernet_is_the_first_channels_of_a_wide_one_each_layer_twice():
+    wide = EffBertConfig(
+        vocab_size=30, embedding_size=4, hidden_size=12, intermediate_size=12, num_attention_heads=2,
+        max_position_embeddings=8, fit_size=20,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    supernet = Supernet(supernet_config(wide, 2), [TaskSpec("mine", "regression", (), ("pearson",), False)]).eval()
+    narrow = supernet.narrowed(8, times=2)
+    assert len(narrow.effbert.layers) == 4 and narrow.config.intermediate_size == 8
+    source = supernet.effbert.layers[1].mlps[3]
+    for layer in (2, 3):
+        mine = narrow.effbert.layers[layer].mlps[3]
+        torch.testing.assert_close(mine.dense2.weight, source.dense2.weight[:8, :8], rtol=0, atol=0)
+    torch.testing.assert_close(narrow.effbert.fit_dense.weight, supernet.effbert.fit_dense.weight[:, :8])
+    torch.testing.assert_close(narrow.effbert.embeddings.dense.weight, supernet.effbert.embeddings.dense.weight[:8])
+    ids = torch.randint(1, 30, (2, 8))
+    assert torch.isfinite(narrow.trace(ids, task="mine").logits).all()
+    with pytest.raises(ValueError, match="no first 16 channels"):
+        supernet.narrowed(16)
+
+
+def test_arch_takes_a_name(capsys):
+    assert main(["arch", "efficientbert-tiny", "--preset", "efficientbert-tiny"]) == 0
+    assert "9,375,144" in capsys.readouterr().out
+    assert main(["arch", "efficientbert", "--preset", "small"]) == 2
+    assert "unknown model 'small'" in capsys.readouterr().err

@@ -1,0 +1,164 @@
+"""The authors' checkpoints become folders that transformers loads, with the recorded outputs."""
+
+import pytest
+import torch
+import transformers
+
+from effbert.__main__ import main
+from effbert.architecture import Architecture
+from effbert.released import MULTI_TASK, import_checkpoint
+
+
+def student(parity, task="mnli"):
+    """The recorded student with the head of a task, under the authors' names."""
+    kept = {k: v for k, v in parity.student_state.items() if not k.startswith(("cls_pooler", "classifier"))}
+    if task == "mnli":
+        return dict(parity.student_state)
+    return {**kept, **{k: v for k, v in parity._heads("student", task).items()}}
+
+
+def saved(tmp_path, state, module=False, bare=False):
+    state = {f"module.{name}" if module else name: tensor for name, tensor in state.items()}
+    path = tmp_path / "best_model.bin"
+    torch.save(state if bare else {"state_dict": state, "epoch": 3}, path)
+    return path
+
+
+def logits(parity, folder, kind="SequenceClassification"):
+    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model, model(*parity.inputs)
+
+
+def close(mine, recorded):
+    torch.testing.assert_close(mine, recorded, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["released_head", "released_tail", "handmade_widthmix", "random1", "supernet_equiv"])
+def test_an_imported_student_gives_the_recorded_outputs(parity, tmp_path, name, capsys):
+    path = saved(tmp_path, student(parity), module=name == "released_tail")
+    text, folder = str(parity.architectures[name]), tmp_path / "out"
+    assert main(["import", str(path), "--architecture", text, "--output_dir", str(folder), "--task", "mnli"]) == 0
+    assert "EffBertForSequenceClassification" in capsys.readouterr().out
+    model, output = logits(parity, folder)
+    close(output.logits, parity.outputs[f"{name}/logits"])
+    close(model.effbert(*parity.inputs).last_hidden_state, parity.outputs[f"{name}/last_hidden"])
+    assert model.config.neighbour_padding == "released" and model.config.fit_size == 96
+    assert list(model.config.id2label.values()) == ["contradiction", "entailment", "neutral"]
+
+
+def test_the_supernet_without_a_head(parity, tmp_path):
+    state = {k: v for k, v in student(parity).items() if not k.startswith(("cls_pooler", "classifier"))}
+    whole = Architecture.uniform("4_1", 3)
+    model = import_checkpoint(saved(tmp_path, state, bare=True), whole)
+    assert type(model).__name__ == "EffBertModel" and model.pooler is None
+    with torch.no_grad():
+        close(model(*parity.inputs).last_hidden_state, parity.outputs["supernet/last_hidden"])
+
+
+@pytest.mark.parametrize("task", MULTI_TASK)
+def test_each_head_of_a_multi_task_checkpoint(parity, tmp_path, task):
+    heads = {k.removeprefix("multitask/"): v for k, v in parity.outputs.items() if k.startswith("multitask/")}
+    recorded = {k: v for k, v in heads.items() if k.startswith("OUT")}
+    state = student(parity, "squad1.1") | {k: v for k, v in heads.items() if k not in recorded}
+    state = {k: v for k, v in state.items() if not k.startswith("classifier.")}
+    model = import_checkpoint(saved(tmp_path, state), parity.architectures["released_head"], task=task)
+    with torch.no_grad():
+        found = model(*parity.inputs).logits
+    close(found.squeeze(-1), recorded[f"OUT_logits_task{MULTI_TASK.index(task)}"])
+    assert model.config.num_labels == found.shape[1]
+
+
+def test_a_student_for_spans(parity, tmp_path):
+    path = saved(tmp_path, student(parity, "squad1.1"))
+    model = import_checkpoint(path, parity.architectures["released_head"], task="squad1.1")
+    supernet = parity.supernet("squad1.1")
+    with torch.no_grad():
+        output = model(*parity.inputs)
+        expected = supernet.trace(*parity.inputs, parity.architectures["released_head"], "squad1.1").logits
+    close(torch.stack((output.start_logits, output.end_logits), -1), expected)
+
+
+def test_a_table_without_neighbours_is_the_768_wide_kind(tmp_path):
+    from effbert.model import EffBertConfig, EffBertModel
+    from effbert.released import STUDENT_NAMES
+
+    architecture = Architecture.parse("linear1_2(relu(mul(linear1_2(x,wb1),x)),wb2)")
+    config = EffBertConfig(
+        architecture=str(Architecture.uniform("4_1", 1)), vocab_size=20, embedding_size=None, hidden_size=12,
+        intermediate_size=48, max_position_embeddings=9, num_attention_heads=2, combine="pad_released",
+    )  # fmt: skip
+    whole = EffBertModel(config, add_pooling_layer=False)
+    theirs = {}
+    for name, tensor in whole.state_dict().items():
+        for pattern, ours in reversed(STUDENT_NAMES[:4]):
+            name = name.replace(ours, pattern.replace(r"\b", "").replace("^", "").replace("\\.", "."))
+        theirs[name] = tensor
+    model = import_checkpoint(saved(tmp_path, theirs), architecture, num_attention_heads=2)
+    assert (model.config.combine, model.config.embedding_size, model.config.intermediate_size) == (
+        "pad_released", None, 48,
+    )  # fmt: skip
+    torch.testing.assert_close(model.layers[0].mlps[0].dense1.weight, whole.layers[0].mlps[0].dense1.weight[:24])
+
+
+def test_a_vocabulary_gives_it_a_tokenizer(parity, tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "world"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words + [f"w{n}" for n in range(200 - len(words))]) + "\n")
+    path, folder = saved(tmp_path, student(parity)), tmp_path / "out"
+    given = ["import", str(path), "--architecture", str(parity.architectures["random0"]), "--output_dir", str(folder)]
+    assert main([*given, "--vocab", str(tmp_path / "vocab.txt")]) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("Hello world")["input_ids"] == [2, 5, 6, 3]
+    assert logits(parity, folder)[0].config.id2label[0] == "LABEL_0"
+
+
+def wrong(parity, tmp_path, state=None, *more, architecture="random0"):
+    path = saved(tmp_path, student(parity) if state is None else state)
+    text = str(parity.architectures.get(architecture, architecture))
+    return main(["import", str(path), "--architecture", text, "--output_dir", str(tmp_path / "out"), *more])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s.pop("encoder.1.attention.key.bias"), "missing: effbert.layers.1.attention.key.bias"),
+        (lambda s: s.update({"encoder.0.gate.weight": torch.ones(2)}), "surplus: effbert.layers.0.gate.weight"),
+        (lambda s: s.update({"encoder.0.attention.key.bias": torch.ones(7)}), "of another size: effbert.layers.0.att"),
+        (lambda s: s.pop("embeddings.token_embeddings.weight"), "lacks embeddings.token_embeddings.weight"),
+        (lambda s: [s.pop(k) for k in list(s) if k.startswith("encoder.2")], "2 layers, the architecture has 3"),
+        (lambda s: [s.pop(k) for k in list(s) if "all_ffn.2" in k or "all_ffn.3" in k], "2 MLPs in layer 1"),
+    ],
+)
+def test_weights_that_do_not_fit_are_listed(parity, tmp_path, capsys, change, said):
+    state = student(parity)
+    change(state)
+    assert wrong(parity, tmp_path, state) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_other_wrong_input_is_one_line(parity, tmp_path, capsys):
+    multi = {k: v for k, v in student(parity).items() if not k.startswith("classifier")}
+    multi |= {"classifiers.0.weight": torch.ones(3, 60), "classifiers.0.bias": torch.ones(3)}
+    (tmp_path / "vocab.txt").write_text("a\nb\n")
+    for state, more, said in (
+        (None, ("--task", "sst-2"), "a head for classification with 3 outputs, task sst-2 needs classification with 2"),
+        (None, ("--task", "imdb"), "--task imdb: the released heads are of"),
+        (None, ("--num_attention_heads", "7"), "does not divide into 7 attention heads"),
+        (None, ("--vocab", str(tmp_path / "vocab.txt")), "2 tokens, the checkpoint has 200"),
+        (None, ("--vocab", "nowhere.txt"), "--vocab nowhere.txt: no such file"),
+        (multi, (), "none is named: give --task"),
+        (multi, ("--task", "wnli"), "'wnli' is none of them"),
+        ({"a": 1}, (), "holds no weights"),
+    ):
+        assert wrong(parity, tmp_path, state, *more) == 2
+        assert said in capsys.readouterr().err
+    (tmp_path / "best_model.bin").write_bytes(b"not a checkpoint")
+    given = ["--architecture", "efficientbert", "--output_dir", str(tmp_path / "out")]
+    assert main(["import", str(tmp_path / "best_model.bin"), *given]) == 2
+    assert "no file of tensors" in capsys.readouterr().err
+    assert main(["import", str(tmp_path / "none.bin"), *given]) == 2
+    assert "no such file" in capsys.readouterr().err
+    (tmp_path / "out").mkdir()
+    assert wrong(parity, tmp_path) == 2
+    assert "out exists: give a folder that does not" in capsys.readouterr().err
