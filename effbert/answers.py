@@ -105,9 +105,10 @@ class SavedModel:
         return json.dumps([*parts, self.reading.doc_stride])
 
 
-def open_model(folder: str, spec: TaskSpec, reading: Reading) -> SavedModel:
+def open_model(folder: str | Path, spec: TaskSpec, reading: Reading) -> SavedModel:
     """A saved model for a task. ValueError or FileNotFoundError, one line, where the folder lacks a file, the model has
     no head for the task, its labels have other names, or it cannot read texts so long."""
+    pick_device(reading.device)
     config = read_config(folder, "model")
     if not answers(config, spec):
         has = "/".join(config.architectures or ()) or f"a bare {config.model_type}"
@@ -133,7 +134,7 @@ def open_model(folder: str, spec: TaskSpec, reading: Reading) -> SavedModel:
 
 
 def evaluate_saved(
-    folder: str,
+    folder: str | Path,
     task: str,
     data_dir: str | None = None,
     reading: Reading = Reading(),
@@ -213,7 +214,7 @@ class Unfinished:
 
 
 def predict_glue(
-    models: Mapping[str, str],
+    models: Mapping[str, str | Path],
     output: str | Path,
     data_dir: str | None = None,
     reading: Reading = Reading(),
@@ -229,6 +230,8 @@ def predict_glue(
     output = check_output(output)
     if output.suffix != ".zip":
         raise ValueError(f"--output {output}: the GLUE server takes a .zip")
+    if reading.labels and len(set(models.values())) > 1:
+        raise ValueError(f"--labels names the columns of one model, and there are {len(set(models.values()))}")
     opened = {task: open_model(folder, glue.source_of(task).spec, reading) for task, folder in models.items()}
     splits = {task: glue.source_of(task).results for task in models}
     rows = {(task, split): glue.load_split(task, split, data_dir) for task in models for split in splits[task]}
@@ -241,8 +244,10 @@ def predict_glue(
             texts[file], kept = done.text(file, key, partial(_glue_file, model, glue.source_of(task), split, part))
             say(f"{file}: {len(part):,} rows{', kept from before' if kept else ''}")
     with atomic_path(output) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for file in sorted(texts):  # a date of its own would make two equal zips differ
-            archive.writestr(zipfile.ZipInfo(file), texts[file], zipfile.ZIP_DEFLATED)
+        for file in sorted(texts):
+            entry = zipfile.ZipInfo(file)  # without the date, which would make two equal zips differ
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, texts[file], zipfile.ZIP_DEFLATED)
     done.remove()
     return output
 
@@ -258,7 +263,7 @@ def _glue_file(model: SavedModel, source: glue.Source, split: str, rows: "Datase
 
 
 def predict_squad(
-    folder: str,
+    folder: str | Path,
     task: str,
     output: str | Path,
     data_dir: str | None = None,

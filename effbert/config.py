@@ -145,7 +145,7 @@ class RunConfig:
         seed: Of everything random.
         device: "auto" (the GPU where there is one), "cpu", "cuda"; each process of several has a GPU of its own.
         num_threads: CPU threads, and processes that tokenise the corpus; 0 leaves it to PyTorch, and is one process a
-            core. The last bits of a score depend on the threads.
+            core, 16 at most. The last bits of a score depend on the threads.
     """
 
     output_dir: str

@@ -39,9 +39,10 @@ if TYPE_CHECKING:
 Row = tuple[str, ...]  # the lines of one record: of a file one line, of a data set all lines of one text
 Samples = Literal["packed", "released"]
 
-_BATCH = 1000  # sentences tokenised at once
-_CHUNK_CHARACTERS = 2**20
+_ROWS = 1000  # records read at once
+_CHUNK_CHARACTERS, _BATCH_CHARACTERS = 2**20, 2**17  # of a process's share, and of what it tokenises at once
 _LINES, _DOCUMENTS = 20, 1000  # lines a document where records are lines; documents among which B is drawn
+_PROCESSES = 16  # unless told otherwise: each takes some 50 MB
 _SAY_SECONDS = 60.0
 
 
@@ -82,7 +83,7 @@ def load_corpus(
     data set on the hub as NAME, NAME:CONFIG or NAME:CONFIG@REVISION, which is streamed, never downloaded whole. Of data
     sets `split` and `text_column` choose the text. samples: as this file says at its top; the draws depend on the text
     alone. limit_tokens: end at the first sequence that reaches that many ids. num_proc: processes that tokenise, 0 for
-    one a core. say: told once a minute how far it is.
+    one a core, 16 at most. say: told once a minute how far it is.
 
     Raises FileNotFoundError for a missing source, ValueError for one that is empty or not UTF-8 (file and offset).
     """
@@ -105,7 +106,7 @@ def load_corpus(
     def build() -> Iterator["Dataset"]:
         rows = chain.from_iterable(found.rows() for found in sources)
         work = _Work(tokenizer, max_length, samples)
-        chunks = enumerate(_chunks(rows) if samples == "packed" else _blocks(_documents(rows)))
+        chunks = enumerate(_chunks(rows, _CHUNK_CHARACTERS) if samples == "packed" else _blocks(_documents(rows)))
         pieces = in_order(work, chunks, num_proc or _cores())
         return _datasets(_limited(pieces, limit_tokens), ", ".join(found.name for found in sources), say)
 
@@ -137,7 +138,11 @@ def pack(sentences: Iterable[list[int]], cls_token_id: int, sep_token_id: int, m
 
 
 def pair_up(
-    documents: Sequence[Sequence[int]], cls_token_id: int, sep_token_id: int, max_length: int, rng: np.random.Generator
+    documents: Sequence[Sequence[int] | np.ndarray],
+    cls_token_id: int,
+    sep_token_id: int,
+    max_length: int,
+    rng: np.random.Generator,
 ) -> Iterator[tuple[list[int], int]]:
     """The released sample of each of two or more documents: (`cls A sep B sep` of at most `max_length` ids, the number
     of them that are in segment 0). B is another of the documents, each as likely."""
@@ -189,8 +194,9 @@ def in_order(work: Callable, chunks: Iterable, num_proc: int) -> Iterator:
 
 
 def _cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Those that this process may use, `_PROCESSES` at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _PROCESSES)
 
 
 _work: Callable | None = None  # of a process that `in_order` started
@@ -229,7 +235,7 @@ class _Work:
             sentences = (sentence for text in texts for sentence in split_sentences(text))
             packed = list(pack(_tokenize(sentences, self.tokenizer), *special))
             return Sequences(_flat(packed), None, _lengths(packed))
-        documents = list(_tokenize(texts, self.tokenizer))
+        documents = [np.array(ids, np.int32) for ids in _tokenize(texts, self.tokenizer)]
         if len(documents) < 2:
             raise ValueError(
                 f"released samples pair documents, and this text has {len(documents)}, of {_LINES} lines or one record "
@@ -254,8 +260,7 @@ def _lengths(lists: list[list[int]]) -> np.ndarray:
 def _tokenize(texts: Iterable[str], tokenizer) -> Iterator[list[int]]:
     """Ids of each text that has any. The space in front makes byte-level tokenizers read it as the middle of a text."""
     encode = _encoder(tokenizer)
-    texts = (" " + text for text in texts)
-    while batch := list(islice(texts, _BATCH)):
+    for batch in _chunks(((" " + text,) for text in texts), _BATCH_CHARACTERS):
         yield from (ids for ids in encode(batch) if ids)
 
 
@@ -269,14 +274,14 @@ def _encoder(tokenizer) -> Callable[[list[str]], Iterable[list[int]]]:
     return lambda texts: (found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False))
 
 
-def _chunks(rows: Iterable[Row]) -> Iterator[list[str]]:
-    """The lines, in lists of about `_CHUNK_CHARACTERS`."""
+def _chunks(rows: Iterable[Row], characters: int) -> Iterator[list[str]]:
+    """The lines, in lists of about so many characters."""
     lines: list[str] = []
     size = 0
     for row in rows:
         lines += row
         size += sum(map(len, row)) + 1
-        if size >= _CHUNK_CHARACTERS:
+        if size >= characters:
             yield lines
             lines, size = [], 0
     if lines:
@@ -431,15 +436,15 @@ def _open_dataset(given: str | Path, split: str, text_column: str) -> Source:
     if text_column not in dataset.column_names:
         columns = ", ".join(dataset.column_names)
         raise ValueError(f"corpus {str(given)!r} has no column {text_column!r}, only {columns}")
-    files = list(builder.config.data_files[split])
+    files = builder.config.data_files[split]
     if path.exists():
         fingerprint = _hash_files([Path(file) for file in files])
-    else:  # the names hold the commit
-        fingerprint = hashlib.blake2b("\n".join(files).encode(), digest_size=16).hexdigest()
+    else:  # these name the commit
+        fingerprint = hashlib.blake2b(repr([list(files), files.origin_metadata]).encode(), digest_size=16).hexdigest()
 
     def rows() -> Iterator[Row]:
         try:
-            for batch in dataset.select_columns(text_column).iter(_BATCH):
+            for batch in dataset.select_columns(text_column).iter(_ROWS):
                 for text in batch[text_column]:
                     if lines := tuple(line for line in (text or "").splitlines() if line.strip()):
                         yield lines

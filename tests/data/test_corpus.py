@@ -235,6 +235,8 @@ def test_the_file_is_the_same_byte_for_byte_whatever_the_number_of_processes(
     ]
     assert len(made[0].data.table.column("length").chunks) > 5
     assert arrow(made[0]) == arrow(made[1]) == arrow(made[2])
+    if samples == "packed":
+        assert inner(made[0]) == ids_of(long_text.read_text(), tokenizer)
     tokenizer("a b c", truncation=True, max_length=3)  # leaves its truncation in the tokenizer
     again = load_corpus(long_text, tokenizer, 32, samples=samples, num_proc=1, cache_dir=tmp_path / "again")
     assert arrow(again) == arrow(made[0])

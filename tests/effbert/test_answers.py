@@ -360,6 +360,10 @@ def test_the_commands(capsys, tmp_path, tokenizer):
         (("predict", "squad=a", "rte=b", "--output", "x.json"), "predict it without other tasks"),
         (("predict", "squad=a", "--output", "x.json", "--n_best", "x.json"), "needs a name of its own"),
         (("predict", "squad=a", "--output", "x.json", "--n_best_size", "0"), "--n_best_size 0"),
+        (
+            ("predict", "rte=a", "qnli=b", "--output", "x.zip", "--labels", "x", "y"),
+            "the columns of one model, and there",
+        ),
         (("predict", "mrcp=a", "--output", "x.zip"), "unknown GLUE task 'mrcp'"),
         (("predict", "rte=./absent", "--output", "x.zip"), "model ./absent: no such folder"),
         (("evaluate", "a", "--task", "mrcp"), "unknown task 'mrcp'"),

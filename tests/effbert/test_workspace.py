@@ -240,6 +240,16 @@ def test_a_device_that_is_not_there_is_refused(name):
         rooms.pick_device(name)
 
 
+def test_what_was_left_out_of_the_data_is_said(config, tmp_path, monkeypatch):
+    noted = {
+        name: dataclasses.replace(task, notes=("2 rows left out",)) for name, task in rooms.load_tasks(config).items()
+    }
+    monkeypatch.setattr(rooms, "load_tasks", lambda config: noted)
+    said = []
+    rooms.open_workspace(config, tmp_path, said.append)
+    assert "task own: 2 rows left out" in said
+
+
 def test_a_run_goes_on_over_the_same_inputs_and_stops_where_they_changed(config, tmp_path):
     run = tmp_path / "run"
     opened(config, run, teachers=False)
