@@ -210,14 +210,14 @@ class TextConfig(RunConfig):
             file or folder, NAME, NAME:CONFIG or NAME:CONFIG@REVISION of a data set on the hub, which is streamed.
         corpus_samples: "packed" uses every token; "released" cuts one sample out of each document, as published.
         corpus_tokens: Use at most so many tokens of it; 0 for all.
-        start: Folder of a supernet to begin with (effbert pretrain), or where one model is trained, of a student;
-            empty for fresh weights.
+        start: Folder of a supernet to begin with (effbert pretrain), or where no supernet is trained, of a student; for
+            several models one each, or one for all. Without it weights are fresh.
     """
 
     corpus: tuple[str, ...] = ("builtin",)
     corpus_samples: Literal["packed", "released"] = "packed"
     corpus_tokens: int = 0
-    start: str = ""
+    start: tuple[str, ...] = ()
     student: StudentArguments = field(default_factory=StudentArguments)
     loss: LossWeights = field(default_factory=LossWeights)
 
@@ -241,39 +241,42 @@ class TeacherConfig(TaskConfig):
 
 @dataclass(frozen=True)
 class PretrainConfig(TextConfig):
-    """General distillation, on plain text without labels, of a supernet or of one model.
+    """General distillation, on plain text without labels, of a supernet or of models.
 
     Attributes:
-        model: "supernet" with the sizes of --student; or what is distilled alone: a published model such as
-            efficientbert-tiny, a plain BERT such as bert-6x312, "teacher" sized down to --params, or an architecture,
-            an expression a layer, with the sizes of --student.
+        model: "supernet" with the sizes of --student; or one or several that learn together, from one pass of the
+            teacher: a published model such as efficientbert-tiny, a plain BERT such as bert-6x312, "teacher" sized down
+            to --params, or an architecture, an expression a layer, with the sizes of --student.
         params: Parameters of --model teacher, without pooler and head.
         training: How it is trained.
     """
 
-    model: str = "supernet"
+    model: tuple[str, ...] = ("supernet",)
     params: int = 0
     training: TrainingArguments = field(default_factory=TrainingArguments)
 
     def __post_init__(self):
         super().__post_init__()
         self.at_least(params=0)
+        if not self.model or ("supernet" in self.model and len(self.model) > 1):
+            raise ValueError(f"model is {self.model}: give a supernet alone, or one or several models")
 
 
 @dataclass(frozen=True)
 class DistillConfig(TextConfig, TaskConfig):
-    """General, then task distillation of one model, scored on the official validation rows.
+    """General, then task distillation of a model, scored on the official validation rows; several learn together, from
+    one pass of the teacher.
 
     Attributes:
         model: A published model such as efficientbert-tiny, a plain BERT such as bert-6x312, "teacher" sized down to
-            --params, or an architecture, an expression a layer, with the sizes of --student; empty for the student that
-            --start holds.
+            --params, or an architecture, an expression a layer, with the sizes of --student; without it the students
+            that --start holds.
         params: Parameters of --model teacher, without pooler and head.
         seeds: Repeat it so often, for mean and spread.
         budget: What it may see and how it trains; --budget.general_phase.num_train_epochs 0 leaves out the first half.
     """
 
-    model: str = ""
+    model: tuple[str, ...] = ()
     params: int = 0
     seeds: int = 1
     budget: Budget = field(default_factory=Budget)
@@ -343,6 +346,8 @@ class SearchConfig(TextConfig, TaskConfig):
         super().__post_init__()
         self.at_least(seeds=1, population=0, params=0, max_flops=0, max_latency_ms=0)
         self.at_least(teacher_cache=0, agreement_candidates=0)
+        if len(self.start) > 1:
+            raise ValueError(f"start is {self.start}: a search begins with one supernet")
         if len(self.stage3.rungs) > 1:
             raise ValueError(
                 f"stage3.rungs is {self.stage3.rungs}: its candidates are scored, not trained: leave it out"

@@ -21,9 +21,11 @@ SIZES = (
 MAY_LACK = ("pooler.", "fit_dense.")  # a bare encoder has no pooler, a deployed one no projection
 
 
-def model_config(config: TextConfig, model: str, params: int, teacher, vocabulary: Mapping[str, int]) -> EffBertConfig:
+def model_config(
+    config: TextConfig, model: str, start: str, params: int, teacher, vocabulary: Mapping[str, int]
+) -> EffBertConfig:
     """What --model names: a published model, a plain BERT, "teacher" sized down to `params`, an architecture with the
-    sizes of --student, or "" for the student of --start.
+    sizes of --student, or "" for the student in the folder `start`.
 
     teacher: its transformers config. vocabulary: what a student takes over from it (`student_vocabulary`).
     """
@@ -35,11 +37,9 @@ def model_config(config: TextConfig, model: str, params: int, teacher, vocabular
         **vocabulary,
     }
     if not model:
-        saved = read_student(config.start)
+        saved = read_student(start)
         if saved.architectures == ["Supernet"]:
-            raise ValueError(
-                f"--start {config.start} is a supernet, of which any model is slices: name one with --model"
-            )
+            raise ValueError(f"--start {start} is a supernet, of which any model is slices: name one with --model")
         own = {name: getattr(saved, name) for name in ("architecture", *SIZES)}
         return EffBertConfig(**{**common, **own, "fit_size": vocabulary["fit_size"]})
     if model == "teacher":

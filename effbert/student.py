@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from effbert.config import Budget
 from effbert.data.batches import Batch, subset
-from effbert.engine import Phase, Trainee, TrainingResult, train, train_together
+from effbert.engine import Phase, Trainee, TrainingResult, train_together
 from effbert.model import EffBertHeadModel, EffBertModel
 from effbert.optim import TrainingArguments
 from effbert.parallel import ALONE, World
@@ -117,22 +117,28 @@ def warm_up(
 
 def distil_generally(
     workspace: Workspace,
-    model: Supernet | EffBertModel,
+    models: Sequence[Supernet | EffBertModel],
     arguments: TrainingArguments,
-    phase: Phase,
+    phases: Sequence[Phase],
     on_step: Callable[[int, int], None] | None = None,
     world: World = ALONE,
-) -> TrainingResult:
-    """General distillation in place, on the whole corpus, of a supernet with all its weights, or of a bare encoder."""
-    encoder = getattr(model, "effbert", model)
-    return train(
-        model,
+) -> list[TrainingResult]:
+    """General distillation in place, on the whole corpus, of bare encoders or of a supernet with all its weights, from
+    one pass of the teacher."""
+    lesson = general_lesson(workspace)
+
+    def loss_of(encoder: EffBertModel):
+        trace_of = lambda batch, number, targets: encoder.trace(*model_inputs(batch), targets=targets)  # noqa: E731
+        return lesson.shared_loss(trace_of, encoder.fit_dense)
+
+    return train_together(
+        [
+            Trainee(model, loss_of(getattr(model, "effbert", model)), phase)
+            for model, phase in zip(models, phases, strict=True)
+        ],
         lambda epoch: workspace.general_plan(1.0, arguments.per_device_train_batch_size, epoch, world=world),
-        general_lesson(workspace).loss(
-            lambda batch, number, targets: encoder.trace(*model_inputs(batch), targets=targets), encoder.fit_dense
-        ),
         arguments,
-        phase,
+        share=lesson.teacher_of,
         device=workspace.device,
         on_step=on_step,
         world=world,

@@ -7,8 +7,10 @@ accelerate, all processes share every batch.
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from effbert.config import (
     RunConfig,
     StudentArguments,
     TeacherConfig,
+    TextConfig,
     as_dict,
 )
 from effbert.engine import Phase, forget
@@ -30,7 +33,7 @@ from effbert.search.final import costs, deployed, fresh_head, held_out_scores
 from effbert.search.progress import Reporter
 from effbert.search.study import RunFolder
 from effbert.start import check_start, load_start, model_config
-from effbert.student import Student, distil, distil_generally
+from effbert.student import Distillation, Student, distil, distil_generally
 from effbert.supernet import Supernet, supernet_config
 from effbert.teacher import Teacher, load_model, read_config, student_vocabulary
 from effbert.workspace import (
@@ -67,44 +70,62 @@ def run_teacher(config: TeacherConfig, reporter: Reporter | None = None, world: 
 
 
 def run_pretraining(config: PretrainConfig, reporter: Reporter | None = None, world: World = ALONE) -> dict:
-    """General distillation of a supernet, or of one model with --model, into <output_dir>/model, with its projection.
-    Returns results.json."""
-    config, fields = resolved(config)
+    """General distillation of a supernet, or of models, each kept with its projection. Returns results.json."""
+    config, plans = resolved(config)
     with opened(config, reporter, world) as (workspace, say, steps):
-        target = workspace.folder / MODEL
-        phase = Phase(("general",), config.seed, workspace.folder / "training.pt", fields.architecture)
-        if not target.exists():
-            torch.manual_seed(random.key(config.seed, "init"))
-            whole = config.model == "supernet"
-            model = Supernet(fields) if whole else EffBertModel(fields, add_pooling_layer=False)
-            if config.start:
-                load_start(model, config.start)
-            model.to(workspace.device)
-            open_general_teacher(workspace, say)
-            say(f"general distillation of {config.model}, {model.num_parameters():,} parameters")
-            result = distil_generally(workspace, model, config.training, phase, steps("general distillation"), world)
-            must_finish(result, "general distillation", "--training.learning_rate")
-            say(f"loss {result.loss:.4f} after {result.tokens:,} tokens")
-            world.on_first(lambda: keep(model, target, result, tokenizer=workspace.tokenizer))
-        forget([phase])
-        return finish(workspace, lambda: {"architecture": fields.architecture, **trained(target)}, say)
+        targets = [workspace.folder / name for name in model_names(len(plans))]
+        files = [target.with_name(f"training-{target.name}.pt") for target in targets]
+        phases = [
+            Phase(("general",), config.seed, file, fields.architecture)
+            for file, fields in zip(files, plans, strict=True)
+        ]
+        if not all(target.exists() for target in targets):
+            workspace.general_teacher = Teacher(load_model(config.teacher)).to(workspace.device)
+            models = [fresh(config, number, fields) for number, fields in enumerate(plans)]
+            for name, model in zip(config.model, models, strict=True):
+                say(f"general distillation of {name}, {model.to(workspace.device).num_parameters():,} parameters")
+            results = distil_generally(workspace, models, config.training, phases, steps("general distillation"), world)
+            for name, model, target, result in zip(config.model, models, targets, results, strict=True):
+                must_finish(result, f"general distillation of {name}", "--training.learning_rate")
+                say(f"{name}: loss {result.loss:.4f} after {result.tokens:,} tokens")
+                world.on_first(partial(keep, model, target, result, tokenizer=workspace.tokenizer))
+        forget(phases)
+
+        def conclude() -> dict:
+            pairs = zip(plans, targets, strict=True)
+            own = {target.name: {"architecture": plan.architecture, **trained(target)} for plan, target in pairs}
+            return {"models": own}
+
+        return finish(workspace, conclude, say)
+
+
+def fresh(config: PretrainConfig, number: int, fields: EffBertConfig) -> Supernet | EffBertModel:
+    """A supernet or encoder before general distillation."""
+    torch.manual_seed(random.key(config.seed, "init"))
+    model = Supernet(fields) if config.model == ("supernet",) else EffBertModel(fields, add_pooling_layer=False)
+    if config.start:
+        load_start(model, start_of(config, number))
+    return model
 
 
 def run_distillation(config: DistillConfig, reporter: Reporter | None = None, world: World = ALONE) -> dict:
-    """Distil one model, for each seed anew, and score it: the first one's student, ready to deploy, in
-    <output_dir>/model. Returns results.json."""
-    config, fields = resolved(config)
+    """Distil models, for each seed anew, and score them: the first seed's students are kept, ready to deploy. Returns
+    results.json."""
+    config, plans = resolved(config)
     with opened(config, reporter, world, check_head) as (workspace, say, steps):
-        spec = workspace.main_task.spec
-        files = [workspace.folder / f"seed-{number}.json" for number in range(config.seeds)]
-        for number, file in enumerate(files):
-            phase = Phase(("distil",), config.seed + number, file.with_suffix(".pt"), fields.architecture)
-            if not file.exists():
+        folder = workspace.folder
+        for number in range(config.seeds):
+            files = [folder / f"{name}-seed-{number}.json" for name in model_names(len(plans))]
+            phases = [
+                Phase(("distil",), config.seed + number, file.with_suffix(".pt"), fields.architecture)
+                for file, fields in zip(files, plans, strict=True)
+            ]
+            if not all(file.exists() for file in files):
                 if not workspace.teachers:
                     open_teachers(workspace, say, steps)
-                one_seed(workspace, fields, phase, file, say, steps)
-            forget([phase.sub(part) for part in ("general", "task")])
-        return finish(workspace, lambda: of_seeds(spec.metrics[0], files), say)
+                one_seed(workspace, plans, phases, files, say, steps)
+            forget([phase.sub(part) for phase in phases for part in ("general", "task")])
+        return finish(workspace, lambda: of_models(workspace, plans), say)
 
 
 def check_head(workspace: Workspace) -> None:
@@ -115,39 +136,76 @@ def check_head(workspace: Workspace) -> None:
         raise ValueError(f"{given} has no head for {spec.name} ({spec.kind}): make one with effbert teacher")
 
 
-def one_seed(workspace: Workspace, fields: EffBertConfig, phase: Phase, file: Path, say, steps) -> None:
-    """Distil, score and keep one student."""
+def one_seed(
+    workspace: Workspace,
+    plans: Sequence[EffBertConfig],
+    phases: Sequence[Phase],
+    files: Sequence[Path],
+    say: Callable[[str], None],
+    steps: Callable,
+) -> None:
+    """Distil, score and keep the models of one seed, together."""
     config, spec, world = workspace.config, workspace.main_task.spec, workspace.world
-    torch.manual_seed(random.key(phase.seed, "init"))
-    student = new_student(fields, spec.kind, spec.labels)
-    if config.start:
-        load_start(student, config.start)
-    fresh_head(student, random.key(phase.seed, "head"))
-    student.to(workspace.device)
-    say(f"seed {phase.seed}: {student.num_parameters():,} parameters with the projection")
-    (result,) = distil(workspace, [Student(student, phase)], config.budget, steps("distillation"), world)
-    if result.diverged:
-        raise ValueError(f"{result.diverged}: lower the learning rates of --budget")
-
-    def kept() -> None:
-        own = {"seed": phase.seed, "scores": held_out_scores(workspace, student), "seconds": result.seconds}
-        own |= costs(student, parse_architecture(fields.architecture), config.max_length)
-        say(f"seed {phase.seed}: {show(own['scores'])} on the official validation rows")
-        if phase.seed == config.seed:
-            small = deployed(student, spec)
-            keep(small, workspace.folder / MODEL, tokenizer=workspace.tokenizer)
-        write_atomic(file, json.dumps(own | {"tokens": result.tokens}, indent=1))
-
-    world.on_first(kept)
+    students = []
+    for number, (fields, phase) in enumerate(zip(plans, phases, strict=True)):
+        torch.manual_seed(random.key(phase.seed, "init"))
+        model = new_student(fields, spec.kind, spec.labels)
+        if config.start:
+            load_start(model, start_of(config, number))
+        fresh_head(model, random.key(phase.seed, "head"))
+        students.append(Student(model.to(workspace.device), phase))
+    say(f"seed {phases[0].seed}: {', '.join(f'{student.model.num_parameters():,}' for student in students)} parameters")
+    results = distil(workspace, students, config.budget, steps("distillation"), world)
+    for student, file, result in zip(students, files, results, strict=True):
+        if result.diverged:
+            raise ValueError(f"{result.diverged}: lower the learning rates of --budget")
+        world.on_first(keep_student, workspace, student, file, result, say)
 
 
-def of_seeds(metric: str, files: list[Path]) -> dict:
-    """What the seeds came to: each, and mean and spread of the task's first metric."""
-    seeds = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    values = [seed["scores"][metric] for seed in seeds]
-    mean = sum(values) / len(values)
-    spread = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else None
-    return {"metric": metric, "score": mean, "spread": spread, "seeds": seeds}
+def keep_student(workspace: Workspace, student: Student, file: Path, result: Distillation, say) -> None:
+    """Score a student, keep it where it is the first seed's, and write its file."""
+    config, model, seed = workspace.config, student.model, student.phase.seed
+    own = {
+        "seed": seed,
+        "scores": held_out_scores(workspace, model),
+        "seconds": result.seconds,
+        "tokens": result.tokens,
+    }
+    own |= costs(model, parse_architecture(model.config.architecture), config.max_length)
+    name = file.stem.rpartition("-seed-")[0]
+    say(f"{name}, seed {seed}: {show(own['scores'])} on the official validation rows")
+    if seed == config.seed:
+        small = deployed(model, workspace.main_task.spec)
+        keep(small, workspace.folder / name, tokenizer=workspace.tokenizer)
+    write_atomic(file, json.dumps(own, indent=1))
+
+
+def of_models(workspace: Workspace, plans: Sequence[EffBertConfig]) -> dict:
+    """What each model came to: its seeds, mean and spread of the task's first metric over them."""
+    config, metric, found = workspace.config, workspace.main_task.spec.metrics[0], {}
+    for name, fields in zip(model_names(len(plans)), plans, strict=True):
+        files = [workspace.folder / f"{name}-seed-{number}.json" for number in range(config.seeds)]
+        seeds = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        values = [seed["scores"][metric] for seed in seeds]
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        found[name] = {
+            "architecture": fields.architecture,
+            "hidden_size": fields.hidden_size,
+            "score": statistics.mean(values),
+            "spread": spread,
+            "seeds": seeds,
+        }
+    return {"task": workspace.main_task.spec.name, "metric": metric, "models": found}
+
+
+def model_names(count: int) -> list[str]:
+    """Folders of so many models, in the order of --model."""
+    return [MODEL] if count == 1 else [f"{MODEL}-{number}" for number in range(1, count + 1)]
+
+
+def start_of(config: TextConfig, number: int) -> str:
+    """The folder that a model begins with."""
+    return config.start[number] if len(config.start) > 1 else config.start[0]
 
 
 @contextmanager
@@ -189,35 +247,40 @@ def _nothing() -> Iterator[None]:
 
 
 def resolved(config):
-    """A run's config with --student as large as what --model names, so that a teacher it cannot learn from is refused
-    at once; and the model's own config."""
+    """A run's config with --student as large as what --model names, so that a teacher that it cannot learn from is
+    refused at once; and the config of each model."""
     if not config.teacher:
         raise ValueError("--teacher is missing: the folder or name of a BERT-like encoder")
     teacher = read_config(config.teacher)
     vocabulary = student_vocabulary(teacher)
-    if getattr(config, "model", "") == "supernet":
+    names = config.model or ("",) * len(config.start)
+    if len(config.start) not in (0, 1, len(names)):
+        raise ValueError(f"--start names {len(config.start)} folders for {len(names)} models: give one each, or one")
+    if names == ("supernet",):
         sizes = {name: getattr(config.student, name) for name in _SHARED}
-        layers = config.student.num_hidden_layers
-        fields = supernet_config(EffBertConfig(**sizes, **vocabulary), layers)
+        plans = [supernet_config(EffBertConfig(**sizes, **vocabulary), config.student.num_hidden_layers)]
     else:
-        fields = model_config(config, config.model, config.params, teacher, vocabulary)
-    if config.start:
-        check_start(fields, config.start)
+        starts = config.start * len(names) if len(config.start) == 1 else config.start or ("",) * len(names)
+        plans = [
+            model_config(config, name, start, config.params, teacher, vocabulary)
+            for name, start in zip(names, starts, strict=True)
+        ]
+    for number, fields in enumerate(plans):
+        if fields.num_hidden_layers != plans[0].num_hidden_layers:
+            raise ValueError(
+                "models that learn together need as many layers: distil those of another depth by themselves"
+            )
+        if config.start:
+            check_start(fields, start_of(config, number))
     student = dataclasses.replace(
         config.student,
-        num_hidden_layers=fields.num_hidden_layers,
-        **{name: getattr(fields, name) for name in _SHARED},
+        num_hidden_layers=plans[0].num_hidden_layers,
+        **{name: getattr(plans[0], name) for name in _SHARED},
     )
-    return dataclasses.replace(config, student=student), fields
+    return dataclasses.replace(config, student=student, model=names), plans
 
 
 _SHARED = tuple(field.name for field in dataclasses.fields(StudentArguments) if field.name != "num_hidden_layers")
-
-
-def open_general_teacher(workspace: Workspace, say: Callable[[str], None]) -> None:
-    """The teacher of general distillation alone."""
-    workspace.general_teacher = Teacher(load_model(workspace.config.teacher)).to(workspace.device)
-    say(f"teacher: {workspace.config.teacher}")
 
 
 def trained(folder: Path) -> dict:
@@ -234,8 +297,9 @@ def finish(workspace: Workspace, conclude: Callable[[], dict], say: Callable[[st
     results = json.loads(path.read_text(encoding="utf-8"))
     if "scores" in results:
         say(f"{show(results['scores'])} on the official validation rows")
-    if "score" in results:
-        spread = "" if results["spread"] is None else f" ± {results['spread']:.4f}"
-        say(f"{results['metric']} {results['score']:.4f}{spread} over {len(results['seeds'])} seeds")
-    say(f"the model is in {workspace.folder / MODEL}, what it took in {path}")
+    for name, model in results.get("models", {}).items():
+        if "score" in model:
+            spread = "" if model["spread"] is None else f" ± {model['spread']:.4f}"
+            say(f"{name}: {results['metric']} {model['score']:.4f}{spread} over {len(model['seeds'])} seeds")
+    say(f"done: {workspace.folder / MODEL}{'' if len(results.get('models', [0])) == 1 else '-1, ...'}, {path}")
     return results

@@ -298,8 +298,8 @@ def warm_supernet(workspace: Workspace, reporter: Reporter) -> Supernet:
         supernet = Supernet(base, specs).to(workspace.device)
         results = []
         if config.start:
-            load_start(supernet, config.start)
-            reporter.say(f"supernet: that of {config.start}, {supernet.num_parameters():,} parameters")
+            load_start(supernet, config.start[0])
+            reporter.say(f"supernet: that of {config.start[0]}, {supernet.num_parameters():,} parameters")
         else:
             results = [distilled_supernet(workspace, supernet, phase, reporter)]
         world.on_first(keep, supernet, target, *results)
@@ -311,7 +311,7 @@ def distilled_supernet(workspace: Workspace, supernet: Supernet, phase: Phase, r
     """General distillation of a supernet in place."""
     config, world = workspace.config, workspace.world
     reporter.say(f"supernet: general distillation, {supernet.num_parameters():,} parameters")
-    result = distil_generally(workspace, supernet, config.supernet, phase, reporter.steps("supernet"), world)
+    (result,) = distil_generally(workspace, [supernet], config.supernet, [phase], reporter.steps("supernet"), world)
     must_finish(result, "the supernet's general distillation", "--supernet.learning_rate")
     rate = result.tokens / max(result.seconds, 1e-9)
     reporter.say(

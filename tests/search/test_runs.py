@@ -105,7 +105,8 @@ def test_a_supernet_and_a_single_model_are_distilled_on_text(given, made, tmp_pa
     one = EffBertModel.from_pretrained(tmp_path / "one" / "model", add_pooling_layer=False)
     mine, source = one.layers[1].mlps[0].dense2.weight, supernet.effbert.layers[1].mlps[0].dense2.weight
     torch.testing.assert_close(mine, source[:, :12], rtol=0, atol=0)
-    assert json.loads((tmp_path / "one" / "results.json").read_text())["architecture"] == f"{MLP}, {MLP}"
+    results = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert results["models"]["model"]["architecture"] == f"{MLP}, {MLP}"
 
 
 @pytest.mark.parametrize(
@@ -116,11 +117,12 @@ def test_a_model_is_distilled_and_scored(given, made, tmp_path, model, hidden):
     command = distill_command(given, made, tmp_path / "run", "--model", model, *more.get(model, ()))
     assert main(command) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["metric"] == "accuracy" and len(results["seeds"]) == (2 if "MLP" in model or "(" in model else 1)
-    assert (results["spread"] is None) == (len(results["seeds"]) == 1)
+    assert results["metric"] == "accuracy"
+    own = results["models"]["model"]
+    assert len(own["seeds"]) == (2 if "(" in model else 1) and (own["spread"] is None) == ("(" not in model)
     found = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     assert found.config.hidden_size == hidden and found.config.fit_size is None
-    assert found.num_parameters() == results["seeds"][0]["parameters"]
+    assert found.num_parameters() == own["seeds"][0]["parameters"]
     assert set(found.config.id2label.values()) == {"good", "bad"}
 
 
@@ -135,6 +137,24 @@ def test_an_imported_or_deployed_student_goes_on(given, made, tmp_path):
     )
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=0)
+
+
+def test_models_that_learn_together_are_those_that_learn_alone(given, made, tmp_path):
+    net, models = str(made / "net" / "model"), (f"{MLP}, {MLP}", "bert-2x16")
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    assert main(pretrain_command(given, both / "text", "--model", *models)) == 0
+    starts = [str(both / "text" / f"model-{number}") for number in (1, 2)]
+    assert main(distill_command(given, made, both / "task", "--model", *models, "--start", *starts)) == 0
+    assert main(pretrain_command(given, alone / "text", "--model", models[1])) == 0
+    start = ("--start", str(alone / "text" / "model"))
+    assert main(distill_command(given, made, alone / "task", "--model", models[1], *start)) == 0
+    together, by_itself = (
+        transformers.AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+        for folder in (both / "task" / "model-2", alone / "task" / "model")
+    )
+    for name, tensor in by_itself.items():
+        torch.testing.assert_close(together[name], tensor, rtol=0, atol=1e-6)
+    assert main(distill_command(given, made, tmp_path / "net", "--model", *models, "--start", net)) == 2
 
 
 def interrupted(command, seconds):
@@ -159,7 +179,8 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(given, made, tmp_p
         interrupted(distill_command(given, made, tmp_path / "cut", *more), part * whole)
     assert interrupted(distill_command(given, made, tmp_path / "cut", *more), 20 * whole)
     found = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut")]
-    assert [seed["scores"] for seed in found[0]["seeds"]] == [seed["scores"] for seed in found[1]["seeds"]]
+    scores = [[seed["scores"] for seed in results["models"]["model"]["seeds"]] for results in found]
+    assert scores[0] == scores[1]
     states = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert states[0] == states[1]
     assert not list((tmp_path / "cut").glob("*.pt"))
@@ -185,6 +206,8 @@ def test_what_does_not_go_together_is_one_line_and_leaves_nothing(given, made, t
         ([*distill, "--start", str(given / "bert")], "a model of type 'bert', neither a student nor a supernet"),
         ([*distill, "--model", "teacher"], "--model teacher needs --params"),
         ([*distill, "--model", "bert-2x16", "--params", "9"], "--params is for --model teacher"),
+        ([*distill, "--model", "bert-2x16", "bert-4x16"], "need as many layers"),
+        ([*distill, "--model", "bert-2x16", "--start", "a", "b"], "--start names 2 folders for 1 models"),
         ([*distill, "--model", "bert-3x16"], "a teacher of 4 layers cannot be divided among 3"),
         ([*distill, "--model", "bert-2x18"], "does not divide into 4 attention heads"),
         ([*distill, "--model", "bert-2x16", "--start", net], "does not fit the teacher and the model"),
