@@ -16,6 +16,8 @@ USAGE = """usage: effbert COMMAND ...
   pretrain distil a supernet, or one model, on text: effbert pretrain --teacher BERT --corpus TEXT --output_dir net
   distill  distil one model, on text and then a task: effbert distill --model efficientbert --start net/model
            --teacher mrpc/model --task mrpc --data_dir GLUE --corpus TEXT --output_dir student
+  paper    a search, then winner and rivals on every task, as a plan that goes on where it stopped: effbert paper
+           --preset paper-fast --teacher BERT --corpus TEXT --data_dir GLUE --output_dir runs/paper; --show: its state
   arch     parameters and FLOPs of an architecture: effbert arch "TEXT" --preset efficientbert
   import   a checkpoint of the authors' as a transformers folder:
            effbert import ckpt_ep10.bin --architecture efficientbert --output_dir student
@@ -77,12 +79,7 @@ def search(arguments: list[str], world: World = ALONE) -> int:
         "--dry_run forecasts what it costs, from a few real steps or at --flops_per_second, and starts nothing."
     )
     config = parse(SearchConfig, arguments, "effbert search", default=start, description=about)
-    if not config.output_dir and not dry:
-        raise ValueError("search needs --output_dir, the folder that the run is kept in")
-    if name in (None, "paper", "paper-fast") and not config.teacher:
-        raise ValueError("search needs --teacher, a BERT-like encoder, or --preset demo, which trains a small one")
-    if not config.corpus:
-        raise ValueError("search needs --corpus, plain text for general distillation: a text file or a folder of them")
+    check_search(config, name, kept=not dry)
     quiet_libraries()
     from effbert.search.run import dry_run, run_search
 
@@ -119,6 +116,39 @@ def distill(arguments: list[str], world: World = ALONE) -> int:
     from effbert.search.runs import run_distillation
 
     return _single(DistillConfig, run_distillation, "effbert distill", arguments, world)
+
+
+def paper(arguments: list[str], world: World = ALONE) -> int:
+    """effbert paper: a search, and its winner and rivals distilled on every task."""
+    from effbert.search.paper import PAPERS, PaperConfig, run_paper, show_plan
+
+    name, arguments = take_flag(arguments, "preset")
+    show, arguments = "--show" in arguments, [argument for argument in arguments if argument != "--show"]
+    start = preset(name, PAPERS, PaperConfig(output_dir=""))
+    about = (
+        f"{PaperConfig.__doc__.splitlines()[0]} --preset NAME, one of {', '.join(PAPERS)}, sets the defaults below. "
+        "--show prints what is done and what is left, and starts nothing."
+    )
+    config = parse(PaperConfig, arguments, "effbert paper", default=start, description=about)
+    check_search(config, name)
+    quiet_libraries()
+    if show:
+        from rich.console import Console
+
+        Console().print(show_plan(config))
+    else:
+        run_paper(config, world=world)
+    return 0
+
+
+def check_search(config, name: str | None, kept: bool = True) -> None:
+    """ValueError where a search of preset `name` lacks what only a person can give; `kept` in a folder or not."""
+    if kept and not config.output_dir:
+        raise ValueError("--output_dir is missing, the folder that the run is kept in")
+    if name in (None, "paper", "paper-fast") and not config.teacher:
+        raise ValueError("--teacher is missing, a BERT-like encoder; --preset demo trains a small one")
+    if not config.corpus:
+        raise ValueError("--corpus is missing, plain text for general distillation: a text file or a folder of them")
 
 
 def _single(kind, run, program: str, arguments: list[str], world: World) -> int:
@@ -363,13 +393,14 @@ def bench(arguments: list[str]) -> int:
     return importlib.import_module(f"effbert.bench.{module}").main(rest) or 0
 
 
-SHARED = ("search", "teacher", "pretrain", "distill")  # commands that several processes may run together
+SHARED = ("search", "teacher", "pretrain", "distill", "paper")  # commands that several processes may run together
 
 COMMANDS = {
     "search": search,
     "teacher": teacher,
     "pretrain": pretrain,
     "distill": distill,
+    "paper": paper,
     "arch": arch,
     "import": import_,
     "report": report,

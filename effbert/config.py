@@ -173,7 +173,8 @@ class TaskConfig(RunConfig):
     Attributes:
         task: The task, in a search the one that ranks candidates: builtin-topic, builtin-next, a GLUE name, squad,
             squad2.0, or a name of your own with train_file.
-        data_dir: Folder with GLUE or SQuAD files in their official layout; without it they are loaded by name.
+        data_dir: Folder with GLUE or SQuAD files in their official layout, or with folders glue and squad of these;
+            without it they are loaded by name.
         train_file: Your own task as CSV, TSV, JSON or JSON lines.
         validation_file: The rows of your own task to hold out.
         text_columns: The one or two text columns of your own task.
@@ -273,17 +274,20 @@ class DistillConfig(TextConfig, TaskConfig):
             that --start holds.
         params: Parameters of --model teacher, without pooler and head.
         seeds: Repeat it so often, for mean and spread.
+        teacher_cache: On a CPU, keep the teacher's outputs for the task's rows in the run's folder, in bf16 and until
+            the run ends, where they take at most so many GB; 0 for never.
         budget: What it may see and how it trains; --budget.general_phase.num_train_epochs 0 leaves out the first half.
     """
 
     model: tuple[str, ...] = ()
     params: int = 0
     seeds: int = 1
+    teacher_cache: float = 2.0
     budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(params=0, seeds=1)
+        self.at_least(params=0, seeds=1, teacher_cache=0)
         if not self.model and not self.start:
             raise ValueError("nothing to distil: give --model, or --start with the folder of a student")
 

@@ -15,7 +15,7 @@ import torch
 
 from effbert import kernels
 from effbert.architecture import Architecture, Dimensions, count_flops, count_parameters
-from effbert.config import SearchStage
+from effbert.config import Budget, SearchStage
 from effbert.data.batches import Batch, subset
 from effbert.engine import Phase
 from effbert.evaluate import evaluate_rows
@@ -95,9 +95,9 @@ def trained_candidates(
 KEPT_TEACHER = "teacher-outputs"
 
 
-def kept_teacher(workspace: Workspace, settings: SearchStage, say: Say) -> Callable[[Batch], Trace] | None:
-    """The teacher's traces of the rows that a stage's candidates train on, read back from <run>/teacher-outputs; None
-    where each batch had better ask the teacher: on a GPU, with losses over padding, or where they are too large."""
+def kept_teacher(workspace: Workspace, settings: Budget, say: Say) -> Callable[[Batch], Trace] | None:
+    """The teacher's traces of the task's rows that a budget trains on, read back from <run>/teacher-outputs; None where
+    each batch had better ask the teacher: on a GPU, with losses over padding, or where they are too large."""
     config, task = workspace.config, workspace.main_task
     if workspace.device.type != "cpu" or not config.teacher_cache or config.loss.loss_mask != "real":
         return None

@@ -38,8 +38,11 @@ from effbert.workspace import Workspace, open_teachers, open_workspace
 REFRESH_SECONDS = 30.0  # between two reports while candidates come in
 
 
-def run_search(config: SearchConfig, reporter: Reporter | None = None, world: World = ALONE) -> dict:
-    """Run or resume the search that `config` describes; returns what <output_dir>/results.json holds.
+def run_search(
+    config: SearchConfig, reporter: Reporter | None = None, world: World = ALONE, final: bool = True
+) -> dict:
+    """Run or resume the search that `config` describes; returns what <output_dir>/results.json holds. Not `final`, it
+    ends with stage 3 and returns the winner alone.
 
     world: the processes that run it together, all of which call this. The supernets and the final distillation are
     data-parallel, everything else happens on the first while the others wait.
@@ -69,6 +72,8 @@ def run_search(config: SearchConfig, reporter: Reporter | None = None, world: Wo
                     )
                 world.first_then_all(lambda: open_teachers(workspace, reporter.say, reporter.steps))
             winner = three_stages(workspace, coarse, study, reporter, turn)
+            if not final:
+                return {"winner": str(winner)}
             with turn("the final distillation"):
                 return finish(workspace, winner, coarse, study, reporter)
 

@@ -7,6 +7,7 @@ accelerate, all processes share every batch.
 
 import dataclasses
 import json
+import shutil
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,8 @@ from effbert.engine import Phase, forget
 from effbert.files import remove_partial, write_atomic
 from effbert.model import EffBertConfig, EffBertModel, new_student, parse_architecture
 from effbert.parallel import ALONE, World
-from effbert.search.final import costs, deployed, fresh_head, held_out_scores
+from effbert.search.final import costs, deployed, fresh_head, held_out_scores, teacher_row
+from effbert.search.population import KEPT_TEACHER, kept_teacher
 from effbert.search.progress import Reporter
 from effbert.search.study import RunFolder
 from effbert.start import check_start, load_start, model_config
@@ -125,7 +127,15 @@ def run_distillation(config: DistillConfig, reporter: Reporter | None = None, wo
                     open_teachers(workspace, say, steps)
                 one_seed(workspace, plans, phases, files, say, steps)
             forget([phase.sub(part) for phase in phases for part in ("general", "task")])
-        return finish(workspace, lambda: of_models(workspace, plans), say)
+
+        def conclude() -> dict:
+            if not workspace.teachers:
+                open_teachers(workspace, say, steps)
+            return of_models(workspace, plans)
+
+        results = finish(workspace, conclude, say)
+        world.on_first(shutil.rmtree, folder / KEPT_TEACHER, True)
+        return results
 
 
 def check_head(workspace: Workspace) -> None:
@@ -155,7 +165,8 @@ def one_seed(
         fresh_head(model, random.key(phase.seed, "head"))
         students.append(Student(model.to(workspace.device), phase))
     say(f"seed {phases[0].seed}: {', '.join(f'{student.model.num_parameters():,}' for student in students)} parameters")
-    results = distil(workspace, students, config.budget, steps("distillation"), world)
+    teacher_of = kept_teacher(workspace, config.budget, say) if world.size == 1 else None
+    results = distil(workspace, students, config.budget, steps("distillation"), world, teacher_of)
     for student, file, result in zip(students, files, results, strict=True):
         if result.diverged:
             raise ValueError(f"{result.diverged}: lower the learning rates of --budget")
@@ -181,7 +192,7 @@ def keep_student(workspace: Workspace, student: Student, file: Path, result: Dis
 
 
 def of_models(workspace: Workspace, plans: Sequence[EffBertConfig]) -> dict:
-    """What each model came to: its seeds, mean and spread of the task's first metric over them."""
+    """What the teacher scores, and what each model came to: its seeds, mean and spread of the task's first metric."""
     config, metric, found = workspace.config, workspace.main_task.spec.metrics[0], {}
     for name, fields in zip(model_names(len(plans)), plans, strict=True):
         files = [workspace.folder / f"{name}-seed-{number}.json" for number in range(config.seeds)]
@@ -195,7 +206,7 @@ def of_models(workspace: Workspace, plans: Sequence[EffBertConfig]) -> dict:
             "spread": spread,
             "seeds": seeds,
         }
-    return {"task": workspace.main_task.spec.name, "metric": metric, "models": found}
+    return {"task": workspace.main_task.spec.name, "metric": metric, "teacher": teacher_row(workspace), "models": found}
 
 
 def model_names(count: int) -> list[str]:

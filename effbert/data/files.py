@@ -59,6 +59,11 @@ def load_task(
     return Task(spec, *(text_dataset(spec, _with_classes(rows, labels)) for rows in (train, validation)))
 
 
+def inner(root: Path, name: str) -> Path:
+    """The folder called `name`, in any case, in `root`; `root` itself where there is none."""
+    return next((child for child in sorted(root.iterdir()) if child.is_dir() and child.name.lower() == name), root)
+
+
 def text_dataset(spec: TaskSpec, rows: Sequence[tuple[str, str, int | float]]) -> datasets.Dataset:
     """(text_a, text_b, label) rows as a Dataset with the columns of `Task`; text_b is left out unless `spec.pair`."""
     from datasets import Dataset, Features, Value

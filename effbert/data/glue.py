@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from effbert.data.files import class_index, score, tab_separated, text_dataset, wrong_width
+from effbert.data.files import class_index, inner, score, tab_separated, text_dataset, wrong_width
 from effbert.data.tasks import Task, TaskSpec, plain_name
 
 HUB = "nyu-mll/glue"
@@ -218,6 +218,7 @@ def _folder(root: Path, source: Source, split: str) -> Path:
     """The task's folder in `root`, or `root` itself where it holds a file of the split."""
     if not root.is_dir():
         raise FileNotFoundError(f"data_dir {root}: no such folder")
+    root = inner(root, "glue")
     names = {plain_name(source.folder), *({"diagnostic"} if source is AX else ())}
     for child in sorted(root.iterdir()):
         if child.is_dir() and plain_name(child.name) in names:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from effbert.data.files import parse_json, read_text
+from effbert.data.files import inner, parse_json, read_text
 from effbert.data.glue import fetch
 from effbert.data.tasks import Task, TaskSpec, plain_name
 
@@ -85,7 +85,7 @@ def spec_of(name: str) -> TaskSpec:
 def _path(spec: TaskSpec, data_dir: str | PathLike[str], split: str) -> Path:
     if not Path(data_dir).is_dir():
         raise FileNotFoundError(f"data_dir {data_dir}: no such folder")
-    return Path(data_dir) / f"{split}-v{VERSIONS[plain_name(spec.name)]}.json"
+    return inner(Path(data_dir), "squad") / f"{split}-v{VERSIONS[plain_name(spec.name)]}.json"
 
 
 def _read_validation(spec: TaskSpec, data_dir: str | PathLike[str]) -> list[dict[str, Any]]:

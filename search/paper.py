@@ -1,0 +1,388 @@
+"""The whole way, from an encoder to a table: a search, and its winner and rivals distilled on every task.
+
+The plan is a list of steps, each a run with a folder of its own; <output_dir>/plan.json tells what is done and what is
+left. A step whose results are there is done, so the same command goes on with the first that has none.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.table import Table
+
+from effbert.architecture import Architecture, Dimensions, count_parameters
+from effbert.config import (
+    GLUE_TASKS,
+    PRESETS,
+    Budget,
+    DistillConfig,
+    PretrainConfig,
+    SearchConfig,
+    TeacherConfig,
+    published,
+)
+from effbert.data.tasks import plain_name
+from effbert.files import write_atomic
+from effbert.models import sized_down
+from effbert.optim import TrainingArguments
+from effbert.parallel import ALONE, World
+from effbert.search.progress import Reporter
+from effbert.search.run import run_search
+from effbert.search.runs import RESULTS, model_names, run_distillation, run_pretraining, run_teacher
+from effbert.teacher import read_config
+
+PLAN, WINNER, TABLE = "plan.json", "winner.json", "table.md"
+PER_TASK = {"rows": int, "seeds": int, "epochs": int, "learning_rate": float, "max_length": int}
+
+
+@dataclass(frozen=True)
+class PaperConfig(SearchConfig):
+    """A search, then its winner and rivals distilled on text and on every task, and a table of them all.
+
+    Attributes:
+        final_tasks: Tasks that the models are distilled on; empty for the search's own.
+        rivals: Models beside the winner: "published", the published architecture at these sizes; "plain", the teacher
+            sized down to the winner's parameters; or any that effbert distill takes, of as many layers.
+        pretraining: General distillation of winner and rivals; what is not begun with the supernet's slices sees the
+            supernet's epochs first.
+        distillation: Task distillation.
+        per_task: TASK.NAME=VALUE, where a task differs: rows, seeds, epochs, learning_rate, max_length.
+    """
+
+    final_tasks: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ("published", "plain")
+    pretraining: TrainingArguments = field(default_factory=TrainingArguments)
+    distillation: TrainingArguments = field(
+        default_factory=lambda: TrainingArguments(learning_rate=5e-5, num_train_epochs=10)
+    )
+    per_task: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        known = {plain_name(task) for task in self.tasks_at_last}
+        for task, name, value in map(split_setting, self.per_task):
+            if plain_name(task) not in known:
+                raise ValueError(f"per_task {task}.{name}={value}: {task} is none of the tasks")
+
+    @property
+    def tasks_at_last(self) -> tuple[str, ...]:
+        """Tasks that the models are distilled on."""
+        return self.final_tasks or (self.task, *self.tasks)
+
+    def of_task(self, task: str) -> dict:
+        """What --per_task says of a task."""
+        own = (found for found in map(split_setting, self.per_task) if plain_name(found[0]) == plain_name(task))
+        return {name: value for _, name, value in own}
+
+
+def split_setting(text: str) -> tuple[str, str, int | float]:
+    """ "cola.epochs=50" as task, name and value; ValueError where it is no such thing."""
+    left, sign, right = text.partition("=")
+    task, dot, name = left.rpartition(".")
+    if not (sign and dot and task) or name not in PER_TASK:
+        raise ValueError(f"per_task {text!r}: it should be TASK.NAME=VALUE, with a name of {', '.join(PER_TASK)}")
+    try:
+        return task, name, PER_TASK[name](right)
+    except ValueError:
+        raise ValueError(f"per_task {text!r}: {right!r} is no {PER_TASK[name].__name__}") from None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run of the plan. result: the file that is there once it is done. start: does it, and returns nothing that is
+    not on disk."""
+
+    name: str
+    result: Path
+    start: Callable[[], object]
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self.result.exists()
+
+
+def run_paper(config: PaperConfig, reporter: Reporter | None = None, world: World = ALONE) -> dict:
+    """Run or resume the whole plan; returns what <output_dir>/results.json holds."""
+    folder = Path(config.output_dir)
+    with reporter or Reporter(shown=world.is_first) as reporter:
+        steps = plan(config, world, lambda: Quiet(reporter))
+        world.on_first(begin, config, steps)
+        world.wait()
+        for step in steps:
+            if not step.done:
+                reporter.say(f"{sum(step.done for step in steps)} of {len(steps)} steps are done; now {step.name}")
+                step.start()
+                world.on_first(write_plan, folder, steps)
+                world.wait()
+        if world.is_first:
+            results = {"winner": winner_of(folder), "tasks": table_of(config)}
+            write_atomic(folder / RESULTS, json.dumps(results, indent=1))
+            write_atomic(folder / TABLE, as_markdown(results["tasks"], names_of(config)))
+            reporter.console.print(as_rich_table(results["tasks"], names_of(config)))
+            reporter.say(f"the table is in {folder / TABLE}")
+        world.wait()
+        return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+
+
+class Quiet(Reporter):
+    """A reporter for one step that writes to the plan's, which is already on the terminal."""
+
+    def __init__(self, outer: Reporter):
+        super().__init__(outer.console)
+        self.outer = outer
+
+    def __enter__(self) -> Reporter:
+        return self.outer
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
+def plan(config: PaperConfig, world: World, reporter: Callable[[], Reporter]) -> list[Step]:
+    """The steps in their order; what a step needs of those before is read when it starts."""
+    folder = Path(config.output_dir)
+
+    def search() -> None:
+        found = run_search(part(config, SearchConfig, folder / "search"), reporter(), world, final=False)
+        world.on_first(write_atomic, folder / WINNER, json.dumps(found, indent=1))
+
+    def pretrain(name: str) -> None:
+        run_pretraining(pretraining(config, name), reporter(), world)
+
+    def teacher(task: str) -> None:
+        run_teacher(teaching(config, task), reporter(), world)
+
+    def distill(task: str) -> None:
+        run_distillation(distillation(config, task), reporter(), world)
+
+    steps = [Step("search", folder / WINNER, search)]
+    for name in groups(config):
+        steps.append(Step(name, folder / name / RESULTS, lambda name=name: pretrain(name)))
+    for task in config.tasks_at_last:
+        if plain_name(task) not in map(plain_name, (config.task, *config.tasks)):
+            name = f"teacher-{plain_name(task)}"
+            steps.append(Step(name, folder / name / RESULTS, lambda task=task: teacher(task)))
+    for task in config.tasks_at_last:
+        name = f"distil-{plain_name(task)}"
+        steps.append(Step(name, folder / name / RESULTS, lambda task=task: distill(task)))
+    return steps
+
+
+def begin(config: PaperConfig, steps: list[Step]) -> None:
+    """Make the folder, and write the plan into it; ValueError where it holds something else."""
+    folder = Path(config.output_dir)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / PLAN).exists():
+        raise ValueError(f"{folder} holds something else: give an empty or a new folder as --output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_plan(folder, steps)
+
+
+def write_plan(folder: Path, steps: list[Step]) -> None:
+    """plan.json: each step, where it is, and whether it is done."""
+    lines = [{"step": step.name, "result": str(step.result.relative_to(folder)), "done": step.done} for step in steps]
+    write_atomic(folder / PLAN, json.dumps(lines, indent=1))
+
+
+def show_plan(config: PaperConfig) -> Table:
+    """What is done and what is left."""
+    view = Table(title=f"plan of {config.output_dir}")
+    view.add_column("step")
+    view.add_column("state")
+    for step in plan(config, ALONE, Reporter):
+        view.add_row(step.name, "done" if step.done else "left")
+    return view
+
+
+def part(config: PaperConfig, kind: type, folder: Path, **changes):
+    """The fields of the plan's config that a step's has too, with `changes`."""
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(kind) if hasattr(config, f.name)}
+    return kind(**{**own, "output_dir": str(folder), **changes})
+
+
+def groups(config: PaperConfig) -> list[str]:
+    """Pretraining runs: of the models that begin with the supernet's slices, and of the others."""
+    return ["text-slices", *(["text-fresh"] if len(of_space(config)) < len(names_of(config)) else [])]
+
+
+def names_of(config: PaperConfig) -> list[str]:
+    """All models, in the order of the table."""
+    return ["winner", *config.rivals]
+
+
+def of_space(config: PaperConfig) -> list[str]:
+    """The models that are slices of the supernet: architectures at the sizes of --student."""
+    return [name for name in names_of(config) if name in ("winner", "published") or "(" in name]
+
+
+def winner_of(folder: Path) -> str:
+    """The architecture that the search found."""
+    return json.loads((folder / WINNER).read_text(encoding="utf-8"))["winner"]
+
+
+def model_of(config: PaperConfig, name: str) -> str:
+    """What effbert distill calls a model of the plan."""
+    if name == "published":
+        return str(published(config.student.num_hidden_layers))
+    if name not in ("winner", "plain"):
+        return name
+    winner = winner_of(Path(config.output_dir))
+    if name == "winner":
+        return winner
+    teacher, student = read_config(base_of(config)), config.student
+    dims = Dimensions(
+        vocab_size=teacher.vocab_size, embedding_size=student.embedding_size, hidden_size=student.hidden_size,
+        intermediate_size=student.intermediate_size, max_position_embeddings=teacher.max_position_embeddings,
+        type_vocab_size=teacher.type_vocab_size, fit_size=None,
+    )  # fmt: skip
+    return sized_down(teacher, student.num_hidden_layers, count_parameters(Architecture.parse(winner), dims).total)
+
+
+def base_of(config: PaperConfig) -> str:
+    """The encoder that general distillation learns from: the given one, or that which the search made."""
+    return config.teacher or str(Path(config.output_dir) / "search" / "teacher" / "base")
+
+
+def pretraining(config: PaperConfig, group: str) -> PretrainConfig:
+    """General distillation of a group of models."""
+    folder, slices = Path(config.output_dir), of_space(config)
+    chosen = slices if group == "text-slices" else [name for name in names_of(config) if name not in slices]
+    changes = {"model": tuple(model_of(config, name) for name in chosen), "training": config.pretraining}
+    changes |= {"params": 0, "start": ()}
+    if group == "text-slices":
+        changes["start"] = (str(folder / "search" / "supernet"),)
+    else:
+        epochs = config.supernet.num_train_epochs + config.pretraining.num_train_epochs
+        changes["training"] = dataclasses.replace(config.pretraining, num_train_epochs=epochs)
+    return part(config, PretrainConfig, folder / group, teacher=base_of(config), **changes)
+
+
+def teaching(config: PaperConfig, task: str) -> TeacherConfig:
+    """Fine-tuning the teacher of a task that the search does not have."""
+    folder, own = Path(config.output_dir) / f"teacher-{plain_name(task)}", config.of_task(task)
+    return part(
+        config,
+        TeacherConfig,
+        folder,
+        **of_one_task(config, task, own),
+        teacher=base_of(config),
+        finetuning=config.teacher_model.finetuning,
+    )
+
+
+def distillation(config: PaperConfig, task: str) -> DistillConfig:
+    """All models on one task, from their general distillation."""
+    folder, own = Path(config.output_dir), config.of_task(task)
+    starts = {}
+    for group in groups(config):
+        slices = of_space(config)
+        members = slices if group == "text-slices" else [name for name in names_of(config) if name not in slices]
+        starts |= {
+            name: str(folder / group / place) for name, place in zip(members, model_names(len(members)), strict=True)
+        }
+    changed = {"num_train_epochs": own.get("epochs"), "learning_rate": own.get("learning_rate")}
+    task_phase = dataclasses.replace(
+        config.distillation, **{name: value for name, value in changed.items() if value is not None}
+    )
+    return part(
+        config,
+        DistillConfig,
+        folder / f"distil-{plain_name(task)}",
+        **of_one_task(config, task, own),
+        teacher=teacher_of(config, task),
+        model=tuple(model_of(config, name) for name in names_of(config)),
+        start=tuple(starts[name] for name in names_of(config)),
+        params=0,
+        seeds=own.get("seeds", config.seeds),
+        budget=Budget(general_phase=dataclasses.replace(config.pretraining, num_train_epochs=0), task_phase=task_phase),
+    )
+
+
+def of_one_task(config: PaperConfig, task: str, own: dict) -> dict:
+    """The fields that make a run one on `task`: your own files are the search's main task alone."""
+    main = plain_name(task) == plain_name(config.task)
+    files = {} if main else {"train_file": "", "validation_file": "", "text_columns": (), "teacher_labels": ()}
+    return {
+        "task": task,
+        "max_train_rows": own.get("rows", config.max_train_rows),
+        "max_length": own.get("max_length", config.max_length),
+        **files,
+    }
+
+
+def teacher_of(config: PaperConfig, task: str) -> str:
+    """The folder of a task's teacher: made by the search, or by a step of its own, or the given one."""
+    folder = Path(config.output_dir)
+    made = folder / f"teacher-{plain_name(task)}" / "model"
+    tuned = folder / "search" / "teacher" / "tasks"
+    of_search = (
+        [path for path in tuned.iterdir() if plain_name(path.name) == plain_name(task)] if tuned.is_dir() else []
+    )
+    return str(made if made.exists() else of_search[0] if of_search else config.teacher)
+
+
+def table_of(config: PaperConfig) -> list[dict]:
+    """For each task its metric, the teacher's row and that of each model, in the order of the plan."""
+    folder, found = Path(config.output_dir), []
+    for task in config.tasks_at_last:
+        results = json.loads((folder / f"distil-{plain_name(task)}" / RESULTS).read_text(encoding="utf-8"))
+        models = dict(zip(names_of(config), results["models"].values(), strict=True))
+        found.append({name: results[name] for name in ("task", "metric", "teacher")} | {"models": models})
+    return found
+
+
+def rows_of(tasks: list[dict], names: list[str]) -> list[tuple[str, ...]]:
+    """The table as text: head, teacher, models; parameters with pooler and head, of the first task."""
+    first = tasks[0]
+    head = ("model", *(f"{task['task']} {task['metric']}" for task in tasks), "parameters", "MFLOPs")
+    teacher = first["teacher"]
+    scores = (f"{task['teacher']['scores'][task['metric']]:.4f}" for task in tasks)
+    lines = [head, ("teacher", *scores, f"{teacher['parameters']:,}", f"{teacher['flops'] / 1e6:,.0f}")]
+    for name in names:
+        cells = []
+        for task in tasks:
+            model = task["models"][name]
+            spread = "" if model["spread"] is None else f" ± {model['spread']:.4f}"
+            cells.append(f"{model['score']:.4f}{spread}")
+        costs = first["models"][name]["seeds"][0]
+        lines.append((name, *cells, f"{costs['parameters']:,}", f"{costs['flops'] / 1e6:,.0f}"))
+    return lines
+
+
+def as_markdown(tasks: list[dict], names: list[str]) -> str:
+    """The table in Markdown."""
+    head, *lines = rows_of(tasks, names)
+    rows = [head, ("---",) * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def as_rich_table(tasks: list[dict], names: list[str]) -> Table:
+    """The table for the terminal."""
+    head, *lines = rows_of(tasks, names)
+    view = Table(title="scores on the official validation rows")
+    for column in head:
+        view.add_column(column, justify="left" if column == "model" else "right")
+    for line in lines:
+        view.add_row(*line)
+    return view
+
+
+def paper(name: str) -> PaperConfig:
+    """A preset of a search with what belongs to it afterwards: the published fine-tuning, or less of it."""
+    search = {f.name: getattr(PRESETS[name](), f.name) for f in dataclasses.fields(SearchConfig)}
+    general = search["supernet"]
+    if name in ("paper", "paper-fast"):
+        final = search["final"]
+        return PaperConfig(
+            **search,
+            final_tasks=(*GLUE_TASKS, "wnli", "squad", "squad2.0"),
+            pretraining=final.general_phase,
+            distillation=final.task_phase,
+            per_task=("cola.epochs=50", "squad.learning_rate=1e-4", "squad2.0.learning_rate=1e-4"),
+        )
+    return PaperConfig(**search, pretraining=general, distillation=search["final"].task_phase)
+
+
+PAPERS: dict[str, Callable[[], PaperConfig]] = {name: lambda name=name: paper(name) for name in PRESETS}

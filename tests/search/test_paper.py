@@ -1,0 +1,104 @@
+"""The plan: its steps, what each is given, what a killed one leaves, and the table at its end."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from effbert.__main__ import main
+from effbert.config import GLUE_TASKS, PRESETS
+from effbert.search import paper
+from effbert.search.paper import PAPERS, PaperConfig, distillation, plan, pretraining
+
+
+def smoke(folder, *more):
+    small = ("--stage1.num_candidates", "2", "--stage2.num_candidates", "2", "--stage3.num_candidates", "2")
+    fewer = ("--agreement_candidates", "0", "--corpus_tokens", "3000", "--max_train_rows", "120")
+    return ["paper", "--preset", "smoke", "--output_dir", str(folder), *small, *fewer, *more]
+
+
+def test_the_published_plan_has_all_tasks_and_each_its_own_settings(tmp_path):
+    config = PAPERS["paper"]()
+    assert config.tasks_at_last == (*GLUE_TASKS, "wnli", "squad", "squad2.0")
+    assert config.of_task("CoLA") == {"epochs": 50} and config.of_task("squad") == {"learning_rate": 1e-4}
+    assert (config.pretraining.num_train_epochs, config.distillation.num_train_epochs) == (10, 10)
+    names = [step.name for step in plan(config, paper.ALONE, paper.Reporter)]
+    assert names[:3] == ["search", "text-slices", "text-fresh"]
+    assert names[3:6] == ["teacher-wnli", "teacher-squad", "teacher-squad2.0"]
+    assert len(names) == 6 + 11
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A plan that was killed in its search and again later, and what it said when it went on."""
+    folder = tmp_path_factory.mktemp("plan") / "run"
+    command = [sys.executable, "-m", "effbert", *smoke(folder, "--per_task", "builtin-next.seeds=2")]
+    for seconds in (9, 22):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert (folder / "plan.json").exists()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_a_killed_plan_goes_on_to_its_table(killed, capsys):
+    folder, said = killed
+    assert "of 5 steps are done; now" in said
+    assert all(step["done"] for step in json.loads((folder / "plan.json").read_text()))
+    results = json.loads((folder / "results.json").read_text())
+    assert [task["task"] for task in results["tasks"]] == ["builtin-topic", "builtin-next"]
+    first, second = (task["models"] for task in results["tasks"])
+    assert list(first) == ["winner", "published", "plain"] and first["winner"]["architecture"] == results["winner"]
+    assert [len(model["seeds"]) for model in second.values()] == [2, 2, 2] and first["winner"]["spread"] is None
+    lines = (folder / "table.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| teacher", "| winner", "| published", "| plain"]
+    before = (folder / "results.json").read_bytes()
+    assert main(smoke(folder, "--per_task", "builtin-next.seeds=2", "--show")) == 0
+    assert capsys.readouterr().out.count("done") == 5
+    assert main(smoke(folder, "--per_task", "builtin-next.seeds=2")) == 0
+    assert (folder / "results.json").read_bytes() == before
+
+
+def test_what_a_step_is_given(killed):
+    config = PaperConfig(
+        **{name: value for name, value in vars(PRESETS["smoke"]()).items() if name != "output_dir"},
+        output_dir=str(killed[0]),
+        per_task=("builtin-next.rows=50", "builtin-next.epochs=3", "builtin-next.learning_rate=0.5"),
+    )
+    slices, fresh = (pretraining(config, name) for name in ("text-slices", "text-fresh"))
+    assert len(slices.model) == 2 and slices.start == (str(killed[0] / "search" / "supernet"),)
+    assert len(fresh.model) == 1 and fresh.model[0].startswith("bert-6x") and fresh.start == ()
+    assert fresh.training.num_train_epochs == config.supernet.num_train_epochs + slices.training.num_train_epochs
+    own, main_task = distillation(config, "builtin-next"), distillation(config, "builtin-topic")
+    assert (own.max_train_rows, own.budget.task_phase.num_train_epochs) == (50, 3)
+    assert own.budget.task_phase.learning_rate == 0.5 and own.budget.general_phase.num_train_epochs == 0
+    assert main_task.max_train_rows == config.max_train_rows and own.teacher.endswith("tasks/builtin-next")
+    assert [name.rpartition("/")[2] for name in own.start] == ["model-1", "model-2", "model"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--per_task", "builtin-next.sedes=2"), "it should be TASK.NAME=VALUE"),
+        (("--per_task", "builtin-next.seeds=two"), "'two' is no int"),
+        (("--per_task", "mnli.seeds=2"), "mnli is none of the tasks"),
+        (("--preset", "small"), "--preset is given 2 times"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(tmp_path, capsys, more, said):
+    assert main(smoke(tmp_path / "run", *more)) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main(smoke(tmp_path)) == 2
+    assert "holds something else" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1
