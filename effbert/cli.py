@@ -14,7 +14,7 @@ USAGE = """usage: effbert COMMAND ...
            torchrun --nproc-per-node 2 -m effbert search ...
   teacher  fine-tune an encoder on a task: effbert teacher --teacher BERT --task mrpc --data_dir GLUE --output_dir mrpc
   pretrain distil a supernet, or one model, on text: effbert pretrain --teacher BERT --corpus TEXT --output_dir net
-  distill  distil one model, on text and then a task: effbert distill --model efficientbert --start net/model
+  distill  distil one model, on text and then a task: effbert distill --model efficientbert --start_from net/model
            --teacher mrpc/model --task mrpc --data_dir GLUE --corpus TEXT --output_dir student
   paper    a search, then winner and rivals on every task, as a plan that goes on where it stopped: effbert paper
            --preset paper-fast --teacher BERT --corpus TEXT --data_dir GLUE --output_dir runs/paper; --show: its state

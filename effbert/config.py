@@ -211,14 +211,14 @@ class TextConfig(RunConfig):
             file or folder, NAME, NAME:CONFIG or NAME:CONFIG@REVISION of a data set on the hub, which is streamed.
         corpus_samples: "packed" uses every token; "released" cuts one sample out of each document, as published.
         corpus_tokens: Use at most so many tokens of it; 0 for all.
-        start: Folder of a supernet to begin with (effbert pretrain), or where no supernet is trained, of a student; for
-            several models one each, or one for all. Without it weights are fresh.
+        start_from: Folder of a supernet to begin with (effbert pretrain), or where no supernet is trained, of a
+            student; for several models one each, or one for all. Without it weights are fresh.
     """
 
     corpus: tuple[str, ...] = ("builtin",)
     corpus_samples: Literal["packed", "released"] = "packed"
     corpus_tokens: int = 0
-    start: tuple[str, ...] = ()
+    start_from: tuple[str, ...] = ()
     student: StudentArguments = field(default_factory=StudentArguments)
     loss: LossWeights = field(default_factory=LossWeights)
 
@@ -271,7 +271,7 @@ class DistillConfig(TextConfig, TaskConfig):
     Attributes:
         model: A published model such as efficientbert-tiny, a plain BERT such as bert-6x312, "teacher" sized down to
             --params, or an architecture, an expression a layer, with the sizes of --student; without it the students
-            that --start holds.
+            that --start_from holds.
         params: Parameters of --model teacher, without pooler and head.
         seeds: Repeat it so often, for mean and spread.
         teacher_cache: On a CPU, keep the teacher's outputs for the task's rows in the run's folder, in bf16 and until
@@ -288,8 +288,8 @@ class DistillConfig(TextConfig, TaskConfig):
     def __post_init__(self):
         super().__post_init__()
         self.at_least(params=0, seeds=1, teacher_cache=0)
-        if not self.model and not self.start:
-            raise ValueError("nothing to distil: give --model, or --start with the folder of a student")
+        if not self.model and not self.start_from:
+            raise ValueError("nothing to distil: give --model, or --start_from with the folder of a student")
 
 
 @dataclass(frozen=True)
@@ -350,8 +350,8 @@ class SearchConfig(TextConfig, TaskConfig):
         super().__post_init__()
         self.at_least(seeds=1, population=0, params=0, max_flops=0, max_latency_ms=0)
         self.at_least(teacher_cache=0, agreement_candidates=0)
-        if len(self.start) > 1:
-            raise ValueError(f"start is {self.start}: a search begins with one supernet")
+        if len(self.start_from) > 1:
+            raise ValueError(f"start_from is {self.start_from}: a search begins with one supernet")
         if len(self.stage3.rungs) > 1:
             raise ValueError(
                 f"stage3.rungs is {self.stage3.rungs}: its candidates are scored, not trained: leave it out"

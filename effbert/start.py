@@ -39,7 +39,7 @@ def model_config(
     if not model:
         saved = read_student(start)
         if saved.architectures == ["Supernet"]:
-            raise ValueError(f"--start {start} is a supernet, of which any model is slices: name one with --model")
+            raise ValueError(f"--start_from {start} is a supernet, of which any model is slices: name one with --model")
         own = {name: getattr(saved, name) for name in ("architecture", *SIZES)}
         return EffBertConfig(**{**common, **own, "fit_size": vocabulary["fit_size"]})
     if model == "teacher":
@@ -59,14 +59,14 @@ def read_student(folder: str) -> EffBertConfig:
     """The config of a saved student or supernet; ValueError or FileNotFoundError where a folder holds none."""
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"--start {folder}: no such folder, or no config.json in it")
+        raise FileNotFoundError(f"--start_from {folder}: no such folder, or no config.json in it")
     try:
         kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
         if kind == "effbert":
             return EffBertConfig.from_pretrained(path)
     except Exception as error:  # the layers below raise kinds of their own
-        raise ValueError(f"--start {folder}: its config.json does not do: {first_line(error)}") from error
-    raise ValueError(f"--start {folder}: a model of type {kind!r}, neither a student nor a supernet of effbert")
+        raise ValueError(f"--start_from {folder}: its config.json does not do: {first_line(error)}") from error
+    raise ValueError(f"--start_from {folder}: a model of type {kind!r}, neither a student nor a supernet of effbert")
 
 
 def check_start(config: EffBertConfig, folder: str) -> None:
@@ -74,10 +74,10 @@ def check_start(config: EffBertConfig, folder: str) -> None:
     saved = read_student(folder)
     if saved.architectures != ["Supernet"]:
         if saved.architecture != config.architecture:
-            raise ValueError(f"--start {folder} is a student of another architecture: {saved.architecture}")
+            raise ValueError(f"--start_from {folder} is a student of another architecture: {saved.architecture}")
     elif config.num_hidden_layers % saved.num_hidden_layers:
         raise ValueError(
-            f"--start {folder}: a supernet of {saved.num_hidden_layers} layers has no slices for "
+            f"--start_from {folder}: a supernet of {saved.num_hidden_layers} layers has no slices for "
             f"{config.num_hidden_layers}"
         )
     elif narrows(saved, config):
@@ -85,7 +85,7 @@ def check_start(config: EffBertConfig, folder: str) -> None:
     other = [f"{name} {getattr(saved, name)}, not {getattr(config, name)}" for name in SIZES
              if getattr(saved, name) != getattr(config, name)]  # fmt: skip
     if other:
-        raise ValueError(f"--start {folder} does not fit the teacher and the model: it has {'; '.join(other)}")
+        raise ValueError(f"--start_from {folder} does not fit the teacher and the model: it has {'; '.join(other)}")
 
 
 def narrows(supernet: EffBertConfig, config: EffBertConfig) -> bool:
@@ -113,5 +113,5 @@ def load_start(model: EffBertPreTrainedModel, folder: str) -> None:
     missing = sorted(name for name in wanted.keys() - state.keys() if not name.startswith(MAY_LACK))
     resized = sorted(name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape)
     if missing or resized:
-        raise ValueError(f"--start {folder}: weights missing or of another size: {', '.join(missing + resized)}")
+        raise ValueError(f"--start_from {folder}: weights missing or of another size: {', '.join(missing + resized)}")
     encoder.load_state_dict({name: state[name] for name in wanted.keys() & state.keys()}, strict=False)

@@ -283,7 +283,7 @@ def fingerprints(config: RunConfig, tokenizer, corpus, tasks: dict[str, Task]) -
     found["the tokenizer"] = tokenizer_fingerprint(tokenizer)
     if corpus is not None:
         found["the corpus"] = Path(corpus.cache_files[0]["filename"]).parent.name  # named by the hash of its content
-    for start in getattr(config, "start", ()):
+    for start in getattr(config, "start_from", ()):
         found[f"the weights of {start}"] = content_hash(start)
     for name, task in tasks.items():
         splits = [dataset_fingerprint(split) for split in (task.train, task.validation)]

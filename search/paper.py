@@ -250,9 +250,9 @@ def pretraining(config: PaperConfig, group: str) -> PretrainConfig:
     folder, slices = Path(config.output_dir), of_space(config)
     chosen = slices if group == "text-slices" else [name for name in names_of(config) if name not in slices]
     changes = {"model": tuple(model_of(config, name) for name in chosen), "training": config.pretraining}
-    changes |= {"params": 0, "start": ()}
+    changes |= {"params": 0, "start_from": ()}
     if group == "text-slices":
-        changes["start"] = (str(folder / "search" / "supernet"),)
+        changes["start_from"] = (str(folder / "search" / "supernet"),)
     else:
         epochs = config.supernet.num_train_epochs + config.pretraining.num_train_epochs
         changes["training"] = dataclasses.replace(config.pretraining, num_train_epochs=epochs)
@@ -293,7 +293,7 @@ def distillation(config: PaperConfig, task: str) -> DistillConfig:
         **of_one_task(config, task, own),
         teacher=teacher_of(config, task),
         model=tuple(model_of(config, name) for name in names_of(config)),
-        start=tuple(starts[name] for name in names_of(config)),
+        start_from=tuple(starts[name] for name in names_of(config)),
         params=0,
         seeds=own.get("seeds", config.seeds),
         budget=Budget(general_phase=dataclasses.replace(config.pretraining, num_train_epochs=0), task_phase=task_phase),

@@ -105,7 +105,7 @@ def fresh(config: PretrainConfig, number: int, fields: EffBertConfig) -> Superne
     """A supernet or encoder before general distillation."""
     torch.manual_seed(random.key(config.seed, "init"))
     model = Supernet(fields) if config.model == ("supernet",) else EffBertModel(fields, add_pooling_layer=False)
-    if config.start:
+    if config.start_from:
         load_start(model, start_of(config, number))
     return model
 
@@ -160,7 +160,7 @@ def one_seed(
     for number, (fields, phase) in enumerate(zip(plans, phases, strict=True)):
         torch.manual_seed(random.key(phase.seed, "init"))
         model = new_student(fields, spec.kind, spec.labels)
-        if config.start:
+        if config.start_from:
             load_start(model, start_of(config, number))
         fresh_head(model, random.key(phase.seed, "head"))
         students.append(Student(model.to(workspace.device), phase))
@@ -216,7 +216,7 @@ def model_names(count: int) -> list[str]:
 
 def start_of(config: TextConfig, number: int) -> str:
     """The folder that a model begins with."""
-    return config.start[number] if len(config.start) > 1 else config.start[0]
+    return config.start_from[number] if len(config.start_from) > 1 else config.start_from[0]
 
 
 @contextmanager
@@ -264,14 +264,18 @@ def resolved(config):
         raise ValueError("--teacher is missing: the folder or name of a BERT-like encoder")
     teacher = read_config(config.teacher)
     vocabulary = student_vocabulary(teacher)
-    names = config.model or ("",) * len(config.start)
-    if len(config.start) not in (0, 1, len(names)):
-        raise ValueError(f"--start names {len(config.start)} folders for {len(names)} models: give one each, or one")
+    names = config.model or ("",) * len(config.start_from)
+    if len(config.start_from) not in (0, 1, len(names)):
+        raise ValueError(
+            f"--start_from names {len(config.start_from)} folders for {len(names)} models: give one each, or one"
+        )
     if names == ("supernet",):
         sizes = {name: getattr(config.student, name) for name in _SHARED}
         plans = [supernet_config(EffBertConfig(**sizes, **vocabulary), config.student.num_hidden_layers)]
     else:
-        starts = config.start * len(names) if len(config.start) == 1 else config.start or ("",) * len(names)
+        starts = (
+            config.start_from * len(names) if len(config.start_from) == 1 else config.start_from or ("",) * len(names)
+        )
         plans = [
             model_config(config, name, start, config.params, teacher, vocabulary)
             for name, start in zip(names, starts, strict=True)
@@ -281,7 +285,7 @@ def resolved(config):
             raise ValueError(
                 "models that learn together need as many layers: distil those of another depth by themselves"
             )
-        if config.start:
+        if config.start_from:
             check_start(fields, start_of(config, number))
     student = dataclasses.replace(
         config.student,

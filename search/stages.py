@@ -287,7 +287,7 @@ def comparison(evaluations: Sequence[Evaluation], best: Evaluation) -> str:
 
 
 def warm_supernet(workspace: Workspace, reporter: Reporter) -> Supernet:
-    """The supernet after general distillation with all its weights, or begun with those of --start, kept in
+    """The supernet after general distillation with all its weights, or begun with those of --start_from, kept in
     <run>/supernet; data-parallel."""
     config, target, world = workspace.config, workspace.folder / "supernet", workspace.world
     phase = Phase(("supernet", "general"), config.seed, workspace.folder / "supernet.pt")
@@ -297,9 +297,9 @@ def warm_supernet(workspace: Workspace, reporter: Reporter) -> Supernet:
         base = supernet_config(workspace.student_config(), config.student.num_hidden_layers)
         supernet = Supernet(base, specs).to(workspace.device)
         results = []
-        if config.start:
-            load_start(supernet, config.start[0])
-            reporter.say(f"supernet: that of {config.start[0]}, {supernet.num_parameters():,} parameters")
+        if config.start_from:
+            load_start(supernet, config.start_from[0])
+            reporter.say(f"supernet: that of {config.start_from[0]}, {supernet.num_parameters():,} parameters")
         else:
             results = [distilled_supernet(workspace, supernet, phase, reporter)]
         world.on_first(keep, supernet, target, *results)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def test_a_teacher_is_fine_tuned_on_all_rows(given, made, capsys):
 def test_a_supernet_and_a_single_model_are_distilled_on_text(given, made, tmp_path):
     supernet = Supernet.from_pretrained(made / "net" / "model")
     assert len(supernet.effbert.layers) == 2 and supernet.effbert.fit_dense.out_features == 32
-    more = ("--model", f"{MLP}, {MLP}", "--start", str(made / "net" / "model"), "--training.learning_rate", "0")
+    more = ("--model", f"{MLP}, {MLP}", "--start_from", str(made / "net" / "model"), "--training.learning_rate", "0")
     assert main(pretrain_command(given, tmp_path / "one", *more)) == 0
     one = EffBertModel.from_pretrained(tmp_path / "one" / "model", add_pooling_layer=False)
     mine, source = one.layers[1].mlps[0].dense2.weight, supernet.effbert.layers[1].mlps[0].dense2.weight
@@ -113,7 +114,10 @@ def test_a_supernet_and_a_single_model_are_distilled_on_text(given, made, tmp_pa
     ("model", "hidden"), [("bert-2x16x20", 16), (f"{MLP}, {MLP}", 24), ("teacher", 8)], ids=["plain", "slices", "small"]
 )
 def test_a_model_is_distilled_and_scored(given, made, tmp_path, model, hidden):
-    more = {"teacher": ["--params", "2500"], f"{MLP}, {MLP}": ["--start", str(made / "net" / "model"), "--seeds", "2"]}
+    more = {
+        "teacher": ["--params", "2500"],
+        f"{MLP}, {MLP}": ["--start_from", str(made / "net" / "model"), "--seeds", "2"],
+    }
     command = distill_command(given, made, tmp_path / "run", "--model", model, *more.get(model, ()))
     assert main(command) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -129,7 +133,7 @@ def test_a_model_is_distilled_and_scored(given, made, tmp_path, model, hidden):
 def test_an_imported_or_deployed_student_goes_on(given, made, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert main(distill_command(given, made, first, "--model", "bert-2x16")) == 0
-    more = ("--start", str(first / "model"), "--budget.general_phase.num_train_epochs", "0")
+    more = ("--start_from", str(first / "model"), "--budget.general_phase.num_train_epochs", "0")
     assert main(distill_command(given, made, second, *more, "--budget.task_phase.learning_rate", "0")) == 0
     before, after = (
         transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model").effbert.layers.state_dict()
@@ -144,9 +148,9 @@ def test_models_that_learn_together_are_those_that_learn_alone(given, made, tmp_
     both, alone = tmp_path / "both", tmp_path / "alone"
     assert main(pretrain_command(given, both / "text", "--model", *models)) == 0
     starts = [str(both / "text" / f"model-{number}") for number in (1, 2)]
-    assert main(distill_command(given, made, both / "task", "--model", *models, "--start", *starts)) == 0
+    assert main(distill_command(given, made, both / "task", "--model", *models, "--start_from", *starts)) == 0
     assert main(pretrain_command(given, alone / "text", "--model", models[1])) == 0
-    start = ("--start", str(alone / "text" / "model"))
+    start = ("--start_from", str(alone / "text" / "model"))
     assert main(distill_command(given, made, alone / "task", "--model", models[1], *start)) == 0
     together, by_itself = (
         transformers.AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
@@ -154,7 +158,39 @@ def test_models_that_learn_together_are_those_that_learn_alone(given, made, tmp_
     )
     for name, tensor in by_itself.items():
         torch.testing.assert_close(together[name], tensor, rtol=0, atol=1e-6)
-    assert main(distill_command(given, made, tmp_path / "net", "--model", *models, "--start", net)) == 2
+    assert main(distill_command(given, made, tmp_path / "net", "--model", *models, "--start_from", net)) == 2
+
+
+def test_two_processes_distil_as_one_with_the_double_batch(given, made, tmp_path):
+    more = ["--model", f"{MLP}, {MLP}", "--start_from", str(made / "net" / "model"), "--teacher_cache", "0"]
+    more += ["--student.hidden_dropout_prob", "0", "--student.attention_probs_dropout_prob", "0"]
+
+    def command(folder, size):
+        sizes = [f"--budget.{phase}_phase.per_device_train_batch_size" for phase in ("general", "task")]
+        return distill_command(given, made, folder, *more, sizes[0], size, sizes[1], size)
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "effbert"]
+    subprocess.run([*torchrun, *command(tmp_path / "two", "4")], check=True)
+    assert main(command(tmp_path / "one", "8")) == 0
+    two, one = (
+        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "model").state_dict()
+        for name in ("two", "one")
+    )
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("command", ["search", "teacher", "pretrain", "distill", "paper"])
+def test_torchrun_takes_no_flag_for_its_own(command, capsys):
+    """It reads the whole command line, and abbreviations of its options as these."""
+    from torch.distributed.run import get_args_parser
+
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    flags = set(re.findall(r"--[a-z0-9_.]+", capsys.readouterr().out))
+    assert "--output_dir" in flags
+    theirs = get_args_parser()._option_string_actions
+    assert not {flag for flag in flags for other in theirs if other.startswith(flag) and flag != "--help"}
 
 
 def interrupted(command, seconds):
@@ -169,7 +205,7 @@ def interrupted(command, seconds):
 
 
 def test_killed_again_and_again_it_ends_with_the_same_weights(given, made, tmp_path):
-    more = ("--model", f"{MLP}, {MLP}", "--start", str(made / "net" / "model"), "--seeds", "3")
+    more = ("--model", f"{MLP}, {MLP}", "--start_from", str(made / "net" / "model"), "--seeds", "3")
     begun = time.monotonic()
     subprocess.run(
         [sys.executable, "-m", "effbert", *distill_command(given, made, tmp_path / "whole", *more)], check=True
@@ -200,19 +236,19 @@ def test_what_does_not_go_together_is_one_line_and_leaves_nothing(given, made, t
     no_head = [str(given / "bert") if word == str(made / "teacher" / "model") else word for word in distill]
     strange = [str(other) if word == str(made / "teacher" / "model") else word for word in distill]
     for command, said in (
-        (distill, "nothing to distil: give --model, or --start"),
-        ([*distill, "--start", net], "is a supernet, of which any model is slices: name one with --model"),
-        ([*distill, "--start", str(tmp_path / "nowhere")], "no such folder"),
-        ([*distill, "--start", str(given / "bert")], "a model of type 'bert', neither a student nor a supernet"),
+        (distill, "nothing to distil: give --model, or --start_from"),
+        ([*distill, "--start_from", net], "is a supernet, of which any model is slices: name one with --model"),
+        ([*distill, "--start_from", str(tmp_path / "nowhere")], "no such folder"),
+        ([*distill, "--start_from", str(given / "bert")], "a model of type 'bert', neither a student nor a supernet"),
         ([*distill, "--model", "teacher"], "--model teacher needs --params"),
         ([*distill, "--model", "bert-2x16", "--params", "9"], "--params is for --model teacher"),
         ([*distill, "--model", "bert-2x16", "bert-4x16"], "need as many layers"),
-        ([*distill, "--model", "bert-2x16", "--start", "a", "b"], "--start names 2 folders for 1 models"),
+        ([*distill, "--model", "bert-2x16", "--start_from", "a", "b"], "--start_from names 2 folders for 1 models"),
         ([*distill, "--model", "bert-3x16"], "a teacher of 4 layers cannot be divided among 3"),
         ([*distill, "--model", "bert-2x18"], "does not divide into 4 attention heads"),
-        ([*distill, "--model", "bert-2x16", "--start", net], "does not fit the teacher and the model"),
+        ([*distill, "--model", "bert-2x16", "--start_from", net], "does not fit the teacher and the model"),
         ([*no_head, "--model", "bert-2x16"], "has no head for mine (classification): make one with effbert teacher"),
-        ([*strange, "--model", text, "--start", net], "--start"),
+        ([*strange, "--model", text, "--start_from", net], "--start_from"),
         (
             [
                 word
