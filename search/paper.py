@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from effbert.answers import Reading, predict_glue
 from effbert.architecture import Architecture, Dimensions, count_parameters
 from effbert.config import (
     GLUE_TASKS,
@@ -23,6 +24,7 @@ from effbert.config import (
     TeacherConfig,
     published,
 )
+from effbert.data import glue
 from effbert.data.tasks import plain_name
 from effbert.files import write_atomic
 from effbert.models import sized_down
@@ -48,6 +50,7 @@ class PaperConfig(SearchConfig):
         pretraining: General distillation of winner and rivals; what is not begun with the supernet's slices sees the
             supernet's epochs first.
         distillation: Task distillation.
+        glue_zip: Also write glue.zip, the winner's test predictions for the GLUE server, from the official test files.
         per_task: TASK.NAME=VALUE, where a task differs: rows, seeds, epochs, learning_rate, max_length.
     """
 
@@ -57,6 +60,7 @@ class PaperConfig(SearchConfig):
     distillation: TrainingArguments = field(
         default_factory=lambda: TrainingArguments(learning_rate=5e-5, num_train_epochs=10)
     )
+    glue_zip: bool = False
     per_task: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -168,12 +172,37 @@ def plan(config: PaperConfig, world: World, reporter: Callable[[], Reporter]) ->
     for task in config.tasks_at_last:
         name = f"distil-{plain_name(task)}"
         steps.append(Step(name, folder / name / RESULTS, lambda task=task: distill(task)))
+    if config.glue_zip:
+        file = folder / "glue.zip"
+        steps.append(Step(file.name, file, lambda: world.on_first(predict, config, file)))
     return steps
 
 
+def predict(config: PaperConfig, file: Path) -> None:
+    """The winner's predictions for every GLUE task of the plan; MNLI's student answers the diagnostic set too."""
+    winner = model_names(len(names_of(config)))[0]
+    student = {"ax": "mnli"}
+    models = {
+        task: str(Path(config.output_dir) / f"distil-{student.get(task, task)}" / winner) for task in zip_tasks(config)
+    }
+    reading = Reading(max_length=config.max_length, device=config.device)
+    predict_glue(models, file, config.data_dir or None, reading)
+
+
+def zip_tasks(config: PaperConfig) -> list[str]:
+    """The GLUE tasks of the plan, and the diagnostic set where MNLI is among them."""
+    tasks = [plain_name(task) for task in config.tasks_at_last if plain_name(task) in glue.TASKS]
+    return [*tasks, "ax"] if "mnli" in tasks else tasks
+
+
 def begin(config: PaperConfig, steps: list[Step]) -> None:
-    """Make the folder, and write the plan into it; ValueError where it holds something else."""
+    """Make the folder, and write the plan into it; ValueError where it holds something else, or FileNotFoundError where
+    the last step will lack a file."""
     folder = Path(config.output_dir)
+    if config.glue_zip and not (folder / PLAN).exists():
+        for task in zip_tasks(config):
+            for split in glue.source_of(task).results:
+                glue.load_split(task, split, config.data_dir or None)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / PLAN).exists():
         raise ValueError(f"{folder} holds something else: give an empty or a new folder as --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
@@ -380,6 +409,7 @@ def paper(name: str) -> PaperConfig:
             final_tasks=(*GLUE_TASKS, "wnli", "squad", "squad2.0"),
             pretraining=final.general_phase,
             distillation=final.task_phase,
+            glue_zip=True,
             per_task=("cola.epochs=50", "squad.learning_rate=1e-4", "squad2.0.learning_rate=1e-4"),
         )
     return PaperConfig(**search, pretraining=general, distillation=search["final"].task_phase)

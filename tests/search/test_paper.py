@@ -28,7 +28,7 @@ def test_the_published_plan_has_all_tasks_and_each_its_own_settings(tmp_path):
     names = [step.name for step in plan(config, paper.ALONE, paper.Reporter)]
     assert names[:3] == ["search", "text-slices", "text-fresh"]
     assert names[3:6] == ["teacher-wnli", "teacher-squad", "teacher-squad2.0"]
-    assert len(names) == 6 + 11
+    assert len(names) == 6 + 11 + 1 and names[-1] == "glue.zip"
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,19 @@ def test_what_a_step_is_given(killed):
     assert [name.rpartition("/")[2] for name in own.start_from] == ["model-1", "model-2", "model"]
 
 
+def test_the_zip_is_of_the_winner_and_the_diagnostic_set_of_its_mnli_student(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(paper, "predict_glue", lambda *arguments: given.append(arguments))
+    config = PaperConfig(
+        output_dir=str(tmp_path), final_tasks=("mnli", "SST-2", "squad"), data_dir="GLUE", glue_zip=True, max_length=64
+    )
+    plan(config, paper.ALONE, paper.Reporter)[-1].start()
+    ((models, file, data_dir, reading),) = given
+    folders = {task: str(tmp_path / f"distil-{task}" / "model-1") for task in ("mnli", "sst2")}
+    assert models == {**folders, "ax": folders["mnli"]} and (file.name, data_dir) == ("glue.zip", "GLUE")
+    assert reading.max_length == 64
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -95,6 +108,13 @@ def test_a_wrong_setting_is_one_line(tmp_path, capsys, more, said):
     assert main(smoke(tmp_path / "run", *more)) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_missing_test_file_is_said_at_the_beginning(tmp_path, capsys):
+    (tmp_path / "glue" / "RTE").mkdir(parents=True)
+    more = ("--final_tasks", "rte", "--glue_zip", "--data_dir", str(tmp_path / "glue"), "--rivals", "published")
+    assert main(smoke(tmp_path / "run", *more)) == 2
+    assert "test.tsv" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
