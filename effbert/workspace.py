@@ -496,7 +496,9 @@ def must_finish(result: TrainingResult, what: str, flag: str) -> None:
 
 
 def keep(model, target: Path, *results: TrainingResult, tokenizer=None) -> None:
-    """A transformers model folder with what its training took (training.json), all or nothing."""
+    """A transformers model folder with what its training took (training.json), all or nothing.
+
+    results: of whatever has its seconds and tokens, a `Distillation` too; none where nothing was trained."""
     cost = {"seconds": sum(result.seconds for result in results), "tokens": sum(result.tokens for result in results)}
     with atomic_dir(target) as temporary:
         model.save_pretrained(temporary)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ import transformers
 from effbert.__main__ import main
 from effbert.data.tokenizer import train_wordpiece
 from effbert.model import EffBertModel
+from effbert.parallel import World
+from effbert.search.runs import finish
 from effbert.supernet import Supernet
 
 WORDS = "the small model reads long words about trees and rivers in every quiet town near some old stone bridge".split()
@@ -124,6 +127,38 @@ def test_a_model_is_distilled_and_scored(given, made, tmp_path, model, hidden):
     assert found.config.hidden_size == hidden and found.config.fit_size is None
     assert found.num_parameters() == own["seeds"][0]["parameters"]
     assert set(found.config.id2label.values()) == {"good", "bad"}
+    took = json.loads((tmp_path / "run" / "model" / "training.json").read_text())
+    assert took == {name: own["seeds"][0][name] for name in ("seconds", "tokens")} and took["tokens"] > 0
+
+
+class Counted(World):
+    """A process of two that counts what it does together with the other one."""
+
+    def __init__(self):
+        super().__init__(rank=1, size=2)
+        object.__setattr__(self, "met", [])
+
+    def on_first(self, function, *arguments):
+        self.met.append("on_first")
+
+    def any(self, flags):
+        self.met.append("any")
+        return list(flags)
+
+
+def test_a_process_that_is_late_waits_for_the_same_as_the_others(tmp_path):
+    met = []
+    for late in (False, True):
+        workspace = types.SimpleNamespace(folder=tmp_path / str(late), world=Counted())
+        workspace.folder.mkdir()
+        if late:  # the first process was there before
+            (workspace.folder / "results.json").write_text("{}")
+        try:
+            finish(workspace, dict, lambda text: None)
+        except FileNotFoundError:
+            assert not late  # nobody wrote them here
+        met.append(workspace.world.met)
+    assert met[0] == met[1] and met[0]
 
 
 def test_an_imported_or_deployed_student_goes_on(given, made, tmp_path):
