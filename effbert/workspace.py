@@ -29,6 +29,7 @@ from effbert.mlm import MaskedPlan, masked_lm_loss, new_bert
 from effbert.model import EffBertConfig
 from effbert.optim import TrainingArguments
 from effbert.parallel import ALONE, World
+from effbert.start import check_tokens
 from effbert.teacher import (
     Teacher,
     check_family,
@@ -137,6 +138,8 @@ def open_workspace(config: RunConfig, folder: Path, say: Say, world: World = ALO
             say(f"task {name}: {note}")
     check_teacher(given, config, next((task.spec for task in loaded.values()), None))
     tokenizer = own_tokenizer(config, folder, say) if given is None else given_tokenizer(config, given)
+    for start in getattr(config, "start", ()):
+        check_tokens(start, tokenizer)
     raw = {name: split_task(task, config) for name, task in loaded.items()}
     corpus = open_corpus(config, tokenizer, say) if isinstance(config, TextConfig) else None
     check_inputs(folder, fingerprints(config, tokenizer, corpus, loaded))

@@ -192,6 +192,29 @@ def test_models_that_learn_together_are_those_that_learn_alone(given, made, tmp_
     assert main(distill_command(given, made, tmp_path / "net", "--model", *models, "--start", net)) == 2
 
 
+@pytest.mark.parametrize(("size", "said"), [(None, "tokens are not the teacher's"), (90, "it has vocab_size")])
+def test_a_student_of_another_vocabulary_is_refused(given, made, tmp_path, capsys, size, said):
+    first, other, run = tmp_path / "first", tmp_path / "other", tmp_path / "run"
+    assert main(distill_command(given, made, first, "--model", "bert-2x16")) == 0
+    words = [sentence(random.Random(5))[::-1] for _ in range(50)]  # of the same letters
+    tokenizer = train_wordpiece(words, 120, max_length=40)
+    known = transformers.AutoTokenizer.from_pretrained(given / "bert")
+    config = transformers.BertConfig(
+        vocab_size=size or len(known), pad_token_id=tokenizer.pad_token_id, hidden_size=32, num_hidden_layers=4,
+        num_attention_heads=4, intermediate_size=64, max_position_embeddings=40, id2label={0: "good", 1: "bad"},
+    )  # fmt: skip
+    if size:
+        tokenizer = train_wordpiece(words, size, max_length=40)
+    transformers.BertForSequenceClassification(config).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    capsys.readouterr()
+    command = distill_command(given, made, run, "--start", str(first / "model"))
+    assert main([str(other) if word == str(made / "teacher" / "model") else word for word in command]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not run.exists() or not [entry for entry in run.iterdir() if not entry.name.startswith(".")]
+
+
 def interrupted(command, seconds):
     """Run a command, kill it after a while; whether it had ended by itself."""
     process = subprocess.Popen([sys.executable, "-m", "effbert", *command], stdout=subprocess.DEVNULL)
