@@ -15,7 +15,7 @@ import torch
 
 from effbert import random
 from effbert.architecture import attention_head_size
-from effbert.config import RunConfig, SearchConfig, TaskConfig, TextConfig
+from effbert.config import RunConfig, SearchConfig, TaskConfig, TeacherConfig, TextConfig
 from effbert.data.batches import BatchPlan, subset
 from effbert.data.cache import dataset_fingerprint, tokenizer_fingerprint
 from effbert.data.corpus import load_corpus, sentences_of
@@ -316,7 +316,7 @@ def check_teacher(given, config: RunConfig, spec: TaskSpec | None) -> None:
             student.num_attention_heads,
         )  # fmt: skip
         attention_head_size(student.hidden_size, student.num_attention_heads)
-    if spec is None:
+    if spec is None or isinstance(config, TeacherConfig):  # whose head is a new one
         return
     if config.teacher_labels:
         _check_label_count(given, config)

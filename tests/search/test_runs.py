@@ -100,6 +100,21 @@ def test_a_teacher_is_fine_tuned_on_all_rows(given, made, capsys):
     assert "finetuning" in capsys.readouterr().err
 
 
+def test_an_encoder_with_the_head_of_another_task_is_fine_tuned_too(given, made, tmp_path, capsys):
+    encoder = transformers.AutoModelForSequenceClassification.from_pretrained(
+        given / "bert", num_labels=3, id2label={0: "entailment", 1: "neutral", 2: "contradiction"}
+    )
+    encoder.save_pretrained(tmp_path / "mnli")
+    transformers.AutoTokenizer.from_pretrained(given / "bert").save_pretrained(tmp_path / "mnli")
+    command = teacher_command(given, tmp_path / "run", "--finetuning.num_train_epochs", "1")
+    command = [str(tmp_path / "mnli") if word == str(given / "bert") else word for word in command]
+    assert main([*command, "--teacher_labels", "good", "bad"]) == 2
+    assert "teacher_labels" in capsys.readouterr().err
+    assert main(command) == 0
+    found = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    assert set(found.config.id2label.values()) == {"good", "bad"}
+
+
 def test_a_supernet_and_a_single_model_are_distilled_on_text(given, made, tmp_path):
     supernet = Supernet.from_pretrained(made / "net" / "model")
     assert len(supernet.effbert.layers) == 2 and supernet.effbert.fit_dense.out_features == 32
