@@ -127,17 +127,19 @@ def paper(arguments: list[str], world: World = ALONE) -> int:
     start = preset(name, PAPERS, PaperConfig(output_dir=""))
     about = (
         f"{PaperConfig.__doc__.splitlines()[0]} --preset NAME, one of {', '.join(PAPERS)}, sets the defaults below. "
-        "--show prints what is done and what is left, and starts nothing."
+        "--show prints what is done and what is left in --output_dir, and starts nothing."
     )
     config = parse(PaperConfig, arguments, "effbert paper", default=start, description=about)
-    check_search(config, name)
-    quiet_libraries()
     if show:
         from rich.console import Console
 
-        Console().print(show_plan(config))
-    else:
-        run_paper(config, world=world)
+        if not config.output_dir:
+            raise ValueError("--output_dir is missing, the folder of the plan to show")
+        Console(quiet=not world.is_first).print(show_plan(config))
+        return 0
+    check_search(config, name)
+    quiet_libraries()
+    run_paper(config, world=world)
     return 0
 
 

@@ -229,7 +229,8 @@ class TextConfig(RunConfig):
 
 @dataclass(frozen=True)
 class TeacherConfig(TaskConfig):
-    """A teacher fine-tuned on a task, from an encoder: all its training rows, scored on its official validation rows.
+    """A teacher fine-tuned on a task, from an encoder, whatever head that had: all its training rows, scored on its
+    official validation rows.
 
     Attributes:
         finetuning: How it is trained.
@@ -238,6 +239,11 @@ class TeacherConfig(TaskConfig):
     finetuning: TrainingArguments = field(
         default_factory=lambda: TrainingArguments(learning_rate=5e-5, num_train_epochs=3)
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.teacher_labels:
+            raise ValueError(f"teacher_labels is {self.teacher_labels}: the head that is trained has the task's labels")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from effbert.config import TextConfig
+from effbert.data.tokenizer import load_tokenizer
 from effbert.errors import first_line
 from effbert.model import EffBertConfig, EffBertModel, EffBertPreTrainedModel, parse_architecture
 from effbert.models import architecture_of, model_fields, sized_down
@@ -41,7 +42,7 @@ def model_config(
         if saved.architectures == ["Supernet"]:
             raise ValueError(f"--start_from {start} is a supernet, of which any model is slices: name one with --model")
         own = {name: getattr(saved, name) for name in ("architecture", *SIZES)}
-        return EffBertConfig(**{**common, **own, "fit_size": vocabulary["fit_size"]})
+        return EffBertConfig(**{**own, **common})
     if model == "teacher":
         if not params:
             raise ValueError("--model teacher needs --params: how many parameters are to be left of it")
@@ -86,6 +87,20 @@ def check_start(config: EffBertConfig, folder: str) -> None:
              if getattr(saved, name) != getattr(config, name)]  # fmt: skip
     if other:
         raise ValueError(f"--start_from {folder} does not fit the teacher and the model: it has {'; '.join(other)}")
+
+
+def check_tokens(folder: str, tokenizer) -> None:
+    """ValueError where a folder has a tokenizer whose tokens are others than those of `tokenizer`, the teacher's."""
+    path = Path(folder).expanduser()
+    if not (path / "tokenizer_config.json").is_file():
+        return  # a search's supernet, or an imported student: the sizes are all that can be compared
+    own, wanted = load_tokenizer(path).get_vocab(), tokenizer.get_vocab()
+    other = sum(wanted.get(token) != number for token, number in own.items())
+    if other:
+        raise ValueError(
+            f"--start {folder}: {other:,} of its {len(own):,} tokens are not the teacher's: it learnt with another "
+            "vocabulary"
+        )
 
 
 def narrows(supernet: EffBertConfig, config: EffBertConfig) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from effbert import random
 from effbert.architecture import attention_head_size
-from effbert.config import RunConfig, SearchConfig, TaskConfig, TextConfig
+from effbert.config import RunConfig, SearchConfig, TaskConfig, TeacherConfig, TextConfig
 from effbert.data.batches import BatchPlan, subset
 from effbert.data.cache import dataset_fingerprint, tokenizer_fingerprint
 from effbert.data.corpus import load_corpus, sentences_of
@@ -29,6 +29,7 @@ from effbert.mlm import MaskedPlan, masked_lm_loss, new_bert
 from effbert.model import EffBertConfig
 from effbert.optim import TrainingArguments
 from effbert.parallel import ALONE, World
+from effbert.start import check_tokens
 from effbert.teacher import (
     Teacher,
     check_family,
@@ -137,6 +138,8 @@ def open_workspace(config: RunConfig, folder: Path, say: Say, world: World = ALO
             say(f"task {name}: {note}")
     check_teacher(given, config, next((task.spec for task in loaded.values()), None))
     tokenizer = own_tokenizer(config, folder, say) if given is None else given_tokenizer(config, given)
+    for start in getattr(config, "start", ()):
+        check_tokens(start, tokenizer)
     raw = {name: split_task(task, config) for name, task in loaded.items()}
     corpus = open_corpus(config, tokenizer, say) if isinstance(config, TextConfig) else None
     check_inputs(folder, fingerprints(config, tokenizer, corpus, loaded))
@@ -313,7 +316,7 @@ def check_teacher(given, config: RunConfig, spec: TaskSpec | None) -> None:
             student.num_attention_heads,
         )  # fmt: skip
         attention_head_size(student.hidden_size, student.num_attention_heads)
-    if spec is None:
+    if spec is None or isinstance(config, TeacherConfig):  # whose head is a new one
         return
     if config.teacher_labels:
         _check_label_count(given, config)
@@ -496,7 +499,9 @@ def must_finish(result: TrainingResult, what: str, flag: str) -> None:
 
 
 def keep(model, target: Path, *results: TrainingResult, tokenizer=None) -> None:
-    """A transformers model folder with what its training took (training.json), all or nothing."""
+    """A transformers model folder with what its training took (training.json), all or nothing.
+
+    results: of whatever has its seconds and tokens, a `Distillation` too; none where nothing was trained."""
     cost = {"seconds": sum(result.seconds for result in results), "tokens": sum(result.tokens for result in results)}
     with atomic_dir(target) as temporary:
         model.save_pretrained(temporary)

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.table import Table
 
 from effbert.answers import Reading, predict_glue
-from effbert.architecture import Architecture, Dimensions, count_parameters
+from effbert.architecture import Architecture, Dimensions, attention_head_size, count_parameters
 from effbert.config import (
     GLUE_TASKS,
     PRESETS,
@@ -27,16 +27,26 @@ from effbert.config import (
 from effbert.data import glue
 from effbert.data.tasks import plain_name
 from effbert.files import write_atomic
-from effbert.models import sized_down
+from effbert.models import architecture_of, model_fields, sized_down
 from effbert.optim import TrainingArguments
 from effbert.parallel import ALONE, World
 from effbert.search.progress import Reporter
-from effbert.search.run import run_search
+from effbert.search.run import claimed, run_search
 from effbert.search.runs import RESULTS, model_names, run_distillation, run_pretraining, run_teacher
-from effbert.teacher import read_config
+from effbert.teacher import longest_text, read_config
+from effbert.workspace import load_tasks
 
 PLAN, WINNER, TABLE = "plan.json", "winner.json", "table.md"
-PER_TASK = {"rows": int, "seeds": int, "epochs": int, "learning_rate": float, "max_length": int}
+PER_TASK = {  # what a task may have of its own: its type, and the least that it can be
+    "rows": (int, 0),
+    "seeds": (int, 1),
+    "epochs": (int, 1),
+    "learning_rate": (float, 0),
+    "max_length": (int, 8),
+}
+
+
+SIZED_LATER = ("published", "plain")  # the rivals that are no names of models
 
 
 @dataclass(frozen=True)
@@ -65,10 +75,18 @@ class PaperConfig(SearchConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        known = {plain_name(task) for task in self.tasks_at_last}
+        Budget(task_phase=self.distillation)  # says what is wrong with it
+        known = [plain_name(task) for task in self.tasks_at_last]
         for task, name, value in map(split_setting, self.per_task):
             if plain_name(task) not in known:
                 raise ValueError(f"per_task {task}.{name}={value}: {task} is none of the tasks")
+        for what, names in (("final_tasks", known), ("rivals", ["winner", *self.rivals])):
+            if len(set(names)) < len(names):
+                raise ValueError(f"{what} is {getattr(self, what)}: name each once, and the winner not at all")
+        for name in self.rivals:
+            layers = self.student.num_hidden_layers
+            if name not in SIZED_LATER and len(architecture_of(name).layers) != layers:
+                raise ValueError(f"rivals: {name} has not {layers} layers, as the models that it learns together with")
 
     @property
     def tasks_at_last(self) -> tuple[str, ...]:
@@ -87,10 +105,14 @@ def split_setting(text: str) -> tuple[str, str, int | float]:
     task, dot, name = left.rpartition(".")
     if not (sign and dot and task) or name not in PER_TASK:
         raise ValueError(f"per_task {text!r}: it should be TASK.NAME=VALUE, with a name of {', '.join(PER_TASK)}")
+    kind, least = PER_TASK[name]
     try:
-        return task, name, PER_TASK[name](right)
+        value = kind(right)
     except ValueError:
-        raise ValueError(f"per_task {text!r}: {right!r} is no {PER_TASK[name].__name__}") from None
+        raise ValueError(f"per_task {text!r}: {right!r} is no {kind.__name__}") from None
+    if not value >= least:
+        raise ValueError(f"per_task {text!r}: it must be at least {least}")
+    return task, name, value
 
 
 @dataclass(frozen=True)
@@ -111,10 +133,14 @@ class Step:
 def run_paper(config: PaperConfig, reporter: Reporter | None = None, world: World = ALONE) -> dict:
     """Run or resume the whole plan; returns what <output_dir>/results.json holds."""
     folder = Path(config.output_dir)
-    with reporter or Reporter(shown=world.is_first) as reporter:
+    with reporter or Reporter(shown=world.is_first) as reporter, claimed(config, world, reporter) as claim:
         steps = plan(config, world, lambda: Quiet(reporter))
-        world.on_first(begin, config, steps)
-        world.wait()
+        try:
+            world.on_first(begin, config, steps)
+        except Exception:
+            if claim is not None:
+                claim.abandon()
+            raise
         for step in steps:
             if not step.done:
                 reporter.say(f"{sum(step.done for step in steps)} of {len(steps)} steps are done; now {step.name}")
@@ -167,7 +193,7 @@ def plan(config: PaperConfig, world: World, reporter: Callable[[], Reporter]) ->
         steps.append(Step(name, folder / name / RESULTS, lambda name=name: pretrain(name)))
     for task in config.tasks_at_last:
         if plain_name(task) not in map(plain_name, (config.task, *config.tasks)):
-            name = f"teacher-{plain_name(task)}"
+            name = of_teacher(task)
             steps.append(Step(name, folder / name / RESULTS, lambda task=task: teacher(task)))
     for task in config.tasks_at_last:
         name = f"distil-{plain_name(task)}"
@@ -196,32 +222,50 @@ def zip_tasks(config: PaperConfig) -> list[str]:
 
 
 def begin(config: PaperConfig, steps: list[Step]) -> None:
-    """Make the folder, and write the plan into it; ValueError where it holds something else, or FileNotFoundError where
-    the last step will lack a file."""
-    folder = Path(config.output_dir)
-    if config.glue_zip and not (folder / PLAN).exists():
-        for task in zip_tasks(config):
-            for split in glue.source_of(task).results:
-                glue.load_split(task, split, config.data_dir or None)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / PLAN).exists():
-        raise ValueError(f"{folder} holds something else: give an empty or a new folder as --output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_plan(folder, steps)
+    """Write the plan into its folder. ValueError or FileNotFoundError where a step to come would refuse what it is
+    given: before anything is computed, and not after days."""
+    given = read_config(config.teacher) if config.teacher else None
+    heads = (given or config.teacher_model).num_attention_heads
+    longest = longest_text(given) if given else max(64, config.max_length)
+    for name in config.rivals:
+        if "(" not in name and name not in SIZED_LATER:
+            attention_head_size(model_fields(name)["hidden_size"], heads)
+    left = {step.name for step in steps if not step.done}
+    for task in zip_tasks(config) if "glue.zip" in left else ():
+        for split in glue.source_of(task).results:
+            glue.load_split(task, split, config.data_dir or None)
+    for task in config.tasks_at_last:
+        length = config.of_task(task).get("max_length", 0)
+        if length > longest:
+            raise ValueError(f"per_task {task}.max_length={length}: the teacher reads {longest} tokens at most")
+        if of_teacher(task) in left:
+            load_tasks(teaching(config, task))
+    write_plan(Path(config.output_dir), steps)
+
+
+def lines_of(folder: Path, steps: list[Step]) -> list[dict]:
+    """Each step, where it is, and whether it is done."""
+    return [{"step": step.name, "result": str(step.result.relative_to(folder)), "done": step.done} for step in steps]
 
 
 def write_plan(folder: Path, steps: list[Step]) -> None:
-    """plan.json: each step, where it is, and whether it is done."""
-    lines = [{"step": step.name, "result": str(step.result.relative_to(folder)), "done": step.done} for step in steps]
-    write_atomic(folder / PLAN, json.dumps(lines, indent=1))
+    """plan.json: what `lines_of` says."""
+    write_atomic(folder / PLAN, json.dumps(lines_of(folder, steps), indent=1))
 
 
 def show_plan(config: PaperConfig) -> Table:
-    """What is done and what is left."""
-    view = Table(title=f"plan of {config.output_dir}")
+    """What is done and what is left: of the plan in the folder, whatever else is in `config`, or before it has begun of
+    that which `config` makes."""
+    folder = Path(config.output_dir)
+    if (folder / PLAN).is_file():
+        lines = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    else:
+        lines = lines_of(folder, plan(config, ALONE, Reporter))
+    view = Table(title=f"plan of {folder}")
     view.add_column("step")
     view.add_column("state")
-    for step in plan(config, ALONE, Reporter):
-        view.add_row(step.name, "done" if step.done else "left")
+    for line in lines:
+        view.add_row(line["step"], "done" if (folder / line["result"]).exists() else "left")
     return view
 
 
@@ -290,7 +334,7 @@ def pretraining(config: PaperConfig, group: str) -> PretrainConfig:
 
 def teaching(config: PaperConfig, task: str) -> TeacherConfig:
     """Fine-tuning the teacher of a task that the search does not have."""
-    folder, own = Path(config.output_dir) / f"teacher-{plain_name(task)}", config.of_task(task)
+    folder, own = Path(config.output_dir) / of_teacher(task), config.of_task(task)
     return part(
         config,
         TeacherConfig,
@@ -329,6 +373,11 @@ def distillation(config: PaperConfig, task: str) -> DistillConfig:
     )
 
 
+def of_teacher(task: str) -> str:
+    """The step that makes a task's teacher."""
+    return f"teacher-{plain_name(task)}"
+
+
 def of_one_task(config: PaperConfig, task: str, own: dict) -> dict:
     """The fields that make a run one on `task`: your own files are the search's main task alone."""
     main = plain_name(task) == plain_name(config.task)
@@ -344,7 +393,7 @@ def of_one_task(config: PaperConfig, task: str, own: dict) -> dict:
 def teacher_of(config: PaperConfig, task: str) -> str:
     """The folder of a task's teacher: made by the search, or by a step of its own, or the given one."""
     folder = Path(config.output_dir)
-    made = folder / f"teacher-{plain_name(task)}" / "model"
+    made = folder / of_teacher(task) / "model"
     tuned = folder / "search" / "teacher" / "tasks"
     of_search = (
         [path for path in tuned.iterdir() if plain_name(path.name) == plain_name(task)] if tuned.is_dir() else []

@@ -187,7 +187,7 @@ def keep_student(workspace: Workspace, student: Student, file: Path, result: Dis
     say(f"{name}, seed {seed}: {show(own['scores'])} on the official validation rows")
     if seed == config.seed:
         small = deployed(model, workspace.main_task.spec)
-        keep(small, workspace.folder / name, tokenizer=workspace.tokenizer)
+        keep(small, workspace.folder / name, result, tokenizer=workspace.tokenizer)
     write_atomic(file, json.dumps(own, indent=1))
 
 
@@ -306,9 +306,8 @@ def trained(folder: Path) -> dict:
 def finish(workspace: Workspace, conclude: Callable[[], dict], say: Callable[[str], None]) -> dict:
     """Write results.json once, and say where everything is."""
     path = workspace.folder / RESULTS
-    if not path.exists():
-        workspace.world.on_first(lambda: write_atomic(path, json.dumps(conclude(), indent=1)))
-    workspace.world.wait()
+    # only the first process asks whether they are there: a slower one would find what it has just written
+    workspace.world.on_first(lambda: path.exists() or write_atomic(path, json.dumps(conclude(), indent=1)))
     results = json.loads(path.read_text(encoding="utf-8"))
     if "scores" in results:
         say(f"{show(results['scores'])} on the official validation rows")

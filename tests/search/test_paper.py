@@ -59,8 +59,11 @@ def test_a_killed_plan_goes_on_to_its_table(killed, capsys):
     lines = (folder / "table.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| teacher", "| winner", "| published", "| plain"]
     before = (folder / "results.json").read_bytes()
-    assert main(smoke(folder, "--per_task", "builtin-next.seeds=2", "--show")) == 0
+    assert main(["paper", "--output_dir", str(folder), "--show"]) == 0
     assert capsys.readouterr().out.count("done") == 5
+    for more in (("--rivals", "plain", "published"), ("--seeds", "2"), ("--distillation.num_train_epochs", "3")):
+        assert main(smoke(folder, "--per_task", "builtin-next.seeds=2", *more)) == 2
+        assert "holds a run with another configuration" in capsys.readouterr().err
     assert main(smoke(folder, "--per_task", "builtin-next.seeds=2")) == 0
     assert (folder / "results.json").read_bytes() == before
 
@@ -101,6 +104,14 @@ def test_the_zip_is_of_the_winner_and_the_diagnostic_set_of_its_mnli_student(tmp
         (("--per_task", "builtin-next.sedes=2"), "it should be TASK.NAME=VALUE"),
         (("--per_task", "builtin-next.seeds=two"), "'two' is no int"),
         (("--per_task", "mnli.seeds=2"), "mnli is none of the tasks"),
+        (("--per_task", "builtin-next.seeds=0"), "it must be at least 1"),
+        (("--per_task", "builtin-next.learning_rate=nan"), "it must be at least 0"),
+        (("--distillation.num_train_epochs", "0"), "a student without task distillation has no score"),
+        (("--final_tasks", "builtin-next", "Builtin-Next"), "final_tasks is"),
+        (("--rivals", "plain", "plain"), "name each once"),
+        (("--rivals", "winner"), "the winner not at all"),
+        (("--rivals", "tinybert-6"), "unknown model 'tinybert-6'"),
+        (("--rivals", "tinybert4"), "tinybert4 has not 6 layers"),
         (("--preset", "small"), "--preset is given 2 times"),
     ],
 )
@@ -114,7 +125,30 @@ def test_a_missing_test_file_is_said_at_the_beginning(tmp_path, capsys):
     (tmp_path / "glue" / "RTE").mkdir(parents=True)
     more = ("--final_tasks", "rte", "--glue_zip", "--data_dir", str(tmp_path / "glue"), "--rivals", "published")
     assert main(smoke(tmp_path / "run", *more)) == 2
-    assert "test.tsv" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert "test.tsv" in capsys.readouterr().err and not (tmp_path / "run" / "search").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--final_tasks", "builtin-topic", "mrpcc"), "unknown task 'mrpcc'"),
+        (("--final_tasks", "mrpc", "--data_dir", "glue"), "data_dir glue: no such folder"),
+        (("--rivals", "bert-6x30"), "does not divide into 4 attention heads"),
+        (("--per_task", "builtin-topic.max_length=65"), "the teacher reads 64 tokens at most"),
+    ],
+)
+def test_what_a_later_step_would_refuse_is_refused_before_anything_is_computed(tmp_path, capsys, more, said):
+    assert main(smoke(tmp_path / "run", *more)) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not [entry for entry in (tmp_path / "run").iterdir() if not entry.name.startswith(".")]
+
+
+def test_a_plan_that_has_not_begun_is_shown(tmp_path, capsys):
+    assert main(smoke(tmp_path / "run", "--show")) == 0
+    assert capsys.readouterr().out.count("left") == 5 and not (tmp_path / "run").exists()
+    assert main(["paper", "--show"]) == 2
+    assert "--output_dir is missing" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ import transformers
 from effbert.__main__ import main
 from effbert.data.tokenizer import train_wordpiece
 from effbert.model import EffBertModel
+from effbert.parallel import World
+from effbert.search.runs import finish
 from effbert.supernet import Supernet
 
 WORDS = "the small model reads long words about trees and rivers in every quiet town near some old stone bridge".split()
@@ -98,6 +101,21 @@ def test_a_teacher_is_fine_tuned_on_all_rows(given, made, capsys):
     assert "finetuning" in capsys.readouterr().err
 
 
+def test_an_encoder_with_the_head_of_another_task_is_fine_tuned_too(given, made, tmp_path, capsys):
+    encoder = transformers.AutoModelForSequenceClassification.from_pretrained(
+        given / "bert", num_labels=3, id2label={0: "entailment", 1: "neutral", 2: "contradiction"}
+    )
+    encoder.save_pretrained(tmp_path / "mnli")
+    transformers.AutoTokenizer.from_pretrained(given / "bert").save_pretrained(tmp_path / "mnli")
+    command = teacher_command(given, tmp_path / "run", "--finetuning.num_train_epochs", "1")
+    command = [str(tmp_path / "mnli") if word == str(given / "bert") else word for word in command]
+    assert main([*command, "--teacher_labels", "good", "bad"]) == 2
+    assert "teacher_labels" in capsys.readouterr().err
+    assert main(command) == 0
+    found = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    assert set(found.config.id2label.values()) == {"good", "bad"}
+
+
 def test_a_supernet_and_a_single_model_are_distilled_on_text(given, made, tmp_path):
     supernet = Supernet.from_pretrained(made / "net" / "model")
     assert len(supernet.effbert.layers) == 2 and supernet.effbert.fit_dense.out_features == 32
@@ -128,6 +146,38 @@ def test_a_model_is_distilled_and_scored(given, made, tmp_path, model, hidden):
     assert found.config.hidden_size == hidden and found.config.fit_size is None
     assert found.num_parameters() == own["seeds"][0]["parameters"]
     assert set(found.config.id2label.values()) == {"good", "bad"}
+    took = json.loads((tmp_path / "run" / "model" / "training.json").read_text())
+    assert took == {name: own["seeds"][0][name] for name in ("seconds", "tokens")} and took["tokens"] > 0
+
+
+class Counted(World):
+    """A process of two that counts what it does together with the other one."""
+
+    def __init__(self):
+        super().__init__(rank=1, size=2)
+        object.__setattr__(self, "met", [])
+
+    def on_first(self, function, *arguments):
+        self.met.append("on_first")
+
+    def any(self, flags):
+        self.met.append("any")
+        return list(flags)
+
+
+def test_a_process_that_is_late_waits_for_the_same_as_the_others(tmp_path):
+    met = []
+    for late in (False, True):
+        workspace = types.SimpleNamespace(folder=tmp_path / str(late), world=Counted())
+        workspace.folder.mkdir()
+        if late:  # the first process was there before
+            (workspace.folder / "results.json").write_text("{}")
+        try:
+            finish(workspace, dict, lambda text: None)
+        except FileNotFoundError:
+            assert not late  # nobody wrote them here
+        met.append(workspace.world.met)
+    assert met[0] == met[1] and met[0]
 
 
 def test_an_imported_or_deployed_student_goes_on(given, made, tmp_path):
@@ -191,6 +241,29 @@ def test_torchrun_takes_no_flag_for_its_own(command, capsys):
     assert "--output_dir" in flags
     theirs = get_args_parser()._option_string_actions
     assert not {flag for flag in flags for other in theirs if other.startswith(flag) and flag != "--help"}
+
+
+@pytest.mark.parametrize(("size", "said"), [(None, "tokens are not the teacher's"), (90, "it has vocab_size")])
+def test_a_student_of_another_vocabulary_is_refused(given, made, tmp_path, capsys, size, said):
+    first, other, run = tmp_path / "first", tmp_path / "other", tmp_path / "run"
+    assert main(distill_command(given, made, first, "--model", "bert-2x16")) == 0
+    words = [sentence(random.Random(5))[::-1] for _ in range(50)]  # of the same letters
+    tokenizer = train_wordpiece(words, 120, max_length=40)
+    known = transformers.AutoTokenizer.from_pretrained(given / "bert")
+    config = transformers.BertConfig(
+        vocab_size=size or len(known), pad_token_id=tokenizer.pad_token_id, hidden_size=32, num_hidden_layers=4,
+        num_attention_heads=4, intermediate_size=64, max_position_embeddings=40, id2label={0: "good", 1: "bad"},
+    )  # fmt: skip
+    if size:
+        tokenizer = train_wordpiece(words, size, max_length=40)
+    transformers.BertForSequenceClassification(config).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    capsys.readouterr()
+    command = distill_command(given, made, run, "--start", str(first / "model"))
+    assert main([str(other) if word == str(made / "teacher" / "model") else word for word in command]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not run.exists() or not [entry for entry in run.iterdir() if not entry.name.startswith(".")]
 
 
 def interrupted(command, seconds):
