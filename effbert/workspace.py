@@ -53,7 +53,8 @@ def no_steps(what: str) -> None:
 
 @dataclass
 class Workspace:
-    """Tokenizer, data and teachers of a run; a run on tasks alone has no corpus, one on text alone no tasks.
+    """Tokenizer, data and teachers of a run; a run that learns from tasks alone has no corpus, one on text
+    alone no tasks.
 
     tasks: by name, the main task first: rows to train on, and as validation the rows that rank candidates, cut from the
         official training rows. held_out: the official validation split, for the final table only.
@@ -141,7 +142,7 @@ def open_workspace(config: RunConfig, folder: Path, say: Say, world: World = ALO
     for start in getattr(config, "start", ()):
         check_tokens(start, tokenizer)
     raw = {name: split_task(task, config) for name, task in loaded.items()}
-    corpus = open_corpus(config, tokenizer, say) if isinstance(config, TextConfig) else None
+    corpus = open_corpus(config, tokenizer, say) if isinstance(config, TextConfig) and config.reads_text else None
     check_inputs(folder, fingerprints(config, tokenizer, corpus, loaded))
     tasks = {name: encode_task(task, tokenizer, config.max_length) for name, (task, _) in raw.items()}
     held_out = {name: encode_task(task, tokenizer, config.max_length) for name, (_, task) in raw.items()}
