@@ -265,6 +265,8 @@ def resolved(config):
     teacher = read_config(config.teacher)
     vocabulary = student_vocabulary(teacher)
     names = config.model or ("",) * len(config.start)
+    if config.params and "teacher" not in names:
+        raise ValueError("--params is for --model teacher: other models have the parameters that they have")
     if len(config.start) not in (0, 1, len(names)):
         raise ValueError(f"--start names {len(config.start)} folders for {len(names)} models: give one each, or one")
     if names == ("supernet",):

@@ -260,6 +260,15 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(given, made, tmp_p
     assert not list((tmp_path / "cut").glob("*.pt"))
 
 
+def test_a_teacher_sized_down_learns_beside_others(given, made, tmp_path):
+    more = ("--model", "teacher", "bert-2x16", "--params", "2500")
+    assert main(pretrain_command(given, tmp_path / "run", *more)) == 0
+    models = json.loads((tmp_path / "run" / "results.json").read_text())["models"]
+    assert list(models) == ["model-1", "model-2"]
+    sizes = [EffBertModel.from_pretrained(tmp_path / "run" / name).config.hidden_size for name in models]
+    assert sizes == [8, 16]
+
+
 def test_what_does_not_go_together_is_one_line_and_leaves_nothing(given, made, tmp_path, capsys):
     other = tmp_path / "other"
     tokenizer = train_wordpiece([sentence(random.Random(3)) for _ in range(50)], 90, max_length=40)
@@ -280,6 +289,7 @@ def test_what_does_not_go_together_is_one_line_and_leaves_nothing(given, made, t
         ([*distill, "--start", str(given / "bert")], "a model of type 'bert', neither a student nor a supernet"),
         ([*distill, "--model", "teacher"], "--model teacher needs --params"),
         ([*distill, "--model", "bert-2x16", "--params", "9"], "--params is for --model teacher"),
+        (pretrain_command(given, run, "--params", "9"), "--params is for --model teacher"),
         ([*distill, "--model", "bert-2x16", "bert-4x16"], "need as many layers"),
         ([*distill, "--model", "bert-2x16", "--start", "a", "b"], "--start names 2 folders for 1 models"),
         ([*distill, "--model", "bert-3x16"], "a teacher of 4 layers cannot be divided among 3"),
