@@ -4,6 +4,7 @@ Each piece is made the first time and read back afterwards, so a resumed run goe
 was given is fingerprinted at its first start: a resume over other data or another teacher is refused.
 """
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -84,6 +85,14 @@ class Workspace:
     def pad_token_id(self) -> int:
         """Id that fills batches."""
         return self.tokenizer.pad_token_id
+
+    @property
+    def student_tokenizer(self):
+        """The tokenizer as it is kept beside a student, which knows positions up to --max_length alone: those beyond
+        are as they were drawn."""
+        kept = copy.deepcopy(self.tokenizer)
+        kept.model_max_length = self.config.max_length
+        return kept
 
     def student_config(self, **changes) -> EffBertConfig:
         """The students' config: sizes of this run, vocabulary and width of the teacher."""

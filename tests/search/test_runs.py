@@ -13,6 +13,8 @@ import torch
 import transformers
 
 from effbert.__main__ import main
+from effbert.answers import Reading, open_model
+from effbert.data.tasks import TaskSpec
 from effbert.data.tokenizer import train_wordpiece
 from effbert.model import EffBertModel
 from effbert.parallel import World
@@ -143,6 +145,10 @@ def test_a_model_is_distilled_and_scored(given, made, tmp_path, model, hidden):
     assert found.num_parameters() == own["seeds"][0]["parameters"]
     assert set(found.config.id2label.values()) == {"good", "bad"}
     took = json.loads((tmp_path / "run" / "model" / "training.json").read_text())
+    spec = TaskSpec("mine", "classification", ("good", "bad"), ("accuracy",), False)
+    assert found.config.max_position_embeddings == 40  # of which those from 32 on have learnt nothing
+    assert open_model(tmp_path / "run" / "model", spec, Reading()).max_length == 32
+    assert open_model(tmp_path / "run" / "model", spec, Reading(max_length=40)).max_length == 40
     assert took == {name: own["seeds"][0][name] for name in ("seconds", "tokens")} and took["tokens"] > 0
 
 
