@@ -43,7 +43,8 @@ class Reading:
     """How a saved model reads texts.
 
     Attributes:
-        max_length: Longest text in tokens; 0 for 128, or 384 for SQuAD, and no more than the model has positions for.
+        max_length: Longest text in tokens; 0 for 128, or 384 for SQuAD, and no more than the model has positions for
+            or its tokenizer says, which of our students is the length that they learnt with.
         doc_stride: Tokens shared by neighbouring windows of a long SQuAD context; 0 for 128, or a third of max_length.
         per_device_eval_batch_size: Rows at once.
         labels: Names for the columns of the model's logits, in their order, where its config has none.
@@ -126,7 +127,8 @@ def open_model(folder: str | Path, spec: TaskSpec, reading: Reading) -> SavedMod
         names = dict(enumerate(reading.labels)) if reading.labels else config.id2label
         columns = map_labels(spec.labels, names, f"model {folder}", "--labels")
     tokenizer = load_tokenizer(folder)
-    length = reading.max_length or min(384 if spec.kind == "spans" else 128, longest_text(config))
+    usual = min(384 if spec.kind == "spans" else 128, tokenizer.model_max_length)
+    length = reading.max_length or min(usual, longest_text(config))
     check_texts(config, tokenizer, length, "model")
     if config.type_vocab_size < 2:
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]

@@ -226,6 +226,11 @@ class TextConfig(RunConfig):
         super().__post_init__()
         self.at_least(corpus_tokens=0)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether anything learns from the corpus."""
+        return True
+
 
 @dataclass(frozen=True)
 class TeacherConfig(TaskConfig):
@@ -282,7 +287,8 @@ class DistillConfig(TextConfig, TaskConfig):
         seeds: Repeat it so often, for mean and spread.
         teacher_cache: On a CPU, keep the teacher's outputs for the task's rows in the run's folder, in bf16 and until
             the run ends, where they take at most so many GB; 0 for never.
-        budget: What it may see and how it trains; --budget.general_phase.num_train_epochs 0 leaves out the first half.
+        budget: What it may see and how it trains; --budget.general_phase.num_train_epochs 0 leaves out the first half,
+            and the corpus unread.
     """
 
     model: tuple[str, ...] = ()
@@ -296,6 +302,11 @@ class DistillConfig(TextConfig, TaskConfig):
         self.at_least(params=0, seeds=1, teacher_cache=0)
         if not self.model and not self.start_from:
             raise ValueError("nothing to distil: give --model, or --start_from with the folder of a student")
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether there is a first half, of general distillation."""
+        return self.budget.general_phase.num_train_epochs > 0
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ def import_checkpoint(
     if "classifier.weight" in state:
         kind, labels = head_of(len(state["classifier.weight"]), pooled, task, path)
         model, prefix = new_student(config, kind, labels), "effbert."
+    elif task is not None:
+        raise ValueError(f"checkpoint {path}: it has no head, and none for task {task}: leave out --task")
     else:
         model, prefix = EffBertModel(config, add_pooling_layer=pooled), ""
     fill(model, used_slices(student_state(state, prefix), architecture, config.intermediate_size, prefix), path)

@@ -47,8 +47,6 @@ def model_config(
         if not params:
             raise ValueError("--model teacher needs --params: how many parameters are to be left of it")
         model = sized_down(teacher, given.num_hidden_layers, params)
-    elif params:
-        raise ValueError(f"--params is for --model teacher: {model} has the parameters that it has")
     architecture = architecture_of(model)
     if "(" not in model:
         return EffBertConfig(**{**common, **model_fields(model)})
@@ -98,7 +96,7 @@ def check_tokens(folder: str, tokenizer) -> None:
     other = sum(wanted.get(token) != number for token, number in own.items())
     if other:
         raise ValueError(
-            f"--start {folder}: {other:,} of its {len(own):,} tokens are not the teacher's: it learnt with another "
+            f"--start_from {folder}: {other:,} of its {len(own):,} tokens are not the teacher's: it learnt with another "
             "vocabulary"
         )
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from effbert.data.batches import Batch, BatchPlan
+from effbert.data.cache import dataset_fingerprint
 from effbert.files import atomic_dir
 from effbert.teacher import Teacher, layer_map
 from effbert.trace import Trace
@@ -72,7 +73,7 @@ def open_cache(
     """
     plan = BatchPlan(dataset, 64, pad_token_id=pad_token_id)
     lengths = plan.rows.lengths
-    meta = _meta(teacher, len(lengths), num_layers)
+    meta = {"data": dataset_fingerprint(dataset), **_meta(teacher, len(lengths), num_layers)}
     size = 2 * sum(meta["sizes"]) * int(lengths.sum())
     said = f"the teacher's outputs of {len(lengths):,} rows take {size / GIGABYTE:.3f} GB"
     if size > limit * GIGABYTE:

@@ -4,6 +4,7 @@ Each piece is made the first time and read back afterwards, so a resumed run goe
 was given is fingerprinted at its first start: a resume over other data or another teacher is refused.
 """
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -53,7 +54,8 @@ def no_steps(what: str) -> None:
 
 @dataclass
 class Workspace:
-    """Tokenizer, data and teachers of a run; a run on tasks alone has no corpus, one on text alone no tasks.
+    """Tokenizer, data and teachers of a run; a run that learns from tasks alone has no corpus, one on text
+    alone no tasks.
 
     tasks: by name, the main task first: rows to train on, and as validation the rows that rank candidates, cut from the
         official training rows. held_out: the official validation split, for the final table only.
@@ -83,6 +85,14 @@ class Workspace:
     def pad_token_id(self) -> int:
         """Id that fills batches."""
         return self.tokenizer.pad_token_id
+
+    @property
+    def student_tokenizer(self):
+        """The tokenizer as it is kept beside a student, which knows positions up to --max_length alone: those beyond
+        are as they were drawn."""
+        kept = copy.deepcopy(self.tokenizer)
+        kept.model_max_length = self.config.max_length
+        return kept
 
     def student_config(self, **changes) -> EffBertConfig:
         """The students' config: sizes of this run, vocabulary and width of the teacher."""
@@ -138,10 +148,10 @@ def open_workspace(config: RunConfig, folder: Path, say: Say, world: World = ALO
             say(f"task {name}: {note}")
     check_teacher(given, config, next((task.spec for task in loaded.values()), None))
     tokenizer = own_tokenizer(config, folder, say) if given is None else given_tokenizer(config, given)
-    for start in getattr(config, "start", ()):
+    for start in config.start_from if isinstance(config, TextConfig) else ():
         check_tokens(start, tokenizer)
     raw = {name: split_task(task, config) for name, task in loaded.items()}
-    corpus = open_corpus(config, tokenizer, say) if isinstance(config, TextConfig) else None
+    corpus = open_corpus(config, tokenizer, say) if isinstance(config, TextConfig) and config.reads_text else None
     check_inputs(folder, fingerprints(config, tokenizer, corpus, loaded))
     tasks = {name: encode_task(task, tokenizer, config.max_length) for name, (task, _) in raw.items()}
     held_out = {name: encode_task(task, tokenizer, config.max_length) for name, (_, task) in raw.items()}
@@ -286,7 +296,7 @@ def fingerprints(config: RunConfig, tokenizer, corpus, tasks: dict[str, Task]) -
     found["the tokenizer"] = tokenizer_fingerprint(tokenizer)
     if corpus is not None:
         found["the corpus"] = Path(corpus.cache_files[0]["filename"]).parent.name  # named by the hash of its content
-    for start in getattr(config, "start_from", ()):
+    for start in config.start_from if isinstance(config, TextConfig) else ():
         found[f"the weights of {start}"] = content_hash(start)
     for name, task in tasks.items():
         splits = [dataset_fingerprint(split) for split in (task.train, task.validation)]

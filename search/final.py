@@ -193,7 +193,7 @@ def save_best(workspace: Workspace, model: EffBertHeadModel) -> None:
     """The deployed winner in <run>/best: config, safetensors, tokenizer; without the training-only projection."""
     with atomic_dir(workspace.folder / "best") as temporary:
         deployed(model, workspace.main_task.spec).save_pretrained(temporary)
-        workspace.tokenizer.save_pretrained(temporary)
+        workspace.student_tokenizer.save_pretrained(temporary)
 
 
 def deployed(model: EffBertHeadModel, spec: TaskSpec) -> EffBertHeadModel:

@@ -90,7 +90,7 @@ def run_pretraining(config: PretrainConfig, reporter: Reporter | None = None, wo
             for name, model, target, result in zip(config.model, models, targets, results, strict=True):
                 must_finish(result, f"general distillation of {name}", "--training.learning_rate")
                 say(f"{name}: loss {result.loss:.4f} after {result.tokens:,} tokens")
-                world.on_first(partial(keep, model, target, result, tokenizer=workspace.tokenizer))
+                world.on_first(partial(keep, model, target, result, tokenizer=workspace.student_tokenizer))
         forget(phases)
 
         def conclude() -> dict:
@@ -187,7 +187,7 @@ def keep_student(workspace: Workspace, student: Student, file: Path, result: Dis
     say(f"{name}, seed {seed}: {show(own['scores'])} on the official validation rows")
     if seed == config.seed:
         small = deployed(model, workspace.main_task.spec)
-        keep(small, workspace.folder / name, result, tokenizer=workspace.tokenizer)
+        keep(small, workspace.folder / name, result, tokenizer=workspace.student_tokenizer)
     write_atomic(file, json.dumps(own, indent=1))
 
 
@@ -265,6 +265,8 @@ def resolved(config):
     teacher = read_config(config.teacher)
     vocabulary = student_vocabulary(teacher)
     names = config.model or ("",) * len(config.start_from)
+    if config.params and "teacher" not in names:
+        raise ValueError("--params is for --model teacher: other models have the parameters that they have")
     if len(config.start_from) not in (0, 1, len(names)):
         raise ValueError(
             f"--start_from names {len(config.start_from)} folders for {len(names)} models: give one each, or one"

@@ -139,6 +139,7 @@ def test_weights_that_do_not_fit_are_listed(parity, tmp_path, capsys, change, sa
 
 def test_other_wrong_input_is_one_line(parity, tmp_path, capsys):
     multi = {k: v for k, v in student(parity).items() if not k.startswith("classifier")}
+    bare = dict(multi)
     multi |= {"classifiers.0.weight": torch.ones(3, 60), "classifiers.0.bias": torch.ones(3)}
     (tmp_path / "vocab.txt").write_text("a\nb\n")
     for state, more, said in (
@@ -147,6 +148,7 @@ def test_other_wrong_input_is_one_line(parity, tmp_path, capsys):
         (None, ("--num_attention_heads", "7"), "does not divide into 7 attention heads"),
         (None, ("--vocab", str(tmp_path / "vocab.txt")), "2 tokens, the checkpoint has 200"),
         (None, ("--vocab", "nowhere.txt"), "--vocab nowhere.txt: no such file"),
+        (bare, ("--task", "mnli"), "it has no head, and none for task mnli"),
         (multi, (), "none is named: give --task"),
         (multi, ("--task", "wnli"), "'wnli' is none of them"),
         ({"a": 1}, (), "holds no weights"),

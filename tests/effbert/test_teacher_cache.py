@@ -90,6 +90,12 @@ def test_one_of_another_teacher_or_of_other_rows_is_made_anew(tmp_path, rows):
     said.clear()
     opened(tmp_path / "kept", other, rows.select(range(9)), say=said)
     assert "made anew" in said[0]
+    said.clear()
+    backwards = rows.select(range(8, -1, -1))  # as many rows, of as many tokens in all
+    cache = opened(tmp_path / "kept", other, backwards, say=said)
+    assert "made anew" in said[0]
+    batch = BatchPlan(backwards, 9, pad_token_id=0)[0]
+    torch.testing.assert_close(cache.trace(batch).logits, other.trace(*inputs_of(batch)).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_one_that_would_be_too_large_is_not_made(tmp_path, rows):

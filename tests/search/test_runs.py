@@ -14,6 +14,8 @@ import torch
 import transformers
 
 from effbert.__main__ import main
+from effbert.answers import Reading, open_model
+from effbert.data.tasks import TaskSpec
 from effbert.data.tokenizer import train_wordpiece
 from effbert.model import EffBertModel
 from effbert.parallel import World
@@ -147,6 +149,10 @@ def test_a_model_is_distilled_and_scored(given, made, tmp_path, model, hidden):
     assert found.num_parameters() == own["seeds"][0]["parameters"]
     assert set(found.config.id2label.values()) == {"good", "bad"}
     took = json.loads((tmp_path / "run" / "model" / "training.json").read_text())
+    spec = TaskSpec("mine", "classification", ("good", "bad"), ("accuracy",), False)
+    assert found.config.max_position_embeddings == 40  # of which those from 32 on have learnt nothing
+    assert open_model(tmp_path / "run" / "model", spec, Reading()).max_length == 32
+    assert open_model(tmp_path / "run" / "model", spec, Reading(max_length=40)).max_length == 40
     assert took == {name: own["seeds"][0][name] for name in ("seconds", "tokens")} and took["tokens"] > 0
 
 
@@ -184,7 +190,8 @@ def test_an_imported_or_deployed_student_goes_on(given, made, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert main(distill_command(given, made, first, "--model", "bert-2x16")) == 0
     more = ("--start_from", str(first / "model"), "--budget.general_phase.num_train_epochs", "0")
-    assert main(distill_command(given, made, second, *more, "--budget.task_phase.learning_rate", "0")) == 0
+    command = distill_command(given, made, second, *more, "--budget.task_phase.learning_rate", "0")
+    assert main([word.replace("text.txt", "no.txt") for word in command]) == 0  # no text is read
     before, after = (
         transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model").effbert.layers.state_dict()
         for folder in (first, second)
@@ -259,7 +266,7 @@ def test_a_student_of_another_vocabulary_is_refused(given, made, tmp_path, capsy
     transformers.BertForSequenceClassification(config).save_pretrained(other)
     tokenizer.save_pretrained(other)
     capsys.readouterr()
-    command = distill_command(given, made, run, "--start", str(first / "model"))
+    command = distill_command(given, made, run, "--start_from", str(first / "model"))
     assert main([str(other) if word == str(made / "teacher" / "model") else word for word in command]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
@@ -295,6 +302,15 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(given, made, tmp_p
     assert not list((tmp_path / "cut").glob("*.pt"))
 
 
+def test_a_teacher_sized_down_learns_beside_others(given, made, tmp_path):
+    more = ("--model", "teacher", "bert-2x16", "--params", "2500")
+    assert main(pretrain_command(given, tmp_path / "run", *more)) == 0
+    models = json.loads((tmp_path / "run" / "results.json").read_text())["models"]
+    assert list(models) == ["model-1", "model-2"]
+    sizes = [EffBertModel.from_pretrained(tmp_path / "run" / name).config.hidden_size for name in models]
+    assert sizes == [8, 16]
+
+
 def test_what_does_not_go_together_is_one_line_and_leaves_nothing(given, made, tmp_path, capsys):
     other = tmp_path / "other"
     tokenizer = train_wordpiece([sentence(random.Random(3)) for _ in range(50)], 90, max_length=40)
@@ -315,6 +331,7 @@ def test_what_does_not_go_together_is_one_line_and_leaves_nothing(given, made, t
         ([*distill, "--start_from", str(given / "bert")], "a model of type 'bert', neither a student nor a supernet"),
         ([*distill, "--model", "teacher"], "--model teacher needs --params"),
         ([*distill, "--model", "bert-2x16", "--params", "9"], "--params is for --model teacher"),
+        (pretrain_command(given, run, "--params", "9"), "--params is for --model teacher"),
         ([*distill, "--model", "bert-2x16", "bert-4x16"], "need as many layers"),
         ([*distill, "--model", "bert-2x16", "--start_from", "a", "b"], "--start_from names 2 folders for 1 models"),
         ([*distill, "--model", "bert-3x16"], "a teacher of 4 layers cannot be divided among 3"),
