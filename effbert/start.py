@@ -96,8 +96,8 @@ def check_tokens(folder: str, tokenizer) -> None:
     other = sum(wanted.get(token) != number for token, number in own.items())
     if other:
         raise ValueError(
-            f"--start_from {folder}: {other:,} of its {len(own):,} tokens are not the teacher's: it learnt with another "
-            "vocabulary"
+            f"--start_from {folder}: {other:,} of its {len(own):,} tokens are not the teacher's: it learnt with "
+            "another vocabulary"
         )
 
 
