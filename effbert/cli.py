@@ -315,6 +315,7 @@ BENCHMARKS = {
     "kernels": "kernels",
     "step": "step",
     "search-cost": "search_cost",
+    "inference": "inference",
     "samplers": "samplers",
     "forecast": "forecast",
 }

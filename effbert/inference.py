@@ -68,7 +68,8 @@ class InferenceModel(nn.Module):
 
     @torch.inference_mode()
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, **ignored):
-        tokens = _Tokens(input_ids, attention_mask, first=self.pooler is not None)
+        keep = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+        tokens = _Tokens(input_ids, keep, first=self.pooler is not None)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         if position_ids is None:
@@ -99,15 +100,14 @@ class _Tokens:
     """Which of B × L positions are computed: the real ones, and with `first` each sequence's first, which a pooler
     reads even where it is masked. index: [T] of these, None where all are; keep: [B, L], None where all are real."""
 
-    def __init__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, first: bool):
-        self.shape = input_ids.shape
-        self.keep = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+    def __init__(self, input_ids: torch.Tensor, keep: torch.Tensor | None, first: bool):
+        self.shape, self.keep = input_ids.shape, keep
         self.index = self.attention_mask = None
-        if self.keep is not None:
-            computed = self.keep.clone()
+        if keep is not None:
+            computed = keep.clone()
             computed[:, 0] |= first
             self.index = computed.flatten().nonzero()[:, 0]
-            self.attention_mask = self.keep[:, None, None, :]
+            self.attention_mask = keep[:, None, None, :]
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """[B · L, n] to [T, n]."""

@@ -13,7 +13,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +41,7 @@ def check_installed() -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise ValueError(
-                f"--format onnx needs the package {name} ({first_line(error)}): pip install 'effbert[onnx]'"
+                f"ONNX files need the package {name} ({first_line(error)}): pip install 'effbert[onnx]'"
             ) from error
 
 
@@ -214,13 +214,15 @@ def to_onnx(plain, path: Path, opset: int) -> None:
 class OnnxModel:
     """An ONNX file in ONNX Runtime on the CPU: int64 tensors [B, L] in, a tuple of float32 tensors out."""
 
-    def __init__(self, path: Path, config):
+    def __init__(self, path: Path, config, disabled_optimizers: Sequence[str] = ()):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled_optimizers
+        )
         self.config = config
 
     def __call__(self, input_ids, attention_mask, token_type_ids) -> tuple[torch.Tensor, ...]:
