@@ -60,8 +60,10 @@ def default_runtimes() -> list[str]:
 
 
 def _student(small: bool) -> EffBertForSequenceClassification:
-    sizes = {name: size for name, size in SMALL.items() if name != "num_hidden_layers"}
-    fields = model_fields("efficientbert") | (sizes | {"embedding_size": 8} if small else {})
+    fields = model_fields("efficientbert")
+    if small:
+        last = fields["architecture"].split(", ")[-SMALL["num_hidden_layers"] :]
+        fields |= SMALL | {"embedding_size": 8, "architecture": ", ".join(last)}
     return EffBertForSequenceClassification(EffBertConfig(**fields, vocab_size=VOCABULARY))
 
 
@@ -87,6 +89,7 @@ def _equal_bert(small: bool) -> nn.Module:
 
 
 def _mobilebert_tiny(small: bool) -> nn.Module:
+    """15.5 M parameters without its pooler, where 15.1 M were published."""
     from transformers import MobileBertConfig, MobileBertForSequenceClassification
 
     sizes = {"num_hidden_layers": 2} if small else {}
