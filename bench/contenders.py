@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import time
 import traceback
 from collections.abc import Callable
@@ -313,7 +314,8 @@ class Worker:
 
 
 def _serve(pipe, name: str, runtime: str, small: bool, threads: int, folder: Path) -> None:
-    """Answer until the other end is closed."""
+    """Answer until the other end is closed; Ctrl-C is the other end's affair."""
+    _ignore_interrupts()
     torch.set_num_threads(threads)
     contender = None
     while True:
@@ -323,7 +325,7 @@ def _serve(pipe, name: str, runtime: str, small: bool, threads: int, folder: Pat
             else:
                 method, *arguments = pipe.recv()
                 answer = getattr(contender, method)(*arguments)
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         except Exception as error:  # whatever a runtime raises is the row's reason
             if os.environ.get("EFFBERT_TRACEBACK"):
@@ -337,7 +339,11 @@ def _serve(pipe, name: str, runtime: str, small: bool, threads: int, folder: Pat
 
 def writer() -> ProcessPoolExecutor:
     """A process for `write_files`, so that writing costs no other one memory."""
-    return ProcessPoolExecutor(1, _processes())
+    return ProcessPoolExecutor(1, _processes(), initializer=_ignore_interrupts)
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _processes():

@@ -159,7 +159,9 @@ def _key(row: dict) -> tuple:
 
 
 def _measured(record: dict, runtime: str, batch: int, length: int) -> set[str]:
-    return {row["model"] for row in record["rows"] if _key(row) == (runtime, batch, length)}
+    """Models with a row at this shape; none where no row has a time, so that what was missing then is tried again."""
+    rows = [row for row in record["rows"] if _key(row) == (runtime, batch, length)]
+    return {row["model"] for row in rows} if any("median_ms" in row for row in rows) else set()
 
 
 @dataclass

@@ -100,6 +100,11 @@ def test_outputs_that_are_not_finite_get_no_time(here, tmp_path, monkeypatch):
     monkeypatch.setattr(contenders, "make", broken)
     found = reasons(run(tmp_path / "r.json", "--models", OURS, BASE, "--runtimes", "fp32"))
     assert found == {OURS: "outputs are not finite", BASE: None}
+    assert reasons(run(tmp_path / "s.json", "--models", OURS, "--runtimes", "fp32"))[OURS]
+    monkeypatch.undo()
+    monkeypatch.setattr(inference, "Worker", InThisProcess)
+    monkeypatch.setattr(inference, "writer", lambda: ThreadPoolExecutor(1))
+    assert reasons(run(tmp_path / "s.json", "--models", OURS, "--runtimes", "fp32")) == {OURS: None}  # tried again
 
 
 def test_a_call_that_would_take_too_long_is_not_made(here, tmp_path):
