@@ -31,7 +31,8 @@ USAGE = """usage: effbert COMMAND ...
            bench predict; kernels and one training step measured beside PyTorch: effbert bench kernels --output
            kernels.json, effbert bench step; what a candidate costs beside the published procedure:
            effbert bench search-cost --preset demo --output_dir runs/cost; what a search of the published size would
-           take on a GPU that is not here: effbert bench forecast --gpu H200
+           take on a GPU that is not here: effbert bench forecast --gpu H200; how fast a model answers beside BERT-base
+           and other small ones: effbert bench inference --output inference.json
 
 effbert COMMAND --help lists a command's flags. EFFBERT_TRACEBACK=1 shows where an error came from."""
 
@@ -382,6 +383,7 @@ BENCHMARKS = {
     "kernels": "kernels",
     "step": "step",
     "search-cost": "search_cost",
+    "inference": "inference",
     "samplers": "samplers",
     "forecast": "forecast",
 }

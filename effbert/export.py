@@ -166,7 +166,7 @@ def _saved_class(folder: Path) -> type[EffBertPreTrainedModel]:
 def sample_inputs(config: EffBertConfig) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Random input_ids, attention_mask and token_type_ids, int64 [B, L], for several B and L, padded and not."""
     rng = generator(0, "export")
-    longest = config.max_position_embeddings - config.position_offset
+    longest = config.max_position_embeddings - getattr(config, "position_offset", 0)
     for batch, length in ((1, 1), (3, 8), (2, 33), (5, 21), (1, 128)):
         length = min(length, longest)
         ids = rng.integers(config.vocab_size, size=(batch, length))

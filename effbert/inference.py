@@ -3,12 +3,13 @@
 What differs from the model that is trained: queries, keys and values are one product, with heads padded by zeros to a
 width that vector units take whole; a head that reads the first token alone spares the others the last layer's MLPs;
 what is masked is left out of every product but those of attention; the projection of training is gone. On a CPU
-activations are written in exponentials, which PyTorch vectorises far better than tanh, and run in place; on a GPU the
-MLP blocks are the fused kernels.
+activations in fp32 are written in exponentials, which PyTorch vectorises far better than tanh, and run in place; half
+precision is widened where the CPU has no products for it. On a GPU the MLP blocks are the fused kernels.
 
 Shapes: B sequences, L positions, T real tokens of the batch, C hidden size, H heads, D their padded width.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -21,27 +22,41 @@ from transformers.modeling_outputs import (
 )
 
 from effbert import kernels
-from effbert.kernels.eager import binary
+from effbert.kernels import eager
 from effbert.kernels.expression import Expression, Node
 from effbert.model import MLP, Attention, EffBertHeadModel, EffBertModel, EffBertPreTrainedModel, parse_architecture
 
+HALVES = (torch.bfloat16, torch.float16)
 HEAD_MULTIPLE = 16  # floats: two vectors of AVX2, one of AVX-512; half of it is what flash attention on a GPU asks for
 GELU_1, GELU_3 = 1.5957691216057308, 0.07135481282962426  # gelu(x) = x · sigmoid(x · (GELU_1 + GELU_3 · x²))
+
+
+def half_is_native() -> bool:
+    """Whether this CPU's products in bf16 are worth asking for. Below AVX-512 oneDNN has none, and PyTorch's own loop
+    made 128 × 540 × 540 in 10 ms where fp32 took 1.0, in fp16 8.3 (Zen 3, one core)."""
+    return torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
 
 
 class InferenceModel(nn.Module):
     """A trained student for inference only, with copies of its weights; `config` is the student's.
 
     Called as the student is: input_ids [B, L], attention_mask [B, L] with 1 = keep, token_type_ids, position_ids. It
-    returns the student's own kind of output, without a loss. last_hidden_state is zero where a token is masked.
+    returns the student's own kind of output in the student's dtype, without a loss. Where a token is masked
+    last_hidden_state is zero, and a span's logits are those of a zero vector; the student has other numbers there,
+    which nobody reads. Make it on the device it runs on: weights in bf16 or fp16 are kept in fp32 on a CPU without
+    products for them. ValueError for a model that is no student.
     """
 
     def __init__(self, model: EffBertPreTrainedModel):
         super().__init__()
         if not isinstance(model, (EffBertModel, EffBertHeadModel)):
             raise ValueError(f"a {type(model).__name__} is no student: give an EffBertModel, bare or with a head")
+        self.config, self.narrowed = model.config, None
+        model = copy.deepcopy(model)
+        if model.device.type == "cpu" and model.dtype in HALVES and not half_is_native():
+            self.narrowed = model.dtype
+            model.float()
         encoder = model.effbert if isinstance(model, EffBertHeadModel) else model
-        self.config = model.config
         self.embeddings = encoder.embeddings
         self.pooler = encoder.pooler
         self.classifier = model.classifier if isinstance(model, EffBertHeadModel) else None
@@ -53,37 +68,46 @@ class InferenceModel(nn.Module):
 
     @torch.inference_mode()
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, **ignored):
-        batch, length = input_ids.shape
         keep = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+        tokens = _Tokens(input_ids, keep, first=self.pooler is not None)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         if position_ids is None:
-            position_ids = torch.arange(length, device=input_ids.device)[None] + self.config.position_offset
-        x = self.embeddings(input_ids, mask, types, position_ids).flatten(0, 1)
-        tokens = _Tokens(batch, length, None if keep is None else keep.flatten().nonzero()[:, 0], keep)
-        x = tokens.pack(x)
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+            position_ids = positions[None] + self.config.position_offset
+        x = tokens.pack(self.embeddings(input_ids, mask, types, position_ids).flatten(0, 1))
         first_alone = self.classifier is not None and self.pooler is not None
         for index, layer in enumerate(self.layers):
             x = layer(x, tokens, first_alone and index == len(self.layers) - 1)
-        return self._output(x if first_alone else tokens.unpack(x))
+        return self._output(x, tokens)
 
-    def _output(self, x: torch.Tensor):
-        """x: [B, C] of the first tokens for a head that reads those, else [B, L, C]."""
-        if self.classifier is None:
-            pooled = None if self.pooler is None else torch.tanh(self.pooler(x[:, 0]))
-            return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=pooled)
-        if self.pooler is None:
-            start, end = self.classifier(x).unbind(-1)
+    def _typed(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.narrowed is None else x.to(self.narrowed)
+
+    def _output(self, x: torch.Tensor, tokens: "_Tokens"):
+        """x: [B, C] of the first tokens for a head that reads those, else [T, C]."""
+        if self.classifier is not None and self.pooler is not None:
+            return SequenceClassifierOutput(logits=self._typed(self.classifier(torch.tanh(self.pooler(x)))))
+        x = tokens.unpack(x)
+        if self.classifier is not None:
+            start, end = self._typed(self.classifier(x)).unbind(-1)
             return QuestionAnsweringModelOutput(start_logits=start, end_logits=end)
-        return SequenceClassifierOutput(logits=self.classifier(torch.tanh(self.pooler(x))))
+        pooled = None if self.pooler is None else self._typed(torch.tanh(self.pooler(x[:, 0])))
+        return BaseModelOutputWithPooling(last_hidden_state=self._typed(tokens.cleared(x)), pooler_output=pooled)
 
 
 class _Tokens:
-    """Which of B × L positions are real. index: [T] of these, None where all are; keep: [B, L]."""
+    """Which of B × L positions are computed: the real ones, and with `first` each sequence's first, which a pooler
+    reads even where it is masked. index: [T] of these, None where all are; keep: [B, L], None where all are real."""
 
-    def __init__(self, batch: int, length: int, index: torch.Tensor | None, keep: torch.Tensor | None):
-        self.shape, self.index = (batch, length), index
-        self.attention_mask = None if keep is None else keep[:, None, None, :]
+    def __init__(self, input_ids: torch.Tensor, keep: torch.Tensor | None, first: bool):
+        self.shape, self.keep = input_ids.shape, keep
+        self.index = self.attention_mask = None
+        if keep is not None:
+            computed = keep.clone()
+            computed[:, 0] |= first
+            self.index = computed.flatten().nonzero()[:, 0]
+            self.attention_mask = keep[:, None, None, :]
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """[B · L, n] to [T, n]."""
@@ -94,6 +118,10 @@ class _Tokens:
         if self.index is not None:
             x = x.new_zeros(self.shape[0] * self.shape[1], x.shape[1]).index_copy_(0, self.index, x)
         return x.unflatten(0, self.shape)
+
+    def cleared(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, L, n] with zeros where a token is masked, in place."""
+        return x if self.keep is None else x.masked_fill_(~self.keep[..., None], 0)
 
 
 class _Layer(nn.Module):
@@ -170,8 +198,10 @@ class _MLP(nn.Module):
             return dense(self._value(node.args[0], x)[0]), True
         if node.op in ("add", "mul", "max"):
             first, second = (self._value(argument, x)[0] for argument in node.args)
-            return binary(node.op, first, second, self.combine), True
+            return eager.binary(node.op, first, second, self.combine), True
         value, own = self._value(node.args[0], x)
+        if x.dtype in HALVES:
+            return eager.ACTIVATIONS[node.op](value), True
         return ACTIVATIONS[node.op](value if own else value.clone()), True
 
 

@@ -302,7 +302,7 @@ def test_a_target_that_exists(capsys, classifier, tmp_path):
 def test_a_package_that_is_missing(capsys, classifier, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     line = fails(capsys, classifier, "--output_dir", tmp_path / "out", "--format", "onnx")
-    assert f"needs the package {package}" in line and "pip install 'effbert[onnx]'" in line
+    assert f"need the package {package}" in line and "pip install 'effbert[onnx]'" in line
 
 
 def test_a_folder_that_is_no_student(capsys, tmp_path):
