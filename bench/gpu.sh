@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one go and in order of value: tests, then kernel benchmarks, then the step benchmark.
+# Everything that wants a GPU, in one go and in order of value: tests, then the benchmarks of kernels, of a training step
+# and of inference.
 # Results go to $OUT (default: bench/results/gpu) as they come, so a run that is cut off loses little; a part that fails
 # or runs out of its time does not stop the next ones, and shows in run.txt and in the exit status.
 #
@@ -11,6 +12,7 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-bench/results/gpu}
 MINUTES=${MINUTES:-9}
 STEP_SECONDS=80
+INFERENCE_SECONDS=90
 export PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 : >"$OUT/run.txt"
@@ -65,7 +67,9 @@ part tests.txt 200 python3 -m pytest -q "${workers[@]}" "${tests[@]}"
 wait
 rm -rf "$warm"
 
-part kernels.txt "$(left "$STEP_SECONDS")" python3 -m effbert.bench.kernels --output "$OUT/kernels.json"
-part step.txt "$(left 0)" python3 -m effbert.bench.step --output "$OUT/step.json"
+part kernels.txt "$(left $((STEP_SECONDS + INFERENCE_SECONDS)))" python3 -m effbert.bench.kernels --output "$OUT/kernels.json"
+part step.txt "$(left "$INFERENCE_SECONDS")" python3 -m effbert.bench.step --output "$OUT/step.json"
+part inference.txt "$(left 0)" python3 -m effbert.bench.inference --runtimes gpu-bf16 gpu-graph gpu-fp32 --lengths 128 \
+    --output "$OUT/inference.json"
 say "done after $SECONDS s, status $status"
 exit "$status"

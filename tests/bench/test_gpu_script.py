@@ -57,23 +57,24 @@ def ordered(parts):
 
 def test_parts_run_in_order_of_value_and_the_kernels_are_compiled_beside_them(run):
     status, parts, log = run()
-    install, gpu, kernel_tests, kernels, step = ordered(parts)
+    install, gpu, kernel_tests, kernels, step, inference = ordered(parts)
     assert status == 0, log
     assert install.startswith("-m pip install") and "--no-deps" in install
     assert gpu == "-m pytest -q -m gpu -n 8 tests/test_marked.py"
     assert kernel_tests == "-m pytest -q -n 8 tests/kernels/test_norm.py"
     assert kernels.startswith("-m effbert.bench.kernels --output") and step.startswith("-m effbert.bench.step --output")
+    assert inference.startswith("-m effbert.bench.inference --runtimes gpu-bf16")
     assert "left out: tests/kernels/test_linear.py (hypothesis is not installed)" in log
-    assert len(parts) == 5 + 9
+    assert len(parts) == 6 + 9
 
 
 def test_a_failing_part_does_not_stop_the_others(run):
     status, parts, log = run(failing="pytest -q -m gpu")
-    assert status == 1 and len(ordered(parts)) == 5
-    assert "exit 3" in log and log.count("exit 0") == 4
+    assert status == 1 and len(ordered(parts)) == 6
+    assert "exit 3" in log and log.count("exit 0") == 5
 
 
 def test_a_part_that_hangs_is_stopped(run):
     status, parts, log = run(hanging="bench.kernels --output", minutes=0)
-    assert status == 1 and ordered(parts)[-1].startswith("-m effbert.bench.step")
+    assert status == 1 and ordered(parts)[-2].startswith("-m effbert.bench.step")
     assert "stopped after 3 s: python3 -m effbert.bench.kernels" in log
