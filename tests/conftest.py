@@ -16,9 +16,14 @@ from effbert.architecture import Architecture
 FIXTURES = Path(__file__).parent / "fixtures"
 torch.set_num_threads(1)  # the tensors here are tiny: a second thread costs more than it gives
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+LONGEST = ("test_run.py", "test_parallel.py", "test_paper.py", "test_runs.py", "test_compile_report.py")
 
 
 def pytest_collection_modifyitems(items):
+    """The files that run whole searches first: each then stays with one of several processes, which makes its fixtures
+    once, and what is left at the end is short. Tests that cannot run here are skipped with a reason."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
     no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU, and PyTorch finds none")
     no_data = pytest.mark.skip(reason=f"needs the data in {SHARED}, which is absent")
     for item in items:

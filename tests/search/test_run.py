@@ -21,7 +21,7 @@ from effbert.data.tasks import load_task
 from effbert.search.study import Study
 
 COMMAND = [sys.executable, "-m", "effbert", "search", "--preset", "smoke", "--output_dir"]
-KILLS = 5
+KILLS = 3
 WORKERS = 3
 
 
@@ -151,7 +151,7 @@ def test_another_configuration_in_the_same_folder_names_the_difference(undisturb
     assert "seed: 0 there, 5 here" in output and len(output.strip().splitlines()) == 1
 
 
-def test_killed_at_five_random_moments_it_ends_as_if_undisturbed(undisturbed, tmp_path):
+def test_killed_at_random_moments_it_ends_as_if_undisturbed(undisturbed, tmp_path):
     folder = tmp_path / "run"
     chance = random.Random(7)
     for _ in range(KILLS):
@@ -198,8 +198,15 @@ def test_ctrl_c_exits_with_130_and_resumes(undisturbed, tmp_path):
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "goes on from here" in rest and "Traceback" not in rest
-    finish(folder)
-    assert outcome(folder) == outcome(undisturbed[0])
+    process = start(folder)
+    for line in process.stdout:  # what comes after the supernet is test_killed_at_random_moments' matter
+        if "stage1" in line:
+            break
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    net = "supernet/model.safetensors"
+    assert (folder / net).read_bytes() == (undisturbed[0] / net).read_bytes()
 
 
 def test_a_damaged_checkpoint_is_one_line_and_loses_nothing(undisturbed, tmp_path):
