@@ -7,6 +7,7 @@ need of a batch, such as a teacher's outputs, is computed once for it. Several p
 part of every batch (effbert.parallel).
 """
 
+import contextlib
 import math
 import signal
 import threading
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from effbert import checkpoint, random
+from effbert import checkpoint, graphs, random
 from effbert.data.batches import Batch
 from effbert.kernels import gradients_in_place
 from effbert.optim import Optimizer, PartlyUsed, TrainingArguments
@@ -79,13 +80,16 @@ class TrainingResult:
 class Trainee:
     """A model to train beside others. loss_of: (batch on the device, number of the batch in the phase, what is shared
     for the batch) -> 0-d loss. after_epoch: called with the model in eval mode; its dict is kept. partly_used: the
-    numbers of an update's batches -> which parameters they used in part only (effbert.optim.Optimizer)."""
+    numbers of an update's batches -> which parameters they used in part only (effbert.optim.Optimizer). alike: loss_of
+    does the same with every batch of a shape, whatever its number, in one forward pass, and so does `share`: on a GPU
+    they may be recorded."""
 
     model: nn.Module
     loss_of: Callable[[Batch, int, Any], torch.Tensor]
     phase: Phase
     after_epoch: Callable[[int], dict] | None = None
     partly_used: Callable[[Sequence[int]], PartlyUsed] | None = None
+    alike: bool = False
 
 
 def train(
@@ -171,6 +175,8 @@ class _Together:
         stand = [(*learner.where, learner.step) for learner in self.learners]
         world.check_same(stand, f"{trainees[0].phase.fingerprint}: the processes see different checkpoints")
         self.width = len(self.learners)
+        self.recorded = arguments.cuda_graphs and world.size == 1 and all(trainee.alike for trainee in trainees)
+        self.recorder: _Recorder | None = None
         self.save_every = max(trainee.phase.save_seconds for trainee in trainees)
         self.started = self.saved = time.monotonic()
 
@@ -182,6 +188,7 @@ class _Together:
             try:
                 for learner in group:
                     learner.to(self.device)
+                self.record(group)
                 while running := [learner for learner in group if not learner.done]:
                     self.step(running, interrupts, on_step)
             except torch.OutOfMemoryError:
@@ -191,6 +198,7 @@ class _Together:
                 waiting = group + waiting
                 for learner in group:
                     learner.drop_gradients()
+            self.stop_recording(group)
             for learner in group:
                 if waiting:
                     learner.to(torch.device("cpu"))
@@ -198,6 +206,21 @@ class _Together:
             learner.to(self.device)
         if time.monotonic() - self.started > self.save_every:  # worth more than doing it again
             self.save(self.learners)
+
+    def record(self, group: list["_Learner"]) -> None:
+        """Begin to record the group's steps, where that can be done."""
+        lanes = graphs.lanes(self.device, 1 + min(len(group), graphs.STREAMS)) if self.recorded else []
+        if lanes:
+            self.recorder = _Recorder(lanes[0], self.device)
+            for number, learner in enumerate(group):
+                learner.record_on(lanes[1 + number % (len(lanes) - 1)])
+
+    def stop_recording(self, group: list["_Learner"]) -> None:
+        """Forget what was recorded, and where it was."""
+        if self.recorder is not None:
+            self.recorder = None
+            for learner in group:
+                learner.record_on(None)
 
     def step(self, running: list["_Learner"], interrupts: _Interrupts, on_step) -> None:
         """One update of the learners that are furthest behind, and what is due after it."""
@@ -230,13 +253,30 @@ class _Together:
         group = range(position * accumulate, min((position + 1) * accumulate, len(plan)))
         for index in group:
             batch = plan[index]
-            tokens, batch = batch.tokens, batch.to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.arguments.bf16):
-                shared = self.share(batch) if self.share is not None else None
+            tokens = batch.tokens
+            batch = batch.to(self.device) if self.recorder is None else self.recorder.batches.hold(batch)
+            shared = self.look(batch)
             for learner in due:
-                learner.learn(batch, index, shared, tokens, len(group))
-                if index == group[-1]:
-                    learner.update()
+                with learner.turn(self.recorder):
+                    learner.learn(batch, index, shared, tokens, len(group))
+                    if index == group[-1]:
+                        learner.update()
+            for learner in due:
+                learner.join()
+
+    def look(self, batch: Batch) -> Any:
+        """What all learners need of a batch."""
+        if self.share is None:
+            return None
+
+        def read():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.arguments.bf16):
+                return self.share(batch)
+
+        if self.recorder is None:
+            return read()
+        with self.recorder.lane.after():
+            return self.recorder.recordings.run(graphs.shape_of(batch), read)
 
     def plan_for(self, epoch: int) -> Sequence[Batch]:
         """The batches of an epoch, drawn once."""
@@ -260,6 +300,13 @@ class _Together:
             learner.save()
         self.saved = time.monotonic()
         self.save_every = max(self.save_every, (self.saved - begun) / SAVING_SHARE)
+
+
+class _Recorder:
+    """What recorded learners have in common: the fixed places of batches, and the lane of what they share."""
+
+    def __init__(self, lane: graphs.Lane, device: torch.device):
+        self.lane, self.batches, self.recordings = lane, graphs.FixedBatches(device), graphs.Recordings(lane.record)
 
 
 class _Learner:
@@ -286,6 +333,7 @@ class _Learner:
         self.first_window: float | None = None
         self.records: list[dict] = []
         self.seconds, self.diverged = 0.0, ""
+        self.lane = self.recordings = self.key = self.parts = None
         self.resume()
         if self.done:
             self.model.eval()
@@ -307,18 +355,35 @@ class _Learner:
         rank = () if self.world.is_first else ("rank", self.world.rank)  # else its rows would have rank 0's masks
         torch.manual_seed(random.key(self.phase.seed, *self.phase.name, "step", self.epoch, index, *rank))
         number = self.epoch * self.batches + index
+        if self.recordings is None:
+            loss = self.add_gradient(batch, number, shared, of)
+        else:
+            self.key.fill_(random.drawn_key())
+            self.parts.fill_(of)
+            with random.dropout_key_in(self.key):
+                loss = self.recordings.run(
+                    graphs.shape_of(batch), lambda: self.add_gradient(batch, number, shared, self.parts)
+                )
+        self.pending_numbers.append(number)
+        self.pending = self.pending.to(loss.device) + loss.double()
+        self.pending_tokens += tokens
+
+    def add_gradient(self, batch: Batch, number: int, shared, of: int | torch.Tensor) -> torch.Tensor:
+        """Forward and backward; returns the loss, detached."""
         with gradients_in_place():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.arguments.bf16):
                 loss = self.loss_of(batch, number, shared)
             (loss / of).backward()
-        self.pending_numbers.append(number)
-        self.pending = self.pending.to(loss.device) + loss.detach().double()
-        self.pending_tokens += tokens
+        return loss.detach()
 
     def update(self) -> None:
         """One step of the optimiser, and what it was worth."""
         self.world.add_up(self.optimizer.parameters, self.pending)
-        norm = self.optimizer.step(self.step, self.partly_used and self.partly_used(self.pending_numbers))
+        if self.recordings is None:
+            norm = self.optimizer.step(self.step, self.partly_used and self.partly_used(self.pending_numbers))
+        else:
+            self.optimizer.set_rate(self.step)
+            norm = self.recordings.run("update", self.optimizer.apply)
         mean = self.pending + 0 * norm.double()  # a gradient that is not finite shows in the sums
         self.loss_sum = self.loss_sum.to(mean.device) + mean
         self.window_sum = self.window_sum.to(mean.device) + mean
@@ -327,6 +392,25 @@ class _Learner:
         self.step += 1
         self.position += 1
         self.window_steps += 1
+
+    def record_on(self, lane: graphs.Lane | None) -> None:
+        """Record steps on a lane from now on; None: no longer."""
+        self.lane = lane
+        self.recordings = self.key = self.parts = None
+        if lane is not None:
+            self.recordings = graphs.Recordings(lane.record)
+            self.key = torch.zeros((), dtype=torch.int64, device=self.device)
+            self.parts = torch.ones((), device=self.device)
+        self.optimizer.keep_in_place(None if lane is None else self.device)
+
+    def turn(self, recorder: _Recorder | None):
+        """Inside, its work goes to its lane, after what the learners share."""
+        return contextlib.nullcontext() if self.lane is None else self.lane.after(recorder.lane)
+
+    def join(self) -> None:
+        """What comes next waits for its lane."""
+        if self.lane is not None:
+            self.lane.join()
 
     def drop_gradients(self) -> None:
         """Forget what a step has added that was not completed."""

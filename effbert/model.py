@@ -21,7 +21,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 
-from effbert import kernels
+from effbert import kernels, random
 from effbert.architecture import PUBLISHED, Architecture, attention_head_size
 from effbert.kernels import Dropout
 from effbert.trace import ScoreTargets, Trace
@@ -223,7 +223,7 @@ class EffBertModel(EffBertPreTrainedModel):
         """Hidden states, queries and keys for token ids [B, L]; attention_mask [B, L], 1 = keep. With `targets`, score
         losses too.
 
-        In training mode dropout is on; its key for this step is drawn from torch's default CPU generator.
+        In training mode dropout is on; its key for this step is `effbert.random.dropout_key`.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -232,7 +232,7 @@ class EffBertModel(EffBertPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + self.config.position_offset
         architecture = architecture or parse_architecture(self.config.architecture)
-        key = int(torch.randint(2**62, ())) if self.training else None
+        key = random.dropout_key() if self.training else None
 
         x = self.embeddings(input_ids, attention_mask, token_type_ids, position_ids)
         embedding_dropout = self._dropout(key, 0)(self.config.hidden_dropout_prob, 0)

@@ -19,7 +19,8 @@ class TrainingArguments:
     """One training phase; names as in transformers.
 
     num_train_epochs: passes over the phase's data. warmup_ratio: share of all steps with a rising learning rate.
-    bf16: autocast (weights stay fp32). A step is gradient_accumulation_steps batches, and where several processes train
+    bf16: autocast (weights stay fp32). cuda_graphs: on a GPU, models whose steps are all alike record them
+    (effbert.graphs). A step is gradient_accumulation_steps batches, and where several processes train
     one model a batch has per_device_train_batch_size rows for each.
     """
 
@@ -32,6 +33,7 @@ class TrainingArguments:
     warmup_ratio: float = 0.1
     lr_scheduler_type: Literal["linear", "cosine"] = "linear"
     bf16: bool = False
+    cuda_graphs: bool = True
 
     def __post_init__(self):
         at_least = {"num_train_epochs": 0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
@@ -83,20 +85,41 @@ class Optimizer:
         groups = parameter_groups(model.named_parameters(), arguments.weight_decay)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.adamw = torch.optim.AdamW(groups, lr=arguments.learning_rate, fused=True)
+        self.rate: torch.Tensor | None = None
 
     def step(self, number: int, partly_used: PartlyUsed | None = None) -> torch.Tensor:
         """Clip, update, clear the gradients; returns the gradient norm before clipping, a 0-d tensor."""
+        self.set_rate(number)
+        return self.apply(partly_used)
+
+    def set_rate(self, number: int) -> None:
+        """The learning rate of the given update: a number, or where the update is recorded, in the tensor it reads."""
         factor = learning_rate_factor(number, self.total_steps, self.warmup_steps, self.arguments.lr_scheduler_type)
+        rate = self.arguments.learning_rate * factor
+        if self.rate is not None:
+            rate = self.rate.fill_(rate)
         for group in self.adamw.param_groups:
-            group["lr"] = self.arguments.learning_rate * factor
+            group["lr"] = rate
+
+    def apply(self, partly_used: PartlyUsed | None = None) -> torch.Tensor:
+        """`step` at the rate that is set."""
+        if self.rate is not None and self.rate.is_cuda:
+            for group in self.adamw.param_groups:
+                group["capturable"] = torch.cuda.is_current_stream_capturing()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.arguments.max_grad_norm)
         self._make_moments()
         before = [(part, part.clone()) for part in self._unused(partly_used or {})]
         self.adamw.step()
         for part, value in before:
             part.copy_(value)
-        self.adamw.zero_grad(set_to_none=True)
+        self.adamw.zero_grad(set_to_none=self.rate is None)
         return norm
+
+    def keep_in_place(self, device: torch.device | None) -> None:
+        """From now on updates may be recorded on `device`: gradients are zeroed, not dropped, and the learning rate is
+        a tensor. None: no longer."""
+        self.rate = None if device is None else torch.zeros((), device=device)
+        self.adamw.zero_grad(set_to_none=True)
 
     def _make_moments(self) -> None:
         """AdamW's state of every parameter that has a gradient, before anything is updated: where memory does not

@@ -5,9 +5,14 @@ a 63-bit key of the same kind and expands it inside the kernel (`effbert.kernels
 alone, in a population, before or after a resume sees the same numbers.
 """
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
+import torch
+
+_held: torch.Tensor | None = None
 
 
 def key(seed: int, *what: str | int) -> int:
@@ -19,3 +24,25 @@ def key(seed: int, *what: str | int) -> int:
 def generator(seed: int, *what: str | int) -> np.random.Generator:
     """A numpy Generator for the draw named by `what`; equal names give equal numbers."""
     return np.random.Generator(np.random.Philox(key=key(seed, *what)))
+
+
+@contextlib.contextmanager
+def dropout_key_in(tensor: torch.Tensor | None) -> Iterator[None]:
+    """Forward passes inside take the key of their dropout from `tensor`, a 0-d int64 tensor on their device, when they
+    run: a recorded step then has a new one each time. With None they draw it."""
+    global _held
+    outer, _held = _held, tensor
+    try:
+        yield
+    finally:
+        _held = outer
+
+
+def dropout_key() -> int | torch.Tensor:
+    """The key of one forward pass's dropout, of 62 bits: what `dropout_key_in` holds, else drawn by `drawn_key`."""
+    return drawn_key() if _held is None else _held
+
+
+def drawn_key() -> int:
+    """62 bits from torch's default CPU generator."""
+    return int(torch.randint(2**62, ()))

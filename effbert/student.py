@@ -69,6 +69,7 @@ def distil(
                 lesson.shared_loss(_trace_of(students[place].model), students[place].model.effbert.fit_dense),
                 phases[place][1],
                 students[place].after_epoch,
+                alike=teacher_of is None,
             )
             for place in going
         ],
@@ -101,6 +102,7 @@ def warm_up(
                 student.model,
                 lesson.shared_loss(_trace_of(student.model, head=False), student.model.effbert.fit_dense),
                 student.phase,
+                alike=True,
             )
             for student in students
         ],
@@ -133,7 +135,7 @@ def distil_generally(
 
     return train_together(
         [
-            Trainee(model, loss_of(getattr(model, "effbert", model)), phase)
+            Trainee(model, loss_of(getattr(model, "effbert", model)), phase, alike=True)
             for model, phase in zip(models, phases, strict=True)
         ],
         lambda epoch: workspace.general_plan(1.0, arguments.per_device_train_batch_size, epoch, world=world),
