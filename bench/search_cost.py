@@ -50,7 +50,8 @@ class Mode:
     """A procedure. what: in words. backend: of the ops. together: candidates share batches and the teacher's pass,
     and on a CPU its kept outputs.
     bf16: autocast, on a GPU. tf32: PyTorch's switch. buckets: batches of like length. halving: over the rungs of stage
-    1. published: the loss too is the published one, over padding. seed: added to the run's. gpu: on a GPU only."""
+    1. published: the loss too is the published one, over padding. seed: added to the run's. gpu: on a GPU only.
+    graphs: steps are recorded as CUDA graphs, on a GPU."""
 
     what: str
     backend: str = "auto"
@@ -62,10 +63,11 @@ class Mode:
     published: bool = False
     seed: int = 0
     gpu: bool = False
+    graphs: bool = True
 
 
-PUBLISHED = Mode("the published procedure", "published", False, False, buckets=False, published=True)
-MODERN = Mode("bf16 on a GPU, fused attention, dynamic padding; one at a time", "modern", together=False)
+PUBLISHED = Mode("the published procedure", "published", False, False, buckets=False, published=True, graphs=False)
+MODERN = Mode("bf16 on a GPU, fused attention, dynamic padding; one at a time", "modern", together=False, graphs=False)
 OURS = Mode("ours", halving=True)
 FULL = dataclasses.replace(OURS, what="ours, all at full budget", halving=False)
 MODES = {
@@ -78,6 +80,7 @@ MODES = {
     "ours full, one at a time": dataclasses.replace(FULL, what="without the shared teacher", together=False),
     "ours full, padded": dataclasses.replace(FULL, what="without buckets", buckets=False),
     "ours full, eager": dataclasses.replace(FULL, what="without kernels", backend="modern", gpu=True),
+    "ours full, no graphs": dataclasses.replace(FULL, what="without CUDA graphs", graphs=False, gpu=True),
     "ours full, fp32": dataclasses.replace(FULL, what="without bf16", bf16=False, gpu=True),
 }
 
@@ -195,7 +198,9 @@ def run_mode(config: SearchConfig, name: str) -> None:
 def configured(config: SearchConfig, mode: Mode) -> SearchConfig:
     """The settings under which stage 1 does what `mode` says."""
     phases = {
-        name: dataclasses.replace(getattr(config.stage1, name), bf16=mode.bf16 and on_gpu(config))
+        name: dataclasses.replace(
+            getattr(config.stage1, name), bf16=mode.bf16 and on_gpu(config), cuda_graphs=mode.graphs
+        )
         for name in ("general_phase", "task_phase")
     }
     rungs = config.stage1.rungs if mode.halving else (1.0,)
