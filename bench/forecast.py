@@ -4,14 +4,15 @@
     effbert bench forecast --gpu H200 --output forecast.json
 
 The one idea: `effbert search --dry_run` with declared sizes. Corpus and GLUE are counted, not read; the rates are the
-GPU's data sheet times two assumed shares, the same for every preset. So nothing here is measured: the hours rest on the
-shares, the ratio of the presets does not. Preset `paper` is the published procedure (fp32, everything padded, one
-candidate at a time), `paper-fast` ours (bf16, buckets, shared teacher passes, halving).
+GPU's data sheet times two assumed shares, the same for every preset. So nothing here is measured: the hours rest on
+the shares, the ratio of the presets does not, and kWh are at most, as if the board drew all that its data sheet
+allows. Preset `paper` is the published procedure (fp32, everything padded, one candidate at a time), `paper-fast`
+ours (bf16, buckets, shared teacher passes, halving).
 """
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from effbert.architecture import Dimensions
@@ -85,7 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("paper", "paper-fast"):
         parts, text = of_preset(PRESETS[name](), gpu, assumptions)
         print(f"\n{name}\n" + "\n".join(text))
-        found[name] = {"search_hours": forecast.search_hours(parts), "parts": [asdict(part) for part in parts]}
+        hours = forecast.search_hours(parts)
+        kwh = board_power(gpu).kwh(3600 * hours)
+        found[name] = {"search_hours": hours, "search_kwh_at_most": kwh, "parts": [asdict(part) for part in parts]}
     print(f"\npaper / paper-fast: {found['paper']['search_hours'] / found['paper-fast']['search_hours']:.1f}")
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +104,13 @@ def of_preset(config: SearchConfig, gpu: Gpu, assumptions: Assumptions) -> tuple
     peak = gpu.ceilings.flops_per_second["bf16" if config.supernet.bf16 else "fp32"]
     dims, teacher = Dimensions(), BertConfig()
     rates = forecast.assume(config, dims, teacher, assumptions.teaching * peak, assumptions.training * peak)
+    rates = replace(rates, power=board_power(gpu))
     largest = forecast.largest_candidate(config, dims)
     together = room_in(gpu.memory, largest, config.population)
     parts = forecast.forecast(config, Declared(config), rates, together)
     return parts, forecast.lines(parts, rates, together, largest)
+
+
+def board_power(gpu: Gpu) -> forecast.Power:
+    """What the GPU draws at most."""
+    return forecast.Power(gpu.watts, "the most that its data sheet allows", at_most=True)

@@ -8,27 +8,29 @@ from effbert.kernels.aot import Built
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU by its data sheet: peak rates are dense; "fp32" is IEEE, on AMD through its matrix units. memory: bytes."""
+    """A GPU by its data sheet: peak rates are dense; "fp32" is IEEE, on AMD through its matrix units. memory: bytes.
+    watts: the most that its board draws."""
 
     name: str
     architecture: str
     multiprocessors: int
     memory: float
+    watts: float
     ceilings: Ceilings
 
 
-def _gpu(name, architecture, multiprocessors, gigabytes, terabytes, half, tf32, fp32) -> Gpu:
+def _gpu(name, architecture, multiprocessors, gigabytes, watts, terabytes, half, tf32, fp32) -> Gpu:
     rates = {"bf16": half * 1e12, "fp16": half * 1e12, "tf32": tf32 * 1e12, "fp32": fp32 * 1e12}
-    return Gpu(name, architecture, multiprocessors, gigabytes * 1e9, Ceilings(terabytes * 1e12, rates))
+    return Gpu(name, architecture, multiprocessors, gigabytes * 1e9, watts, Ceilings(terabytes * 1e12, rates))
 
 
 # Vendors' data sheets: A100 80GB SXM, H100 SXM, H200 SXM, HGX B200 (an eighth of it), MI300X.
 GPUS = (
-    _gpu("A100", "sm_80", 108, 80, 2.039, 312, 156, 19.5),
-    _gpu("H200", "sm_90", 132, 141, 4.8, 989.4, 494.7, 66.9),
-    _gpu("H100", "sm_90", 132, 80, 3.35, 989.4, 494.7, 66.9),
-    _gpu("B200", "sm_100", 148, 180, 8.0, 2250, 1125, 75),
-    _gpu("MI300X", "gfx942", 304, 192, 5.3, 1307.4, 653.7, 163.4),
+    _gpu("A100", "sm_80", 108, 80, 400, 2.039, 312, 156, 19.5),
+    _gpu("H200", "sm_90", 132, 141, 700, 4.8, 989.4, 494.7, 66.9),
+    _gpu("H100", "sm_90", 132, 80, 700, 3.35, 989.4, 494.7, 66.9),
+    _gpu("B200", "sm_100", 148, 180, 1000, 8.0, 2250, 1125, 75),
+    _gpu("MI300X", "gfx942", 304, 192, 750, 5.3, 1307.4, 653.7, 163.4),
 )
 
 

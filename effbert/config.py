@@ -209,7 +209,8 @@ class TextConfig(RunConfig):
     Attributes:
         corpus: Plain text for general distillation, one or several of: "builtin", a text file or folder, a parquet
             file or folder, NAME, NAME:CONFIG or NAME:CONFIG@REVISION of a data set on the hub, which is streamed.
-        corpus_samples: "packed" uses every token; "released" cuts one sample out of each document, as published.
+        corpus_samples: "packed" uses every token; "released" cuts one sample out of each document, as published: other
+            ones each epoch, of which there are at most five sets.
         corpus_tokens: Use at most so many tokens of it; 0 for all.
         start_from: Folder of a supernet to begin with (effbert pretrain), or where no supernet is trained, of a
             student; for several models one each, or one for all. Without it weights are fresh.
@@ -230,6 +231,11 @@ class TextConfig(RunConfig):
     def reads_text(self) -> bool:
         """Whether anything learns from the corpus."""
         return True
+
+    @property
+    def text_epochs(self) -> int:
+        """Epochs of the longest phase that reads the corpus."""
+        return 1
 
 
 @dataclass(frozen=True)
@@ -273,6 +279,11 @@ class PretrainConfig(TextConfig):
         if not self.model or ("supernet" in self.model and len(self.model) > 1):
             raise ValueError(f"model is {self.model}: give a supernet alone, or one or several models")
 
+    @property
+    def text_epochs(self) -> int:
+        """Epochs of general distillation."""
+        return self.training.num_train_epochs
+
 
 @dataclass(frozen=True)
 class DistillConfig(TextConfig, TaskConfig):
@@ -306,7 +317,12 @@ class DistillConfig(TextConfig, TaskConfig):
     @property
     def reads_text(self) -> bool:
         """Whether there is a first half, of general distillation."""
-        return self.budget.general_phase.num_train_epochs > 0
+        return self.text_epochs > 0
+
+    @property
+    def text_epochs(self) -> int:
+        """Epochs of general distillation."""
+        return self.budget.general_phase.num_train_epochs
 
 
 @dataclass(frozen=True)
@@ -379,6 +395,13 @@ class SearchConfig(TextConfig, TaskConfig):
             raise ValueError(f"task_temperature is {self.task_temperature}: it must be at least 1")
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share is {self.validation_share}: it must be above 0 and below 1")
+
+    @property
+    def text_epochs(self) -> int:
+        """Epochs of the longest general phase, and of the teacher's own where the run makes one."""
+        phases = [self.supernet, *(s.general_phase for s in (self.stage1, self.stage2, self.stage3, self.final))]
+        phases += [] if self.teacher else [self.teacher_model.pretraining]
+        return max(phase.num_train_epochs for phase in phases)
 
     def band(self, dims: Dimensions) -> tuple[int, int]:
         """(min_params, max_params), where unset the published band scaled to `params`, or else to these sizes."""

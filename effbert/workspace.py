@@ -7,7 +7,7 @@ was given is fingerprinted at its first start: a resume over other data or anoth
 import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from effbert.architecture import attention_head_size
 from effbert.config import RunConfig, SearchConfig, TaskConfig, TeacherConfig, TextConfig
 from effbert.data.batches import BatchPlan, subset
 from effbert.data.cache import dataset_fingerprint, tokenizer_fingerprint
-from effbert.data.corpus import load_corpus, sentences_of
+from effbert.data.corpus import SAMPLE_SETS, load_corpus, sentences_of
 from effbert.data.encode import EncodedTask, encode_task
 from effbert.data.tasks import BUILTIN, Task, TaskSpec, load_task, map_labels, plain_name
 from effbert.data.tokenizer import load_tokenizer, train_wordpiece
@@ -57,6 +57,7 @@ class Workspace:
     """Tokenizer, data and teachers of a run; a run that learns from tasks alone has no corpus, one on text
     alone no tasks.
 
+    corpus: sets of as many sequences each, which epochs take in turn.
     tasks: by name, the main task first: rows to train on, and as validation the rows that rank candidates, cut from the
         official training rows. held_out: the official validation split, for the final table only.
     teacher_config: the encoder's transformers config, known before its weights. teachers: one a task.
@@ -68,7 +69,7 @@ class Workspace:
     folder: Path
     device: torch.device
     tokenizer: object
-    corpus: object
+    corpus: Sequence
     tasks: dict[str, EncodedTask]
     held_out: dict[str, EncodedTask]
     teacher_config: object
@@ -113,8 +114,10 @@ class Workspace:
     def general_plan(
         self, share: float, batch_size: int, epoch: int, seed: int | None = None, world: World = ALONE
     ) -> BatchPlan:
-        """Batches over the first `share` of the corpus, in an order that depends on the seed and the epoch alone."""
-        return self.plan(subset(self.corpus, share), batch_size, "general", epoch, seed, world)
+        """Batches over the first `share` of the corpus, of which an epoch has a set of its own as far as there are
+        sets, in an order that depends on the seed and the epoch alone; equally many each epoch."""
+        sequences = self.corpus[epoch % len(self.corpus)]
+        return self.plan(subset(sequences, share), batch_size, "general", epoch, seed, world)
 
     def plan(
         self, data, batch_size: int, name: str, epoch: int, seed: int | None = None, world: World = ALONE
@@ -151,7 +154,7 @@ def open_workspace(config: RunConfig, folder: Path, say: Say, world: World = ALO
     for start in config.start_from if isinstance(config, TextConfig) else ():
         check_tokens(start, tokenizer)
     raw = {name: split_task(task, config) for name, task in loaded.items()}
-    corpus = open_corpus(config, tokenizer, say) if isinstance(config, TextConfig) and config.reads_text else None
+    corpus = open_corpus(config, tokenizer, say) if isinstance(config, TextConfig) and config.reads_text else []
     check_inputs(folder, fingerprints(config, tokenizer, corpus, loaded))
     tasks = {name: encode_task(task, tokenizer, config.max_length) for name, (task, _) in raw.items()}
     held_out = {name: encode_task(task, tokenizer, config.max_length) for name, (_, task) in raw.items()}
@@ -162,18 +165,22 @@ def open_workspace(config: RunConfig, folder: Path, say: Say, world: World = ALO
     return Workspace(config, folder, device, tokenizer, corpus, tasks, held_out, teacher_config, world=world)
 
 
-def open_corpus(config: TextConfig, tokenizer, say: Say):
-    """The encoded sequences of general distillation."""
+def open_corpus(config: TextConfig, tokenizer, say: Say) -> list:
+    """The encoded sequences of general distillation: of "released" samples a set an epoch, SAMPLE_SETS at most."""
+    sets = 1 if config.corpus_samples == "packed" else max(1, min(config.text_epochs, SAMPLE_SETS))
     corpus = load_corpus(
         config.corpus,
         tokenizer,
         config.max_length,
         samples=config.corpus_samples,
+        sets=sets,
         limit_tokens=config.corpus_tokens or None,
         num_proc=config.num_threads,
         say=say,
     )
-    say(f"corpus: {len(corpus):,} sequences of at most {config.max_length} tokens from {', '.join(config.corpus)}")
+    each = f"{sets} sets of " if sets > 1 else ""
+    said = f"corpus: {each}{len(corpus[0]):,} sequences of at most {config.max_length} tokens"
+    say(f"{said} from {', '.join(config.corpus)}")
     return corpus
 
 
@@ -294,8 +301,8 @@ def fingerprints(config: RunConfig, tokenizer, corpus, tasks: dict[str, Task]) -
     """Hashes of what a run reads, by what to call it in a message."""
     found = {"the teacher": content_hash(config.teacher)} if config.teacher else {}
     found["the tokenizer"] = tokenizer_fingerprint(tokenizer)
-    if corpus is not None:
-        found["the corpus"] = Path(corpus.cache_files[0]["filename"]).parent.name  # named by the hash of its content
+    for first in corpus[:1]:
+        found["the corpus"] = Path(first.cache_files[0]["filename"]).parent.name  # named by the hash of its content
     for start in config.start_from if isinstance(config, TextConfig) else ():
         found[f"the weights of {start}"] = content_hash(start)
     for name, task in tasks.items():

@@ -1,4 +1,4 @@
-"""What a search will cost, said before it starts: tokens, hours and memory of every part.
+"""What a search will cost, said before it starts: tokens, hours, memory and, where the GPU tells, kWh of every part.
 
 The one idea: time is tokens times seconds a token, of four kinds: a teacher's pass, a candidate's step, a step of the
 whole supernet, and scoring. `measure` times these on a few real batches here; `assume` derives them from counted FLOPs
@@ -8,6 +8,7 @@ only declared (effbert.bench.forecast). Left out: loading data, extracting candi
 """
 
 import dataclasses
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ import torch
 from effbert.architecture import Architecture, Dimensions, bert_flops, count_flops
 from effbert.config import Budget, SearchConfig, SearchStage, published
 from effbert.data.batches import subset
+from effbert.errors import first_line
 from effbert.kernels import gradients_in_place
 from effbert.mlm import new_bert
 from effbert.model import new_student
@@ -33,19 +35,35 @@ from effbert.teacher import Teacher, load_model
 from effbert.workspace import Workspace, model_inputs
 
 WARM_UP_STEPS, TIMED_STEPS = 1, 3
+POWER_SECONDS = 2.0  # of steps while the power is read: a GPU tells the mean of up to the last second
 BACKWARD = 3  # a step costs so many forward passes: forward, and a backward of twice its products
+
+
+@dataclass(frozen=True)
+class Power:
+    """What a GPU draws in W, None where it does not tell. source: where that is from, or why there is none. at_most: it
+    is an upper bound."""
+
+    watts: float | None
+    source: str
+    at_most: bool = False
+
+    def kwh(self, seconds: float) -> float:
+        """Energy of so many seconds."""
+        return self.watts * seconds / 3.6e6
 
 
 @dataclass(frozen=True)
 class Rates:
     """Seconds a token: a teacher's forward pass, a candidate's training step without it, the whole supernet's, and a
-    candidate's forward pass. source: where they are from."""
+    candidate's forward pass. source: where they are from. power: of the GPU, None where nothing is known of one."""
 
     teacher: float
     candidate: float
     supernet: float
     scoring: float
     source: str
+    power: Power | None = None
 
 
 @dataclass(frozen=True)
@@ -194,7 +212,8 @@ def assume(config: SearchConfig, dims: Dimensions, teacher, teaching: float, tra
 
 
 def measure(workspace: Workspace) -> Rates:
-    """Rates of a few steps on the first batches of the corpus, with fresh weights of the sizes that will train."""
+    """Rates of a few steps on the first batches of the corpus, with fresh weights of the sizes that will train; on an
+    NVIDIA GPU the power too, of a candidate's steps with the teacher's passes."""
     config, device = workspace.config, workspace.device
     given = load_model(config.teacher) if config.teacher else new_bert(workspace.teacher_config, config.seed)
     workspace.general_teacher = Teacher(given).to(device)
@@ -234,38 +253,82 @@ def measure(workspace: Workspace) -> Rates:
     def scoring(index):
         student.trace(*model_inputs(batches[index]))
 
+    train_candidate = step(student, trace_of(student, head=False))
     return Rates(
         _seconds_a_token(teach, batches, device),
-        _seconds_a_token(step(student, trace_of(student, head=False)), batches, device),
+        _seconds_a_token(train_candidate, batches, device),
         _seconds_a_token(step(supernet, trace_of(supernet)), batches, device),
         _seconds_a_token(scoring, batches, device),
         f"measured: {TIMED_STEPS} steps of {batches[0].input_ids.shape[0]} texts on {device}",
+        measure_power(lambda: (teach(0), train_candidate(0)), device),
     )
 
 
 def _seconds_a_token(run: Callable[[int], object], batches, device: torch.device) -> float:
-    def wait():
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     for index in range(WARM_UP_STEPS):
         run(index)
-    wait()
+    _wait(device)
     begun = time.perf_counter()
     for index in range(WARM_UP_STEPS, len(batches)):
         run(index)
-    wait()
+    _wait(device)
     return (time.perf_counter() - begun) / sum(batch.input_ids.numel() for batch in batches[WARM_UP_STEPS:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_power(run: Callable[[], object], device: torch.device) -> Power | None:
+    """What the device draws while `run` goes on and on: the mean of what is read in the second half of POWER_SECONDS.
+    None where it is no NVIDIA GPU."""
+    read = power_reader(device)
+    if read is None:
+        return None
+    readings, begun = [], time.perf_counter()
+    while not readings or time.perf_counter() - begun < POWER_SECONDS:
+        run()
+        try:
+            readings.append(read())  # while the device still works on it
+        except Exception as error:  # NVML's own have no base that is there without it
+            return Power(None, f"the GPU's power draw cannot be read: {first_line(error)}")
+        _wait(device)
+    return Power(statistics.mean(readings[len(readings) // 2 :]), "measured in training")
+
+
+def power_reader(device: torch.device) -> Callable[[], float] | None:
+    """Reads the W that an NVIDIA GPU draws (needs nvidia-ml-py); None for another device."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    return lambda: torch.cuda.power_draw(device) / 1000
 
 
 def lines(parts: Sequence[Part], rates: Rates, together: int, largest: int) -> list[str]:
     """The forecast as text; hours of the final distillation stand apart from those of the search. largest: parameters
     of the largest candidate."""
     said = [f"{rates.source}; up to {together} candidates at once, {BYTES_A_PARAMETER * largest / 2**20:,.0f} MiB each"]
+    said += _of_power(rates.power)
     for part in parts:
         cost = f"{part.tokens / 1e6:12,.2f} M tokens {part.seconds / 3600:10.3f} h"
-        said.append(f"{part.name:9}{part.candidates:7,} candidates {cost}")
-    return [*said, f"search {search_hours(parts):.3f} h, final distillation {parts[-1].seconds / 3600:.3f} h"]
+        said.append(f"{part.name:9}{part.candidates:7,} candidates {cost}{_energy(rates.power, part.seconds, ' ', 10)}")
+    search, final = search_hours(parts), parts[-1].seconds / 3600
+    search_kwh, final_kwh = (_energy(rates.power, 3600 * hours, " and ") for hours in (search, final))
+    return [*said, f"search {search:.3f} h{search_kwh}, final distillation {final:.3f} h{final_kwh}"]
+
+
+def _of_power(power: Power | None) -> list[str]:
+    if power is None:
+        return []
+    if power.watts is None:
+        return [f"no kWh: {power.source}"]
+    return [f"kWh: of the GPU alone, at {power.watts:.0f} W, {power.source}"]
+
+
+def _energy(power: Power | None, seconds: float, before: str, width: int = 0) -> str:
+    if power is None or power.watts is None:
+        return ""
+    return f"{before}{'at most ' if power.at_most else ''}{power.kwh(seconds):{width}.3f} kWh"
 
 
 def search_hours(parts: Sequence[Part]) -> float:

@@ -30,6 +30,10 @@ CONFIG_FILE = "config.json"
 HEARTBEAT_SECONDS = 15
 GRACE_SECONDS = 90  # without a heartbeat for so long, a worker is taken for dead
 BUSY_SECONDS = 60.0  # SQLite waits so long for another worker's commit
+SILENCE = {  # libpq's names: a server that is gone without a word is given up after a minute
+    "connect_timeout": 60, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}  # fmt: skip
 
 _CONFIG_KEY, _ID_KEY = "effbert_run", "id"
 _MAX_DIFFERENCES = 5
@@ -41,6 +45,10 @@ KEPT = (_NUMBER, _ARCHITECTURE, _KEY, _RUNGS, _WORKER)
 
 class TakenOver(Exception):
     """Another worker has gone on with a candidate, since this one was taken for dead: its result here is too much."""
+
+
+class StorageLostError(OSError):
+    """The storage of a run that goes on has failed; the message is one line that names it and says how to go on."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,8 @@ class Study:
 
     storage: the URL of a database, SQLAlchemy's way; "" for SQLite in output_dir. run_id: what tells this run from
     others; a database that holds another one's stages is refused. workers: this process among the run's workers.
+
+    What fails once the storage was reached, here or in a stage, raises StorageLostError: every commit before it counts.
     """
 
     def __init__(self, output_dir: str | Path, storage: str = "", run_id: str = "", workers: Workers | None = None):
@@ -77,7 +87,7 @@ class Study:
         """Find out whether the storage can be used, and is not another run's; makes no stage. ValueError as `stage`."""
         import optuna
 
-        with _errors_in_one_line(self.where):
+        with _errors_in_one_line(self.where, self._storage is not None):
             self._storage = self._storage or self._open()
             begun = optuna.get_all_study_summaries(self._storage)
         for study in begun:
@@ -89,7 +99,7 @@ class Study:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        with _errors_in_one_line(self.where):
+        with _errors_in_one_line(self.where, self._storage is not None):
             self._storage = self._storage or self._open()
             study = optuna.create_study(
                 study_name=name,
@@ -412,14 +422,22 @@ def evaluation_of(user_attrs: dict, state: str, value: float | None, rungs: list
 
 
 def engine_settings(url: str) -> dict:
-    """SQLAlchemy's settings for a database's URL: SQLite waits for other workers, a lost connection is made anew."""
-    waits = {"connect_args": {"timeout": BUSY_SECONDS}} if url.startswith("sqlite") else {}
-    return {"pool_pre_ping": True, **waits}
+    """SQLAlchemy's settings for a database's URL: SQLite waits for other workers, a lost connection is made anew, and a
+    silent PostgreSQL given up, unless the URL says when."""
+    from sqlalchemy.engine import make_url
+
+    connect = {}
+    if url.startswith("sqlite"):
+        connect = {"timeout": BUSY_SECONDS}
+    elif url.startswith(("postgresql:", "postgresql+psycopg")):
+        connect = {name: value for name, value in SILENCE.items() if name not in make_url(url).query}
+    return {"pool_pre_ping": True, "connect_args": connect}
 
 
 @contextmanager
-def _errors_in_one_line(where: str) -> Iterator[None]:
-    """A database's errors become one line each: DiskFullError, or ValueError for one out of reach or no study."""
+def _errors_in_one_line(where: str, reached: bool = True) -> Iterator[None]:
+    """A database's errors become one line each: DiskFullError; StorageLostError where it was `reached` before, or else
+    ValueError, for one out of reach or no study."""
     import optuna
     import sqlalchemy.exc
 
@@ -427,12 +445,20 @@ def _errors_in_one_line(where: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise ValueError(f"{where}: needs a driver that is not installed: {first_line(error)}") from error
-    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
+    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, RuntimeError, KeyError) as error:
         cause = error.__cause__ or error
-        reason = first_line(getattr(cause, "orig", None) or cause)
+        cause = getattr(cause, "orig", None) or cause
+        reason = first_line(cause)
         if "disk is full" in reason:
             raise DiskFullError(f"{where}: no space left on device; nothing already written was lost") from error
-        raise ValueError(f"{where}: cannot be used as a study: {reason}") from error
+        if not reached:
+            raise ValueError(f"{where}: cannot be used as a study: {reason}") from error
+        if getattr(cause, "sqlite_errorname", "") == "SQLITE_READONLY_DBMOVED":
+            reason = "its file was deleted, moved or replaced"
+        raise StorageLostError(
+            f"{where}: this run's study does not answer any more: {reason}; when it is back, the same command goes on "
+            "from its last commit"
+        ) from error
 
 
 def _differences(there: dict, here: dict) -> str:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,14 +41,34 @@ def cached(
     """
     from datasets import Dataset
 
+    def alone() -> "Iterator[tuple[Dataset]]":
+        pieces = build()
+        return ((piece,) for piece in ([pieces] if isinstance(pieces, Dataset) else pieces))
+
+    return cached_together(key_parts, 1, alone, cache_dir)[0]
+
+
+def cached_together(
+    key_parts: Sequence[str | int | float | bool | None],
+    count: int,
+    build: "Callable[[], Iterable[Sequence[Dataset]]]",
+    cache_dir: str | Path | None = None,
+) -> "list[Dataset]":
+    """`cached` for `count` data sets that are made in one go: `build` returns pieces that each hold the next rows of
+    every one. They appear together, a file each."""
+    from datasets import Dataset
+
     root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     folder = root / hashlib.blake2b(json.dumps([_FORMAT, *key_parts]).encode(), digest_size=16).hexdigest()
     if not (folder / _FILE).is_file():
         with _alone(folder):
             if not (folder / _FILE).is_file():
-                pieces = build()
-                _write(folder, [pieces] if isinstance(pieces, Dataset) else pieces)
-    return Dataset.from_file(str(folder / _FILE))
+                _write(folder, count, build())
+    return [Dataset.from_file(str(folder / name)) for name in _files(count)]
+
+
+def _files(count: int) -> list[str]:
+    return [_FILE, *(f"data-{number}.arrow" for number in range(1, count))]
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
@@ -94,12 +114,12 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _write(folder: Path, pieces: "Iterable[Dataset]") -> None:
+def _write(folder: Path, count: int, pieces: "Iterable[Sequence[Dataset]]") -> None:
     root = folder.parent
     with _one_line_errors(root):
         temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=root))
     try:
-        _write_arrow(temporary / _FILE, pieces)
+        _write_arrow([temporary / name for name in _files(count)], pieces, root)
         with _one_line_errors(root):
             _flush(temporary)
             try:
@@ -112,24 +132,27 @@ def _write(folder: Path, pieces: "Iterable[Dataset]") -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_arrow(path: Path, pieces: "Iterable[Dataset]") -> None:
+def _write_arrow(paths: list[Path], pieces: "Iterable[Sequence[Dataset]]", root: Path) -> None:
     import pyarrow as pa
 
-    writer = schema = None
-    with open(path, "wb") as file:
-        for piece in pieces:
-            with _one_line_errors(path.parent.parent):
-                if writer is None:
-                    schema = piece.features.arrow_schema
-                    writer = pa.ipc.new_stream(file, schema)
-                flat = piece if piece._indices is None else piece.flatten_indices()
-                writer.write_table(flat.data.table.cast(schema))
-        if writer is None:
+    writers, schema = [], None
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(path, "wb")) for path in paths]
+        for together in pieces:
+            with _one_line_errors(root):
+                if not writers:
+                    schema = together[0].features.arrow_schema
+                    writers = [pa.ipc.new_stream(file, schema) for file in files]
+                for writer, piece in zip(writers, together, strict=True):
+                    flat = piece if piece._indices is None else piece.flatten_indices()
+                    writer.write_table(flat.data.table.cast(schema))
+        if not writers:
             raise ValueError("a data set to be cached came without pieces")
-        with _one_line_errors(path.parent.parent):
-            writer.close()
-            file.flush()
-            os.fsync(file.fileno())
+        with _one_line_errors(root):
+            for writer, file in zip(writers, files, strict=True):
+                writer.close()
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def _flush(folder: Path) -> None:

@@ -1,14 +1,14 @@
 """Plain text for general distillation, as sequences of token ids. The one idea: text goes through in a stream of
 chunks, each of which alone decides its sequences; so memory does not grow with the text, chunks can be shared out among
-processes, and the result is the same however many there are. It ends up in one Arrow file.
+processes, and the result is the same however many there are. It ends up in an Arrow file, one for each set of samples.
 
 Two ways to cut text into sequences. "packed", ours: sentences are packed whole into a sequence while they fit, a
 sentence longer than a sequence runs on into the next, and no token is lost. "released": the samples that the published
 models were trained on, told from the data scripts released with them. A document (an article, or 20 lines of a book)
 gives one sample, whatever its length: segment A from it, segment B from another document, the longer one cut at a
 random end until both fit. The scripts' probability of a shorter sample changes nothing there, since they make a
-document one sentence. Of a long document most is left unread. Unlike there, B comes from the same thousand documents
-instead of all, and every epoch has the same samples.
+document one sentence. Of a long document most is left unread. As there, several sets of samples are drawn from the same
+documents, for the epochs to take in turn. Unlike there, B comes from the same thousand documents instead of all.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from effbert.data.cache import cached, tokenizer_fingerprint
+from effbert.data.cache import cached_together, tokenizer_fingerprint
 from effbert.data.sentences import split_sentences
 from effbert.errors import first_line
 from effbert.random import generator
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
 Row = tuple[str, ...]  # the lines of one record: of a file one line, of a data set all lines of one text
 Samples = Literal["packed", "released"]
+
+SAMPLE_SETS = 5
+"""Sets of samples that the published models were trained on (`--epochs_to_generate 5` in create_pretrain_data.sh of
+github.com/cheneydon/efficient-bert); epoch e takes set e modulo their number."""
 
 _ROWS = 1000  # records read at once
 _CHUNK_CHARACTERS, _BATCH_CHARACTERS = 2**20, 2**17  # of a process's share, and of what it tokenises at once
@@ -70,20 +74,25 @@ def load_corpus(
     samples: Samples = "packed",
     split: str = "train",
     text_column: str = "text",
+    sets: int = 1,
     limit_tokens: int | None = None,
     num_proc: int = 0,
     cache_dir: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> "Dataset":
-    """Sequences of at most `max_length` ids, special tokens included, in columns `input_ids`, `length` and, for
+) -> "list[Dataset]":
+    """Sets of sequences of at most `max_length` ids, special tokens included, in columns `input_ids`, `length` and, for
     "released" with a tokenizer that marks segments, `token_type_ids`.
 
     source: one or several, read one after the other, of "builtin"; a UTF-8 text file with a paragraph a line, or a
     folder of such .txt files; a parquet file, or a folder that `datasets` reads (parquet, json, ...); or the name of a
     data set on the hub as NAME, NAME:CONFIG or NAME:CONFIG@REVISION, which is streamed, never downloaded whole. Of data
     sets `split` and `text_column` choose the text. samples: as this file says at its top; the draws depend on the text
-    alone. limit_tokens: end at the first sequence that reaches that many ids. num_proc: processes that tokenise, 0 for
-    one a core, 16 at most. say: told once a minute how far it is.
+    alone. sets: of "released" samples, each with draws of its own; "packed" has one. limit_tokens: end at the first
+    sequence that reaches that many ids. num_proc: processes that tokenise, 0 for one a core, 16 at most. say: told once
+    a minute how far it is.
+
+    All sets have as many rows, since a document gives one to each, and all end with the document at which the first
+    reaches limit_tokens: so every epoch has as many batches, and a share of a set is the same documents in each.
 
     Raises FileNotFoundError for a missing source, ValueError for one that is empty or not UTF-8 (file and offset).
     """
@@ -98,20 +107,22 @@ def load_corpus(
         )
     if limit_tokens is not None and limit_tokens < 1:
         raise ValueError(f"limit_tokens {limit_tokens} leaves no text; give at least 1, or None for all")
+    if sets < 1 or (sets > 1 and samples == "packed"):
+        raise ValueError(f"sets {sets} of {samples} samples: at least 1, and 1 of packed ones, which draw nothing")
     if num_proc < 0:
         raise ValueError(f"num_proc {num_proc}: it must be at least 0")
     sources = _open(source, split, text_column, cache_dir)
     prints = [found.fingerprint for found in sources]
 
-    def build() -> Iterator["Dataset"]:
+    def build() -> Iterator[list["Dataset"]]:
         rows = chain.from_iterable(found.rows() for found in sources)
-        work = _Work(tokenizer, max_length, samples)
+        work = _Work(tokenizer, max_length, samples, sets)
         chunks = enumerate(_chunks(rows, _CHUNK_CHARACTERS) if samples == "packed" else _blocks(_documents(rows)))
         pieces = in_order(work, chunks, num_proc or _cores())
         return _datasets(_limited(pieces, limit_tokens), ", ".join(found.name for found in sources), say)
 
     key = ("corpus", samples, *prints, tokenizer_fingerprint(tokenizer), max_length, limit_tokens)
-    return cached(key, build, cache_dir)
+    return cached_together(key if samples == "packed" else (*key, sets), sets, build, cache_dir)
 
 
 def sentences_of(source: str | Path | Sequence[str | Path], *, cache_dir: str | Path | None = None) -> Iterator[str]:
@@ -222,31 +233,35 @@ def _do(chunk):
 
 @dataclass(frozen=True)
 class _Work:
-    """A chunk of text, with its number, to sequences."""
+    """A chunk of text, with its number, to the sequences of each set."""
 
     tokenizer: object
     max_length: int
     samples: Samples
+    sets: int
 
-    def __call__(self, numbered: tuple[int, list[str]]) -> Sequences:
+    def __call__(self, numbered: tuple[int, list[str]]) -> list[Sequences]:
         number, texts = numbered
         special = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.max_length
         if self.samples == "packed":
             sentences = (sentence for text in texts for sentence in split_sentences(text))
             packed = list(pack(_tokenize(sentences, self.tokenizer), *special))
-            return Sequences(_flat(packed), None, _lengths(packed))
+            return [Sequences(_flat(packed), None, _lengths(packed))]
         documents = [np.array(ids, np.int32) for ids in _tokenize(texts, self.tokenizer)]
         if len(documents) < 2:
             raise ValueError(
                 f"released samples pair documents, and this text has {len(documents)}, of {_LINES} lines or one record "
                 "each: use packed samples"
             )
-        pairs = list(pair_up(documents, *special, generator(0, "released samples", number)))
-        ids, lengths = [ids for ids, _ in pairs], _lengths([ids for ids, _ in pairs])
-        types = None
+        draws = [generator(0, "released samples", number, "set", which) for which in range(self.sets)]
+        return [self._pairs(pair_up(documents, *special, draw)) for draw in draws]
+
+    def _pairs(self, pairs: Iterable[tuple[list[int], int]]) -> Sequences:
+        pairs, types = list(pairs), None
+        ids = [ids for ids, _ in pairs]
         if "token_type_ids" in self.tokenizer.model_input_names:
             types = _flat([[0] * first + [1] * (len(ids) - first) for ids, first in pairs])
-        return Sequences(_flat(ids), types, lengths)
+        return Sequences(_flat(ids), types, _lengths(ids))
 
 
 def _flat(lists: list[list[int]]) -> np.ndarray:
@@ -316,42 +331,48 @@ def _blocks(documents: Iterable[str]) -> Iterator[list[str]]:
         block = following
 
 
-def _limited(pieces: Iterable[Sequences], limit_tokens: int | None) -> Iterator[Sequences]:
+def _limited(pieces: Iterable[list[Sequences]], limit_tokens: int | None) -> Iterator[list[Sequences]]:
+    """The pieces up to the row at which the first set reaches the limit, the same row in every set."""
     total = 0
     for piece in pieces:
-        ends = total + np.cumsum(piece.lengths, dtype=np.int64)
+        ends = total + np.cumsum(piece[0].lengths, dtype=np.int64)
         if limit_tokens is not None and len(ends) and ends[-1] >= limit_tokens:
-            rows = 1 + int(np.searchsorted(ends, limit_tokens))
-            ids = int(ends[rows - 1]) - total
-            types = None if piece.token_type_ids is None else piece.token_type_ids[:ids]
-            yield Sequences(piece.input_ids[:ids], types, piece.lengths[:rows])
+            yield [_first(part, 1 + int(np.searchsorted(ends, limit_tokens))) for part in piece]
             return
         yield piece
-        total += int(piece.lengths.sum())
+        total += int(piece[0].lengths.sum())
 
 
-def _datasets(pieces: Iterable[Sequences], name: str, say: Callable[[str], None]) -> Iterator["Dataset"]:
-    import pyarrow as pa
-    from datasets import Dataset
+def _first(piece: Sequences, rows: int) -> Sequences:
+    ids = int(piece.lengths[:rows].sum())
+    types = None if piece.token_type_ids is None else piece.token_type_ids[:ids]
+    return Sequences(piece.input_ids[:ids], types, piece.lengths[:rows])
 
+
+def _datasets(pieces: Iterable[list[Sequences]], name: str, say: Callable[[str], None]) -> Iterator[list["Dataset"]]:
     tokens, last = 0, time.monotonic()
     for piece in pieces:
-        if not len(piece.lengths):
+        if not len(piece[0].lengths):
             continue
-        offsets = pa.array(np.concatenate(([0], np.cumsum(piece.lengths))).astype(np.int32))
-        columns = {"input_ids": pa.ListArray.from_arrays(offsets, pa.array(piece.input_ids))}
-        if piece.token_type_ids is not None:
-            columns["token_type_ids"] = pa.ListArray.from_arrays(
-                offsets, pa.array(piece.token_type_ids.astype(np.int8))
-            )
-        columns["length"] = pa.array(piece.lengths)
-        yield Dataset(pa.table(columns))
-        tokens += len(piece.input_ids)
+        yield [_dataset(part) for part in piece]
+        tokens += sum(len(part.input_ids) for part in piece)
         if time.monotonic() - last >= _SAY_SECONDS:
             say(f"corpus: {tokens:,} tokens so far")
             last = time.monotonic()
     if not tokens:
         raise ValueError(f"corpus {name} is empty: it holds no text beside white space")
+
+
+def _dataset(piece: Sequences) -> "Dataset":
+    import pyarrow as pa
+    from datasets import Dataset
+
+    offsets = pa.array(np.concatenate(([0], np.cumsum(piece.lengths))).astype(np.int32))
+    columns = {"input_ids": pa.ListArray.from_arrays(offsets, pa.array(piece.input_ids))}
+    if piece.token_type_ids is not None:
+        columns["token_type_ids"] = pa.ListArray.from_arrays(offsets, pa.array(piece.token_type_ids.astype(np.int8)))
+    columns["length"] = pa.array(piece.lengths)
+    return Dataset(pa.table(columns))
 
 
 def _open(source, split: str, text_column: str, cache_dir) -> list[Source]:

@@ -28,6 +28,19 @@ def test_the_fast_preset_is_forecast_below_six_hours_and_says_so_in_its_file(tmp
     ]  # fmt: skip
 
 
+def test_energy_is_at_most_what_the_data_sheet_allows_and_says_so(tmp_path, capsys):
+    assert forecast.main(["--gpu", "MI300X", "--output", str(tmp_path / "forecast.json")]) == 0
+    shown, found = capsys.readouterr().out, json.loads((tmp_path / "forecast.json").read_text())["presets"]
+    for preset in found.values():
+        hours, kwh = preset["search_hours"], preset["search_kwh_at_most"]
+        assert kwh == pytest.approx(0.75 * hours)
+        assert f"search {hours:.3f} h and at most {kwh:.3f} kWh, final distillation" in shown
+        for part in preset["parts"]:
+            assert f"{part['seconds'] / 3600:.3f} h at most {part['seconds'] / 4800:10.3f} kWh" in shown
+    assert shown.count("kWh: of the GPU alone, at 750 W, the most that its data sheet allows") == 2
+    assert {gpu.name: gpu.watts for gpu in GPUS} == {"A100": 400, "H200": 700, "H100": 700, "B200": 1000, "MI300X": 750}
+
+
 def test_hours_follow_the_assumed_shares():
     half = hours(paper_fast(), teaching=0.2, training=0.075)
     assert half == pytest.approx(2 * hours(paper_fast(), teaching=0.4, training=0.15))

@@ -113,7 +113,7 @@ def test_topic_can_be_learnt_from_words(cache_dir):
 def test_builtin_corpus_packs_every_training_sentence(cache_dir):
     sentences = builtin.corpus_sentences(cache_dir)
     tokenizer = train_wordpiece(sentences[:2000], 1000)
-    corpus = load_corpus("builtin", tokenizer, 64, cache_dir=cache_dir, limit_tokens=20_000)
+    (corpus,) = load_corpus("builtin", tokenizer, 64, cache_dir=cache_dir, limit_tokens=20_000)
     assert 20_000 <= sum(corpus["length"]) < 20_064
     assert tokenizer.decode(corpus[0]["input_ids"]).startswith("[CLS] " + sentences[0].lower()[:10])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from effbert.data.cache import cached, dataset_fingerprint, default_cache_dir, tokenizer_fingerprint
+from effbert.data.cache import cached, cached_together, dataset_fingerprint, default_cache_dir, tokenizer_fingerprint
 from effbert.data.tokenizer import train_wordpiece
 
 ROWS = {"ids": [[1, 2], [], [3]], "name": ["a", "b", "c"]}
@@ -36,6 +36,25 @@ def test_pieces_are_joined_and_selections_respected(tmp_path):
     assert joined["name"] == ["c", "a"]
     shuffled = cached(("shuffled",), lambda: whole.select([2, 0, 1]), tmp_path)
     assert shuffled["ids"] == [[3], [1, 2], []]
+
+
+def test_several_made_in_one_go_are_a_file_each_that_appear_together(tmp_path):
+    whole = Dataset.from_dict(ROWS)
+
+    def pieces():
+        for index in range(3):
+            assert not [name for name in entries(tmp_path) if ".tmp-" not in name]
+            yield [whole.select([index]), whole.select([2 - index])]
+
+    forth, back = cached_together(("both",), 2, pieces, tmp_path)
+    assert (forth["name"], back["name"]) == (["a", "b", "c"], ["c", "b", "a"])
+    assert [data.to_dict() for data in cached_together(("both",), 2, _never, tmp_path)] == [
+        forth.to_dict(),
+        back.to_dict(),
+    ]
+    with pytest.raises(ValueError):
+        cached_together(("uneven",), 2, lambda: [[whole]], tmp_path)
+    assert len(entries(tmp_path)) == 1
 
 
 def test_a_failed_or_killed_write_leaves_nothing_that_is_read(tmp_path):

@@ -41,6 +41,11 @@ def text(tmp_path):
     return folder
 
 
+def only_set(*arguments, **settings):
+    (found,) = load_corpus(*arguments, **settings)
+    return found
+
+
 @given(st.lists(st.lists(st.integers(10, 99), min_size=1, max_size=25), max_size=12), st.integers(3, 16))
 def test_packing_loses_no_token_and_breaks_no_sentence_that_fits(sentences, max_length):
     packed = list(pack(sentences, 1, 2, max_length))
@@ -63,25 +68,23 @@ def test_packing_fills_each_sequence_before_the_next():
 
 
 def test_a_folder_its_files_and_a_long_limit_give_the_same_text(text, tokenizer, tmp_path):
-    corpus = load_corpus(text, tokenizer, 12, cache_dir=tmp_path / "cache")
+    corpus = only_set(text, tokenizer, 12, cache_dir=tmp_path / "cache")
     assert corpus.column_names == ["input_ids", "length"]
     assert corpus["length"] == [len(ids) for ids in corpus["input_ids"]]
     assert max(corpus["length"]) <= 12
     words = [i for ids in corpus["input_ids"] for i in ids[1:-1]]
     assert words == tokenizer(" ".join(LINES), add_special_tokens=False)["input_ids"]
     files = [text / "a.txt", str(text / "b.txt")]
-    assert load_corpus(files, tokenizer, 12, cache_dir=tmp_path / "other").to_dict() == corpus.to_dict()
-    assert (
-        load_corpus(text, tokenizer, 12, limit_tokens=10**6, cache_dir=tmp_path / "cache").to_dict() == corpus.to_dict()
-    )
-    assert len(load_corpus(text, tokenizer, 12, limit_tokens=1, cache_dir=tmp_path / "cache")) == 1
+    assert only_set(files, tokenizer, 12, cache_dir=tmp_path / "other").to_dict() == corpus.to_dict()
+    assert only_set(text, tokenizer, 12, limit_tokens=10**6, cache_dir=tmp_path / "cache").to_dict() == corpus.to_dict()
+    assert len(only_set(text, tokenizer, 12, limit_tokens=1, cache_dir=tmp_path / "cache")) == 1
 
 
 def test_changed_text_is_read_again(text, tokenizer, tmp_path):
-    before = load_corpus(text, tokenizer, 12, cache_dir=tmp_path)
+    before = only_set(text, tokenizer, 12, cache_dir=tmp_path)
     with open(text / "b.txt", "a") as file:
         file.write("\nThe first follows.")
-    assert len(load_corpus(text, tokenizer, 12, cache_dir=tmp_path)) > len(before)
+    assert len(only_set(text, tokenizer, 12, cache_dir=tmp_path)) > len(before)
 
 
 def test_a_data_set_of_the_datasets_library(text, tokenizer, tmp_path, monkeypatch):
@@ -89,15 +92,15 @@ def test_a_data_set_of_the_datasets_library(text, tokenizer, tmp_path, monkeypat
     folder.mkdir()
     rows = [{"id": i, "body": line} for i, line in enumerate(["\n".join(LINES[:2]), LINES[2]])]
     (folder / "train.json").write_text("\n".join(map(json.dumps, rows)))
-    corpus = load_corpus(folder, tokenizer, 12, text_column="body", cache_dir=tmp_path / "cache")
-    assert corpus.to_dict() == load_corpus(text, tokenizer, 12, cache_dir=tmp_path / "cache").to_dict()
+    corpus = only_set(folder, tokenizer, 12, text_column="body", cache_dir=tmp_path / "cache")
+    assert corpus.to_dict() == only_set(text, tokenizer, 12, cache_dir=tmp_path / "cache").to_dict()
     with pytest.raises(ValueError, match="no column 'text', only id, body"):
-        load_corpus(folder, tokenizer, 12, cache_dir=tmp_path / "cache")
+        only_set(folder, tokenizer, 12, cache_dir=tmp_path / "cache")
 
 
 def test_missing_empty_and_undecodable_files_are_named(text, tokenizer, tmp_path):
     def load(source):
-        return load_corpus(source, tokenizer, 12, cache_dir=tmp_path / "cache")
+        return only_set(source, tokenizer, 12, cache_dir=tmp_path / "cache")
 
     for absent in (
         tmp_path / "absent",
@@ -125,9 +128,12 @@ def test_missing_empty_and_undecodable_files_are_named(text, tokenizer, tmp_path
 
 def test_unusable_lengths_are_refused(text, tokenizer):
     with pytest.raises(ValueError, match="max_length 2"):
-        load_corpus(text, tokenizer, 2)
+        only_set(text, tokenizer, 2)
     with pytest.raises(ValueError, match="limit_tokens 0"):
-        load_corpus(text, tokenizer, 12, limit_tokens=0)
+        only_set(text, tokenizer, 12, limit_tokens=0)
+    for samples, sets in (("packed", 2), ("released", 0)):
+        with pytest.raises(ValueError, match=f"sets {sets} of {samples} samples: at least 1"):
+            load_corpus(text, tokenizer, 12, samples=samples, sets=sets)
 
 
 def ids_of(text: str, tokenizer) -> list[int]:
@@ -161,19 +167,19 @@ def wikipedia(tmp_path):
 
 
 def test_a_config_of_a_data_set_is_streamed_from_its_parquet_files(wikipedia, tokenizer, tmp_path):
-    corpus = load_corpus(f"{wikipedia}:20231101.en", tokenizer, 12, cache_dir=tmp_path / "cache")
+    corpus = only_set(f"{wikipedia}:20231101.en", tokenizer, 12, cache_dir=tmp_path / "cache")
     assert inner(corpus) == ids_of(" ".join([*LINES, LINES[0]]), tokenizer)
     assert list(sentences_of(f"{wikipedia}:20231101.de")) == ["Ein Satz."]
     with pytest.raises(FileNotFoundError, match=r"no corpus .*wikipedia.*Config name is missing.*20231101.en"):
-        load_corpus(wikipedia, tokenizer, 12)
+        only_set(wikipedia, tokenizer, 12)
     with pytest.raises(FileNotFoundError, match=r"no corpus .*:20231101.fr'"):
-        load_corpus(f"{wikipedia}:20231101.fr", tokenizer, 12)
+        only_set(f"{wikipedia}:20231101.fr", tokenizer, 12)
     shard = wikipedia / "20231101.en" / "train-00001-of-00002.parquet"
-    alone = load_corpus(shard, tokenizer, 12, cache_dir=tmp_path / "cache")
+    alone = only_set(shard, tokenizer, 12, cache_dir=tmp_path / "cache")
     assert inner(alone) == ids_of(LINES[0], tokenizer)
     shard.write_bytes(b"no parquet")
     with pytest.raises(OSError, match=r"corpus .*20231101.en' cannot be read to its end: ") as caught:
-        load_corpus(f"{wikipedia}:20231101.en", tokenizer, 12, cache_dir=tmp_path / "cache")
+        only_set(f"{wikipedia}:20231101.en", tokenizer, 12, cache_dir=tmp_path / "cache")
     assert "\n" not in str(caught.value)
 
 
@@ -190,7 +196,7 @@ def test_names_on_the_hub_are_asked_for_with_config_and_revision(wikipedia, toke
 
     monkeypatch.setattr(datasets, "load_dataset_builder", builder)
     names = ("wikimedia/wikipedia:20231101.en", "bookcorpus/bookcorpus@refs/convert/parquet")
-    corpus = load_corpus(names, tokenizer, 12, cache_dir=tmp_path / "cache")
+    corpus = only_set(names, tokenizer, 12, cache_dir=tmp_path / "cache")
     assert inner(corpus) == ids_of(" ".join([*LINES, LINES[0], *LINES]), tokenizer)
     assert asked == [
         ("wikimedia/wikipedia", {"name": "20231101.en", "revision": None}),
@@ -200,9 +206,9 @@ def test_names_on_the_hub_are_asked_for_with_config_and_revision(wikipedia, toke
 
 def test_several_sources_are_read_one_after_the_other(text, tokenizer, tmp_path):
     shard = parquet(tmp_path / "shard.parquet", [LINES[2]])
-    corpus = load_corpus([text / "b.txt", str(shard), text], tokenizer, 12, cache_dir=tmp_path / "cache")
+    corpus = only_set([text / "b.txt", str(shard), text], tokenizer, 12, cache_dir=tmp_path / "cache")
     assert inner(corpus) == ids_of(" ".join([LINES[2], LINES[2], *LINES]), tokenizer)
-    other = load_corpus([text, text / "b.txt", str(shard)], tokenizer, 12, cache_dir=tmp_path / "cache")
+    other = only_set([text, text / "b.txt", str(shard)], tokenizer, 12, cache_dir=tmp_path / "cache")
     assert inner(other) == ids_of(" ".join([*LINES, LINES[2], LINES[2]]), tokenizer)
 
 
@@ -215,32 +221,59 @@ def long_text(tmp_path):
     return path
 
 
-def arrow(corpus) -> bytes:
-    return Path(corpus.cache_files[0]["filename"]).read_bytes()
+def arrows(sets) -> list[bytes]:
+    return [Path(one.cache_files[0]["filename"]).read_bytes() for one in sets]
 
 
-@pytest.mark.parametrize("samples", ["packed", "released"])
-def test_the_file_is_the_same_byte_for_byte_whatever_the_number_of_processes(
-    samples, long_text, tokenizer, tmp_path, monkeypatch
+@pytest.mark.parametrize("samples, sets", [("packed", 1), ("released", 1), ("released", 3)])
+def test_the_files_are_the_same_byte_for_byte_whatever_the_number_of_processes(
+    samples, sets, long_text, tokenizer, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(module, "_CHUNK_CHARACTERS", 1000)
     monkeypatch.setattr(module, "_DOCUMENTS", 3)
     said = []
     monkeypatch.setattr(module, "_SAY_SECONDS", 0.0)
+    settings = {"samples": samples, "sets": sets, "say": said.append}
     made = [
-        load_corpus(
-            *(long_text, tokenizer, 32), samples=samples, num_proc=n, cache_dir=tmp_path / f"{n}", say=said.append
-        )
-        for n in (1, 2, 3)
+        load_corpus(long_text, tokenizer, 32, num_proc=n, cache_dir=tmp_path / f"{n}", **settings) for n in (1, 2, 3)
     ]
-    assert len(made[0].data.table.column("length").chunks) > 5
-    assert arrow(made[0]) == arrow(made[1]) == arrow(made[2])
+    assert len(made[0]) == sets and len(made[0][0].data.table.column("length").chunks) > 5
+    assert arrows(made[0]) == arrows(made[1]) == arrows(made[2]) and len(set(arrows(made[0]))) == sets
     if samples == "packed":
-        assert inner(made[0]) == ids_of(long_text.read_text(), tokenizer)
+        assert inner(made[0][0]) == ids_of(long_text.read_text(), tokenizer)
     tokenizer("a b c", truncation=True, max_length=3)  # leaves its truncation in the tokenizer
-    again = load_corpus(long_text, tokenizer, 32, samples=samples, num_proc=1, cache_dir=tmp_path / "again")
-    assert arrow(again) == arrow(made[0])
-    assert len(said) % 3 == 0 and said[-1] == f"corpus: {sum(made[0]['length']):,} tokens so far"
+    again = load_corpus(long_text, tokenizer, 32, num_proc=1, cache_dir=tmp_path / "again", **settings)
+    assert arrows(again) == arrows(made[0])
+    assert len(said) % 4 == 0 and said[-1] == f"corpus: {sum(sum(one['length']) for one in made[0]):,} tokens so far"
+
+
+def test_each_set_has_other_samples_of_the_same_documents(long_text, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_DOCUMENTS", 7)
+    settings = {"samples": "released", "num_proc": 1, "cache_dir": tmp_path}
+    sets = load_corpus(long_text, tokenizer, 32, sets=5, **settings)
+    assert [len(one) for one in sets] == [20] * 5
+    lines = long_text.read_text().splitlines()
+    documents = [" ".join(map(str, ids_of(" ".join(lines[n : n + 20]), tokenizer))) for n in range(0, 400, 20)]
+    for one in sets:
+        firsts = [ids[1 : ids.index(tokenizer.sep_token_id)] for ids in one["input_ids"]]
+        assert all(" ".join(map(str, ids)) in document for ids, document in zip(firsts, documents, strict=True))
+    assert len({str(one["input_ids"][:]) for one in sets}) == 5
+    for fewer in (1, 2):
+        assert arrows(load_corpus(long_text, tokenizer, 32, sets=fewer, **settings)) == arrows(sets)[:fewer]
+
+
+def test_a_limit_takes_the_same_documents_of_every_set(tmp_path, tokenizer):
+    """Documents of 1 to 4 tokens: the sets reach a number of tokens at different rows."""
+    corpus = parquet(tmp_path / "short.parquet", ["the\n" + "first " * (n % 4 + 1) for n in range(60)])
+    settings = {"samples": "released", "sets": 4, "num_proc": 1, "cache_dir": tmp_path / "cache"}
+    whole = load_corpus(corpus, tokenizer, 32, **settings)
+    for limit in (100, 200, 300):
+        sets = load_corpus(corpus, tokenizer, 32, limit_tokens=limit, **settings)
+        rows = len(sets[0])
+        assert sum(sets[0]["length"]) >= limit > sum(sets[0]["length"][:-1])
+        assert [one.to_dict() for one in sets] == [one.select(range(rows)).to_dict() for one in whole]
+    reached = {int(np.searchsorted(np.cumsum(one["length"]), 200)) for one in whole}
+    assert len(reached) > 1
 
 
 @pytest.mark.parametrize("samples", ["packed", "released"])
@@ -248,16 +281,16 @@ def test_a_limit_takes_the_first_sequences(samples, long_text, tokenizer, tmp_pa
     monkeypatch.setattr(module, "_CHUNK_CHARACTERS", 1000)
     monkeypatch.setattr(module, "_DOCUMENTS", 3)
     settings = {"samples": samples, "num_proc": 2, "cache_dir": tmp_path}
-    whole = load_corpus(long_text, tokenizer, 32, **settings).to_dict()
+    whole = only_set(long_text, tokenizer, 32, **settings).to_dict()
     for limit in (1, 100, 101, 300):
-        part = load_corpus(long_text, tokenizer, 32, limit_tokens=limit, **settings).to_dict()
+        part = only_set(long_text, tokenizer, 32, limit_tokens=limit, **settings).to_dict()
         rows = len(part["length"])
         assert sum(part["length"]) >= limit > sum(part["length"][:-1])
         assert part == {name: column[:rows] for name, column in whole.items()}
 
 
 def test_released_samples_are_a_pair_a_document(long_text, tokenizer, tmp_path):
-    corpus = load_corpus(long_text, tokenizer, 32, samples="released", cache_dir=tmp_path)
+    corpus = only_set(long_text, tokenizer, 32, samples="released", cache_dir=tmp_path)
     lines = long_text.read_text().splitlines()
     documents = [ids_of(" ".join(lines[n : n + 20]), tokenizer) for n in range(0, 400, 20)]
     assert len(corpus) == len(documents) == 20 and corpus.column_names == ["input_ids", "token_type_ids", "length"]
@@ -275,7 +308,7 @@ def test_released_samples_are_a_pair_a_document(long_text, tokenizer, tmp_path):
     assert batch.token_type_ids.tolist() == corpus["token_type_ids"][:2]
     plain = train_wordpiece(LINES, 120)
     plain.model_input_names = ["input_ids", "attention_mask"]
-    unmarked = load_corpus(long_text, plain, 32, samples="released", cache_dir=tmp_path)
+    unmarked = only_set(long_text, plain, 32, samples="released", cache_dir=tmp_path)
     assert unmarked.column_names == ["input_ids", "length"] and unmarked["input_ids"][:] == corpus["input_ids"][:]
 
 
@@ -314,11 +347,11 @@ def test_what_is_cut_goes_from_both_ends_at_even_odds():
 def test_one_document_has_no_other(tokenizer, tmp_path):
     (tmp_path / "short.txt").write_text("\n".join(LINES * 3))
     with pytest.raises(ValueError, match="released samples pair documents, and this text has 1, of 20 lines"):
-        load_corpus(tmp_path / "short.txt", tokenizer, 12, samples="released", cache_dir=tmp_path / "cache")
+        only_set(tmp_path / "short.txt", tokenizer, 12, samples="released", cache_dir=tmp_path / "cache")
     with pytest.raises(ValueError, match="samples 'all': one of packed, released"):
-        load_corpus(tmp_path / "short.txt", tokenizer, 12, samples="all")
+        only_set(tmp_path / "short.txt", tokenizer, 12, samples="all")
     with pytest.raises(ValueError, match=r"max_length 4 .* 5 is least"):
-        load_corpus(tmp_path / "short.txt", tokenizer, 4, samples="released")
+        only_set(tmp_path / "short.txt", tokenizer, 4, samples="released")
 
 
 def square(number: int) -> int:
@@ -345,7 +378,7 @@ def test_memory_does_not_grow_with_the_text(tokenizer, tmp_path, monkeypatch):
         path = tmp_path / f"{copies}.txt"
         path.write_text((" ".join(LINES) + "\n") * 400 * copies)
         tracemalloc.start()
-        load_corpus(path, tokenizer, 64, num_proc=1, cache_dir=tmp_path / "cache")
+        only_set(path, tokenizer, 64, num_proc=1, cache_dir=tmp_path / "cache")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 2 * peaks[0]

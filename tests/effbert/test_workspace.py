@@ -12,12 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effbert import workspace as rooms
-from effbert.config import SearchConfig, StudentArguments, TeacherArguments
+from effbert.config import (
+    PRESETS,
+    Budget,
+    DistillConfig,
+    PretrainConfig,
+    SearchConfig,
+    StudentArguments,
+    TeacherArguments,
+)
 from effbert.data.tasks import Task, TaskSpec
 from effbert.data.tokenizer import train_wordpiece
+from effbert.engine import Phase
 from effbert.errors import first_line
 from effbert.mlm import MaskedPlan, masked_lm_loss, new_bert
 from effbert.optim import TrainingArguments
+from effbert.search import forecast
+from effbert.student import distil_generally
+from effbert.supernet import Supernet, supernet_config
 
 SENTENCES = [f"the {a} cat {b} on the {c} mat." for a in ("old", "red") for b in ("sat", "ran") for c in ("big", "wet")]
 ONE_EPOCH = TrainingArguments(num_train_epochs=1, per_device_train_batch_size=8)
@@ -299,6 +311,66 @@ def test_the_ranking_share_is_met_exactly_where_every_text_is_another(rows, shar
     data = Dataset.from_dict({"text_a": [str(row) for row in range(rows)]})
     split, _ = rooms.split_task(Task(SPEC, data, data), SearchConfig(output_dir="", validation_share=share))
     assert len(split.validation) == max(1, round(share * rows))
+
+
+def longer(config, epochs, **changes):
+    """Released samples of uneven length, of which the supernet sees so many epochs."""
+    supernet = dataclasses.replace(ONE_EPOCH, num_train_epochs=epochs)
+    return dataclasses.replace(config, corpus_samples="released", supernet=supernet, **changes)
+
+
+@pytest.fixture
+def documents(tmp_path):
+    texts = ["\n".join(["the old cat", *SENTENCES[n % 4 : n % 4 + n % 3]]) for n in range(30)]
+    Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "documents.parquet")
+    return (str(tmp_path / "documents.parquet"),)
+
+
+@pytest.mark.parametrize("epochs, sets", [(1, 1), (3, 3), (7, 5)])
+def test_each_epoch_has_released_samples_of_its_own_up_to_five_and_as_many_batches(
+    config, tmp_path, documents, epochs, sets
+):
+    config = longer(config, epochs, corpus=documents, max_length=32)
+    workspace, said = opened(config, tmp_path / "run", teachers=False)
+    assert len(workspace.corpus) == sets
+    assert any(line.startswith("corpus: 3 sets of 30 sequences") for line in said) == (sets == 3)
+    for share, size in ((1.0, 4), (0.37, 4), (1.0, 7)):
+        plans = [workspace.general_plan(share, size, epoch) for epoch in range(2 * sets)]
+        rows = [sorted(tuple(ids[ids != 0].tolist()) for batch in plan for ids in batch.input_ids) for plan in plans]
+        assert len({len(plan) for plan in plans}) == 1 and len(rows[0]) == round(share * 30)
+        assert rows[:sets] == rows[sets:] and len({str(found) for found in rows}) == sets
+    assert len({plan.tokens.real for plan in plans}) > 1 or sets == 1
+    lines = forecast.lines_of_workspace(workspace, forecast.Rates(1.0, 1.0, 1.0, 1.0, "test"))
+    assert any(line.startswith("supernet") for line in lines)
+
+
+def test_the_sets_are_part_of_what_a_run_reads(config, tmp_path, documents):
+    opened(longer(config, 2, corpus=documents), tmp_path / "run", teachers=False)
+    opened(longer(config, 2, corpus=documents), tmp_path / "run", teachers=False)
+    assert "the corpus changed" in refused(longer(config, 3, corpus=documents), tmp_path / "run")
+
+
+def test_a_supernet_learns_from_a_set_an_epoch(config, tmp_path, documents):
+    config = longer(config, 3, corpus=documents, max_length=32)
+    workspace, _ = opened(config, tmp_path / "run")
+    layers = config.student.num_hidden_layers
+    supernet = Supernet(supernet_config(workspace.student_config(), layers), [workspace.main_task.spec])
+    (result,) = distil_generally(workspace, [supernet], config.supernet, [Phase(("supernet",), 0)])
+    assert result.finished and result.tokens == sum(sum(one["length"]) for one in workspace.corpus)
+
+
+def test_a_runs_sets_follow_its_longest_phase_on_text(config):
+    four = dataclasses.replace(ONE_EPOCH, num_train_epochs=4)
+    assert config.text_epochs == 1 and longer(config, 3).text_epochs == 3
+    for stage in ("stage1", "stage2", "stage3", "final"):
+        settings = dataclasses.replace(getattr(config, stage), general_phase=four)
+        assert dataclasses.replace(config, **{stage: settings}).text_epochs == 4
+    own = dataclasses.replace(config.teacher_model, pretraining=four)
+    assert dataclasses.replace(config, teacher_model=own).text_epochs == 1
+    assert dataclasses.replace(config, teacher_model=own, teacher="").text_epochs == 4
+    assert PretrainConfig("", training=four).text_epochs == 4
+    assert DistillConfig("", model=("efficientbert",), budget=Budget(general_phase=four)).text_epochs == 4
+    assert PRESETS["paper"]().text_epochs == 10 and PRESETS["paper"]().corpus_samples == "released"
 
 
 def test_masked_batches_hide_the_same_tokens_at_every_call_and_others_each_epoch(config, tmp_path):

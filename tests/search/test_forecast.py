@@ -7,7 +7,7 @@ import torch
 
 from effbert.__main__ import main
 from effbert.search import forecast
-from effbert.search.forecast import Rates
+from effbert.search.forecast import Power, Rates
 
 
 def changed(workspace, **changes):
@@ -79,7 +79,67 @@ def test_assumed_rates_follow_the_sizes_and_measured_ones_are_times(workspace):
     assert min(measured.teacher, measured.candidate, measured.supernet, measured.scoring) > 0
     assert workspace.general_teacher is before
     text = forecast.lines_of_workspace(workspace, measured)
+    assert measured.power is None and not any("kWh" in line for line in text)
     assert "measured: 3 steps" in text[0] and "final distillation" in text[-1]
+
+
+def a_reader(watts, monkeypatch):
+    """A GPU that draws these one after the other, the last one for good, as far as `forecast` sees."""
+    left = list(watts)
+    reader = lambda: left.pop(0) if len(left) > 1 else left[0]  # noqa: E731
+    monkeypatch.setattr(forecast, "power_reader", lambda device: reader)
+
+
+def test_the_power_is_that_of_steps_that_have_gone_on_for_a_while(monkeypatch):
+    seconds, ran = iter(range(1000)), []
+    monkeypatch.setattr(forecast.time, "perf_counter", lambda: float(next(seconds)))
+    monkeypatch.setattr(forecast, "POWER_SECONDS", 6)
+    a_reader([50.0, 100.0, 300.0, 600.0, 650.0, 700.0], monkeypatch)
+    found = forecast.measure_power(lambda: ran.append(1), torch.device("cpu"))
+    assert len(ran) == 6 and found == Power(650.0, "measured in training")
+    monkeypatch.setattr(forecast, "POWER_SECONDS", 0)  # a step that takes longer than that
+    a_reader([640.0], monkeypatch)
+    assert forecast.measure_power(lambda: ran.append(1), torch.device("cpu")).watts == 640 and len(ran) == 7
+
+
+def test_only_a_gpu_of_nvidia_is_asked_for_its_power_and_in_milliwatts(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: asked.append(device) or 643_210)
+    gpu = torch.device("cuda", 1)
+    assert forecast.power_reader(gpu)() == 643.21 and asked == [gpu]
+    assert forecast.power_reader(torch.device("cpu")) is None
+    assert forecast.measure_power(None, torch.device("cpu")) is None
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert forecast.power_reader(gpu) is None
+
+
+def test_a_measured_power_gives_every_part_its_energy(workspace, monkeypatch):
+    monkeypatch.setattr(forecast, "POWER_SECONDS", 0.01)
+    a_reader([500.0], monkeypatch)
+    rates = forecast.measure(dataclasses.replace(workspace))
+    assert rates.power == Power(500.0, "measured in training")
+    parts, text = forecast.of_workspace(workspace, rates), forecast.lines_of_workspace(workspace, rates)
+    assert text[1] == "kWh: of the GPU alone, at 500 W, measured in training"
+    for part, line in zip(parts, text[2:-1], strict=True):
+        assert line.startswith(part.name) and line.endswith(f" h {part.seconds / 3600 / 2:10.3f} kWh")
+    hours = forecast.search_hours(parts), parts[-1].seconds / 3600
+    each = [f"{found:.3f} h and {found / 2:.3f} kWh" for found in hours]
+    assert text[-1] == f"search {each[0]}, final distillation {each[1]}"
+
+
+def test_a_gpu_that_does_not_tell_its_power_is_said_in_one_line_and_leaves_the_rest_as_it_is(workspace, monkeypatch):
+    def missing():
+        raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed or it can't be imported.\nmore")
+
+    monkeypatch.setattr(forecast, "power_reader", lambda device: missing)
+    power = forecast.measure_power(lambda: None, torch.device("cpu"))
+    text = forecast.lines_of_workspace(workspace, dataclasses.replace(TRAINING, power=power))
+    plain = forecast.lines_of_workspace(workspace, TRAINING)
+    assert text.pop(1) == (
+        "no kWh: the GPU's power draw cannot be read: "
+        "nvidia-ml-py does not seem to be installed or it can't be imported."
+    )
+    assert text == plain and not any("kWh" in line for line in plain)
 
 
 def test_a_dry_run_says_what_a_search_costs_and_keeps_nothing(tmp_path, monkeypatch, capsys):

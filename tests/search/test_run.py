@@ -209,6 +209,25 @@ def test_ctrl_c_exits_with_130_and_resumes(undisturbed, tmp_path):
     assert (folder / net).read_bytes() == (undisturbed[0] / net).read_bytes()
 
 
+def test_a_study_that_is_moved_away_ends_the_run_with_one_line_and_back_again_it_goes_on(undisturbed, tmp_path):
+    folder, away = tmp_path / "run", tmp_path / "away.db"
+    process = start(folder)
+    for line in process.stdout:
+        if "stage1 1/3" in line:
+            break
+    os.rename(folder / "study.db", away)
+    rest = process.communicate(timeout=300)[0]
+    said = rest.splitlines()[-1]
+    assert process.returncode == 2 and said.startswith(
+        f"effbert: {folder / 'study.db'}: this run's study does not answer"
+    )
+    assert "the same command goes on" in said and "Traceback" not in rest
+    os.replace(away, folder / "study.db")
+    assert any(e.state != "running" for e in Study(folder).stage("stage1").evaluations())
+    finish(folder)
+    assert outcome(folder) == outcome(undisturbed[0])
+
+
 def test_a_damaged_checkpoint_is_one_line_and_loses_nothing(undisturbed, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(undisturbed[0], folder)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from effbert.files import DiskFullError
 from effbert.search import study as study_module
 from effbert.search import workers as workers_module
-from effbert.search.study import Evaluation, RunFolder, Study
+from effbert.search.study import Evaluation, RunFolder, StorageLostError, Study
 
 COUNT = 3
 CONFIG = {"seed": 1, "teacher": {"learning_rate": 1e-4, "layers": [6, 96]}, "corpus": None}
@@ -232,6 +232,76 @@ def test_a_full_disk_is_one_line_and_the_candidate_stays_pending(tmp_path, monke
     assert "\n" not in str(caught.value)
     monkeypatch.undo()
     assert pending(Study(tmp_path).stage("stage1")) == [Evaluation(0, "text", None, "running", {"rungs": []})]
+
+
+def _deleted(path):
+    path.unlink()
+
+
+def _replaced(path):
+    path.with_name("other").write_bytes(b"something else\n" * 1000)
+    os.replace(path.with_name("other"), path)
+
+
+def _overwritten(path):
+    path.write_bytes(b"something else\n" * (path.stat().st_size // 15))
+
+
+def _emptied(path):
+    os.truncate(path, 0)
+
+
+def _locked(path):
+    holder = sqlite3.connect(path, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    return holder
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (_deleted, "its file was deleted, moved or replaced"),
+        (_replaced, "its file was deleted, moved or replaced"),
+        (_overwritten, "file is not a database"),
+        (_emptied, "no such table: studies"),
+        (_locked, "database is locked"),
+    ],
+)
+def test_a_study_that_fails_while_a_run_goes_on_is_one_line_and_goes_on_when_it_is_back(
+    tmp_path, monkeypatch, damage, reason
+):
+    monkeypatch.setattr(study_module, "BUSY_SECONDS", 0.2)
+    path, kept = tmp_path / "study.db", tmp_path / "kept.db"
+    study = Study(tmp_path)
+    stage = study.stage("stage1")
+    run_stage(stage, 1)
+    stage.begin(1, "text 1", "key 1")
+    shutil.copy(path, kept)
+    holder = damage(path)
+    for attempt in (lambda: stage.complete(1, value_of(1)), lambda: stage.begin(2, "text 2", "key 2")):
+        with pytest.raises(StorageLostError) as caught:
+            attempt()
+        said = str(caught.value)
+        assert said.startswith(f"{path}: this run's study does not answer any more: {reason};")
+        assert "when it is back, the same command goes on" in said and "\n" not in said
+    study.close()
+    if holder is not None:
+        holder.close()
+    else:
+        os.replace(kept, path)
+    again = Study(tmp_path).stage("stage1")
+    assert [(e.number, e.state) for e in again.evaluations()] == [(0, "complete"), (1, "running")]
+    run_stage(again, COUNT)
+    assert [e.value for e in again.evaluations()] == [value_of(0), value_of(1), None]
+
+
+def test_later_stages_say_too_that_the_study_is_gone(tmp_path):
+    study = Study(tmp_path)
+    study.reach()
+    _overwritten(tmp_path / "study.db")
+    for attempt in (study.reach, lambda: study.stage("stage2")):
+        with pytest.raises(StorageLostError, match="does not answer any more: file is not a database"):
+            attempt()
 
 
 @pytest.mark.parametrize("module", ["study", "sampler", "partition"])

@@ -20,7 +20,7 @@ from effbert.search.population import Evaluator, Outcome
 from effbert.search.progress import Reporter
 from effbert.search.record import read_record
 from effbert.search.stages import run_cohort
-from effbert.search.study import RunFolder, Study, TakenOver
+from effbert.search.study import RunFolder, StorageLostError, Study, TakenOver, engine_settings
 from effbert.search.workers import Workers
 
 FORK = multiprocessing.get_context("fork")
@@ -325,9 +325,36 @@ def test_a_run_keeps_its_storage_without_the_password_and_refuses_another_one(tm
     assert "secret" not in without_password("postgresql://host/name?password=secret&sslpassword=secret&user=me")
 
 
+def test_a_postgresql_that_is_gone_without_a_word_is_given_up(tmp_path):
+    patient = engine_settings("postgresql+psycopg://me@host/name")["connect_args"]
+    assert patient["connect_timeout"] == 60 and patient["keepalives_idle"] < 60
+    own = engine_settings("postgresql://me@host/name?connect_timeout=5")["connect_args"]
+    assert own == {name: value for name, value in patient.items() if name != "connect_timeout"}
+    assert engine_settings("postgresql+pg8000://me@host/name")["connect_args"] == {}
+
+
+class Server:
+    """A PostgreSQL of this test's own in `folder`, stopped and started at will."""
+
+    def __init__(self, folder, as_user):
+        self.folder, self.as_user = folder, as_user
+        self.url = f"postgresql+psycopg://effbert@/postgres?host={folder}"
+
+    def start(self):
+        self.process = subprocess.Popen(
+            ["postgres", "-D", self.folder / "data", "-k", self.folder, "-c", "listen_addresses="],
+            cwd="/", stderr=subprocess.DEVNULL, **self.as_user,
+        )  # fmt: skip
+        _await(self.url)
+
+    def stop(self):
+        self.process.send_signal(signal.SIGINT)  # a fast shutdown: it does not wait for connections to end
+        self.process.wait(60)
+
+
 @pytest.fixture(scope="module")
-def postgresql(tmp_path_factory):
-    """URL of a real PostgreSQL of this test's own."""
+def server(tmp_path_factory):
+    """A running one."""
     pytest.importorskip("psycopg", reason="needs psycopg, the PostgreSQL driver")
     if not (shutil.which("initdb") and shutil.which("postgres")):
         pytest.skip("needs PostgreSQL's initdb and postgres in PATH")
@@ -349,17 +376,18 @@ def postgresql(tmp_path_factory):
     )
     if made.returncode:
         pytest.skip(f"initdb does not work here: {made.stderr.strip().splitlines()[-1]}")
-    server = subprocess.Popen(
-        ["postgres", "-D", folder / "data", "-k", folder, "-c", "listen_addresses="],
-        cwd="/", stderr=subprocess.DEVNULL, **as_user,
-    )  # fmt: skip
-    url = f"postgresql+psycopg://effbert@/postgres?host={folder}"
+    found = Server(folder, as_user)
     try:
-        _await(url)
-        yield url
+        found.start()
+        yield found
     finally:
-        server.send_signal(signal.SIGINT)  # a fast shutdown: it does not wait for connections to end
-        server.wait(60)
+        found.stop()
+
+
+@pytest.fixture
+def postgresql(server):
+    """Its URL."""
+    return server.url
 
 
 def _await(url):
@@ -391,3 +419,31 @@ def test_a_real_postgresql_holds_a_study(tmp_path, postgresql):
         assert read_candidates(tmp_path, postgresql) == expected
     with pytest.raises(ValueError, match="holds the stage1 of another search"):
         opened(tmp_path, storage=postgresql, run_id="other")
+
+
+def test_a_real_postgresql_that_stops_is_one_line_and_goes_on_when_it_answers_again(tmp_path, server):
+    study = Study(tmp_path, server.url, "stopped")
+    stage = study.stage("stopping")
+    for number in range(2):
+        stage.begin(number, f"text {number}", f"key {number}")
+    assert stage.take([0, 1], 2) == [0, 1]
+    stage.complete(0, 0.5)
+    server.stop()
+    try:
+        for attempt in (lambda: stage.complete(1, 0.25), stage.evaluations, lambda: study.stage("further")):
+            with pytest.raises(StorageLostError) as caught:
+                attempt()
+            said = str(caught.value)
+            assert (
+                said.startswith(f"{without_password(server.url)}: this run's study does not answer any more: ")
+                and "\n" not in said
+            )
+            assert said.endswith("when it is back, the same command goes on from its last commit")
+        with pytest.raises(ValueError, match="cannot be used as a study"):
+            Study(tmp_path, server.url, "stopped").reach()
+    finally:
+        server.start()
+    stage.complete(1, 0.25)
+    again = Study(tmp_path, server.url, "stopped").stage("stopping")
+    assert [(e.number, e.state, e.value) for e in again.evaluations()] == [(0, "complete", 0.5), (1, "complete", 0.25)]
+    study.close()
