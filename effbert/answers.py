@@ -1,9 +1,9 @@
 """A saved model and what it answers: scores on validation rows, and files for those who score.
 
-`effbert evaluate` scores one model on a task's whole validation splits, `effbert predict` writes what the GLUE server
-and SQuAD's scripts take. The one idea: logits of every row come first, in the order of the rows, from any folder that
-transformers can load (a student of ours or a BERT-like model), and label names are the only thing that joins a model's
-columns to a task. Whatever can be refused is refused before any row is read by a model.
+`effbert evaluate` scores one model on a task's whole validation splits, or on rows of one's own, and `effbert predict`
+writes what the GLUE server and SQuAD's scripts take. The one idea: logits of every row come first, in the order of the
+rows, from any folder that transformers can load (a student of ours or a BERT-like model), and label names are the only
+thing that joins a model's columns to a task. Whatever can be refused is refused before any row is read by a model.
 """
 
 import json
@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
 from effbert import metrics
-from effbert.data import glue, squad
+from effbert.data import files, glue, squad
 from effbert.data.batches import Batch, BatchPlan
 from effbert.data.cache import dataset_fingerprint, tokenizer_fingerprint
 from effbert.data.encode import encode_split
@@ -61,6 +61,27 @@ class Reading:
         for name, least in (("max_length", 0), ("doc_stride", 0), ("per_device_eval_batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)}: it must be at least {least}")
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """Rows of your own to score a model on; their labels are those of the model.
+
+    Attributes:
+        validation_file: The rows, as CSV, TSV, JSON or JSON lines; --task is then a name of your own.
+        text_columns: Their one or two text columns.
+        label_column: Their label column.
+        task_kind: "regression" where the labels are scores; without it the model's head says.
+    """
+
+    validation_file: str = ""
+    text_columns: tuple[str, ...] = ()
+    label_column: str = "label"
+    task_kind: Literal["", "classification", "regression"] = ""
+
+    def __post_init__(self):
+        if not self.validation_file and (self.text_columns or self.label_column != "label" or self.task_kind):
+            raise ValueError("--text_columns, --label_column and --task_kind are for --validation_file: give it too")
 
 
 @dataclass
@@ -114,7 +135,7 @@ def open_model(folder: str | Path, spec: TaskSpec, reading: Reading) -> SavedMod
     if not answers(config, spec):
         has = "/".join(config.architectures or ()) or f"a bare {config.model_type}"
         needed = {
-            "classification": f"a sequence classification head with {len(spec.labels)} labels",
+            "classification": f"a sequence classification head with {max(2, len(spec.labels))} labels",
             "regression": "a sequence classification head with one output",
             "spans": "a question answering head",
         }[spec.kind]
@@ -124,8 +145,7 @@ def open_model(folder: str | Path, spec: TaskSpec, reading: Reading) -> SavedMod
     if spec.kind == "classification":
         if reading.labels and len(reading.labels) != config.num_labels:
             raise ValueError(f"--labels has {len(reading.labels)} names, and model {folder} {config.num_labels} logits")
-        names = dict(enumerate(reading.labels)) if reading.labels else config.id2label
-        columns = map_labels(spec.labels, names, f"model {folder}", "--labels")
+        columns = map_labels(spec.labels, label_names(config, reading), f"model {folder}", "--labels")
     tokenizer = load_tokenizer(folder)
     usual = min(384 if spec.kind == "spans" else 128, tokenizer.model_max_length)
     length = reading.max_length or min(usual, longest_text(config))
@@ -135,22 +155,48 @@ def open_model(folder: str | Path, spec: TaskSpec, reading: Reading) -> SavedMod
     return SavedModel(str(folder), spec, reading, config, tokenizer, length, columns)
 
 
+def label_names(config, reading: Reading) -> dict[int, str]:
+    """The name of each of a model's logits, by its column."""
+    return dict(enumerate(reading.labels)) if reading.labels else config.id2label
+
+
 def evaluate_saved(
     folder: str | Path,
     task: str,
     data_dir: str | None = None,
     reading: Reading = Reading(),
     null_threshold: float = 0.0,
+    own: OwnRows = OwnRows(),
 ) -> dict[str, dict[str, float]]:
     """The official metrics of a saved model on each whole validation split of a task, by split and name.
 
     All are fractions of 1 (the published ones are usually printed times 100). SQuAD 2.0 has all that its script prints
     (`effbert.metrics.squad2_scores`); `null_threshold` is how far no answer must be ahead. "rows" (there "total")
-    counts rows or questions. Raises as `open_model` and `effbert.data.tasks.load_validation` do.
+    counts rows or questions. `own`: rows of a task of one's own, in place of those of a known one. Raises as
+    `open_model`, `effbert.data.tasks.load_validation` and `effbert.data.files.load_split` do.
     """
-    spec, splits = load_validation(task, data_dir)
-    model = open_model(folder, spec, reading)
+    if own.validation_file and data_dir:
+        raise ValueError("--data_dir and --validation_file exclude each other: the rows of a known task, or your own")
+    if own.validation_file:
+        model = open_model(folder, _own_spec(folder, task, own, reading), reading)
+        splits = {"validation": _own_rows(model, own)}
+    else:
+        spec, splits = load_validation(task, data_dir)
+        model = open_model(folder, spec, reading)
     return {name: _scores(model, rows, name, null_threshold) for name, rows in splits.items()}
+
+
+def _own_spec(folder: str | Path, task: str, own: OwnRows, reading: Reading) -> TaskSpec:
+    config = read_config(folder, "model")
+    scores = own.task_kind == "regression" or (not own.task_kind and config.num_labels == 1)
+    names = {} if scores else label_names(config, reading)
+    labels = [str(names[column]) for column in sorted(names, key=int)]
+    return files.own_spec(task, own.text_columns, own.label_column, labels)
+
+
+def _own_rows(model: SavedModel, own: OwnRows) -> "Dataset":
+    known = f"model {model.folder}, whose labels --labels renames, has"
+    return files.load_split(model.spec, own.validation_file, own.text_columns, own.label_column, known)
 
 
 def _scores(model: SavedModel, rows: "Dataset", name: str, null_threshold: float) -> dict[str, float]:
@@ -372,7 +418,7 @@ def main_evaluate(arguments: list[str]) -> None:
 
         Attributes:
             model: Folder or name of a model with the task's head.
-            task: A task of GLUE, squad, squad2.0, or a built-in one.
+            task: A task of GLUE, squad, squad2.0, a built-in one, or a name of your own with validation_file.
             data_dir: Folder with the official files; without it they come by name.
             null_threshold: For SQuAD 2.0, how far no answer must be ahead of the best span, in logits.
             output: JSON file to write the scores to.
@@ -383,17 +429,21 @@ def main_evaluate(arguments: list[str]) -> None:
         data_dir: str = ""
         null_threshold: float = 0.0
         output: str = ""
+        own: tyro.conf.OmitArgPrefixes[OwnRows] = OwnRows()
         reading: tyro.conf.OmitArgPrefixes[Reading] = Reading()
 
     given = parse(Arguments, arguments, "effbert evaluate")
     output = check_output(given.output) if given.output else None
     quiet_libraries()
-    scores = evaluate_saved(given.model, given.task, given.data_dir or None, given.reading, given.null_threshold)
+    scores = evaluate_saved(
+        given.model, given.task, given.data_dir or None, given.reading, given.null_threshold, given.own
+    )
     for split, values in scores.items():
         for name, value in values.items():
             print(f"{given.task} {split} {name} {value if isinstance(value, int) else f'{value:.4f}'}")
     if output is not None:
-        content = {"model": given.model, "task": given.task, "scores": scores}
+        rows = {"validation_file": given.own.validation_file} if given.own.validation_file else {}
+        content = {"model": given.model, "task": given.task, **rows, "scores": scores}
         write_atomic(output, json.dumps(content, indent=2) + "\n")
 
 

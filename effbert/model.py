@@ -194,8 +194,8 @@ class EffBertModel(EffBertPreTrainedModel):
     def __init__(self, config: EffBertConfig, add_pooling_layer: bool = True):
         super().__init__(config)
         self.embeddings = Embeddings(config)
-        layers = parse_architecture(config.architecture).layers
-        self.layers = nn.ModuleList(Layer(config, expression.structure) for expression in layers)
+        self.architecture = parse_architecture(config.architecture)
+        self.layers = nn.ModuleList(Layer(config, expression.structure) for expression in self.architecture.layers)
         self.fit_dense = nn.Linear(config.hidden_size, config.fit_size) if config.fit_size else None
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
         self.post_init()
@@ -231,8 +231,9 @@ class EffBertModel(EffBertPreTrainedModel):
             token_type_ids = torch.zeros_like(input_ids)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + self.config.position_offset
-        architecture = architecture or parse_architecture(self.config.architecture)
         key = random.dropout_key() if self.training else None
+        # after the draw, which ends a graph in training: integers of a local beyond it torch.compile takes for symbols
+        architecture = architecture or self.architecture
 
         x = self.embeddings(input_ids, attention_mask, token_type_ids, position_ids)
         embedding_dropout = self._dropout(key, 0)(self.config.hidden_dropout_prob, 0)

@@ -165,5 +165,5 @@ def _make(op: str) -> Callable:
 def __getattr__(name):
     if name not in OPS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = _make(name)
+    globals().update((op, _make(op)) for op in OPS)  # all at once: torch.compile sees none that comes while it traces
     return globals()[name]

@@ -38,25 +38,38 @@ def load_task(
     numbers, not all of them whole, are neither assumed to be classes nor to be scores: `kind` must say so. With
     kind="regression" labels are finite floats. Raises FileNotFoundError or ValueError, with file and line.
     """
-    if not 1 <= len(text_columns) <= 2:
-        raise ValueError(f"task {name!r}: text_columns takes one or two column names, not {len(text_columns)}")
-    wanted = [*text_columns, label_column]
-    if len(set(wanted)) < len(wanted):
-        raise ValueError(f"task {name!r}: text and label columns must be different, but are {', '.join(wanted)}")
-    train = list(_fields(Path(train_file), text_columns, label_column))
-    validation = list(_fields(Path(validation_file), text_columns, label_column))
+    _check_columns(name, text_columns, label_column)
+    train, validation = (
+        list(_fields(Path(file), text_columns, label_column)) for file in (train_file, validation_file)
+    )
     if kind is None:
         _refuse_scores(train_file, [label for *_, label in train])
-
-    pair = len(text_columns) == 2
-    if kind == "regression":
-        spec = TaskSpec(name, "regression", (), ("pearson", "spearman"), pair)
-        return Task(spec, *(text_dataset(spec, _with_scores(rows)) for rows in (train, validation)))
-    labels = tuple(sorted({label for *_, label in train}))
-    if len(labels) < 2:
+    labels = () if kind == "regression" else tuple(sorted({label for *_, label in train}))
+    if len(labels) == 1:
         raise ValueError(f"{train_file}: every row has the label {labels[0]!r}; a task needs at least two labels")
-    spec = TaskSpec(name, "classification", labels, ("accuracy", "mcc"), pair)
-    return Task(spec, *(text_dataset(spec, _with_classes(rows, labels)) for rows in (train, validation)))
+    spec = _spec(name, text_columns, labels)
+    return Task(spec, *(_labelled(spec, rows) for rows in (train, validation)))
+
+
+def own_spec(
+    name: str, text_columns: Sequence[str], label_column: str = "label", labels: Sequence[str] = ()
+) -> TaskSpec:
+    """What a task in one's own files asks where its labels are known without a train file; none for scores. ValueError
+    where the columns do not do, as in `load_task`."""
+    _check_columns(name, text_columns, label_column)
+    return _spec(name, text_columns, labels)
+
+
+def load_split(
+    spec: TaskSpec,
+    path: str | PathLike[str],
+    text_columns: Sequence[str],
+    label_column: str = "label",
+    known: str = "known labels are",
+) -> datasets.Dataset:
+    """One file of an `own_spec`, with the columns of `Task`. `known` stands before the labels where one is none of
+    them; raises as `load_task` does."""
+    return _labelled(spec, list(_fields(Path(path), text_columns, label_column)), known)
 
 
 def inner(root: Path, name: str) -> Path:
@@ -80,12 +93,12 @@ def text_dataset(spec: TaskSpec, rows: Sequence[tuple[str, str, int | float]]) -
     return Dataset.from_dict(columns, features=Features(types))
 
 
-def class_index(label: str, labels: Sequence[str], where: str) -> int:
-    """The index of a label; ValueError with `where` and the known labels if it is none of them."""
+def class_index(label: str, labels: Sequence[str], where: str, known: str = "known labels are") -> int:
+    """The index of a label; ValueError with `where` and, after `known`, the labels if it is none of them."""
     try:
         return labels.index(label)
     except ValueError:
-        raise ValueError(f"{where}: unknown label {label!r}; known labels are {', '.join(labels)}") from None
+        raise ValueError(f"{where}: unknown label {label!r}; {known} {', '.join(labels)}") from None
 
 
 def score(label: str, where: str) -> float:
@@ -223,9 +236,23 @@ def _refuse_scores(path: str | PathLike[str], labels: Sequence[str]) -> None:
         raise ValueError(f"{path}: labels are numbers like {labels[0]}: say kind=regression (or kind=classification)")
 
 
-def _with_classes(rows: Sequence[tuple[str, str, str, str]], labels: Sequence[str]) -> list[tuple[str, str, int]]:
-    return [(text_a, text_b, class_index(label, labels, where)) for where, text_a, text_b, label in rows]
+def _check_columns(name: str, text_columns: Sequence[str], label_column: str) -> None:
+    if not 1 <= len(text_columns) <= 2:
+        raise ValueError(f"task {name!r}: text_columns takes one or two column names, not {len(text_columns)}")
+    wanted = [*text_columns, label_column]
+    if len(set(wanted)) < len(wanted):
+        raise ValueError(f"task {name!r}: text and label columns must be different, but are {', '.join(wanted)}")
 
 
-def _with_scores(rows: Sequence[tuple[str, str, str, str]]) -> list[tuple[str, str, float]]:
-    return [(text_a, text_b, score(label, where)) for where, text_a, text_b, label in rows]
+def _spec(name: str, text_columns: Sequence[str], labels: Sequence[str]) -> TaskSpec:
+    kind, metrics = ("classification", ("accuracy", "mcc")) if labels else ("regression", ("pearson", "spearman"))
+    return TaskSpec(name, kind, tuple(labels), metrics, len(text_columns) == 2)
+
+
+def _labelled(
+    spec: TaskSpec, rows: Sequence[tuple[str, str, str, str]], known: str = "known labels are"
+) -> datasets.Dataset:
+    def value(label: str, where: str) -> int | float:
+        return score(label, where) if spec.kind == "regression" else class_index(label, spec.labels, where, known)
+
+    return text_dataset(spec, [(text_a, text_b, value(label, where)) for where, text_a, text_b, label in rows])

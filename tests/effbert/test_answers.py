@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 import effbert.answers
 from effbert.__main__ import main
 from effbert.answers import (
+    OwnRows,
     Reading,
     SavedModel,
     evaluate_saved,
@@ -24,7 +25,7 @@ from effbert.answers import (
     predict_glue,
     predict_squad,
 )
-from effbert.data import glue, squad
+from effbert.data import files, glue, squad
 from effbert.data.tokenizer import train_wordpiece
 from effbert.metrics import compute
 from effbert.model import EffBertConfig, new_student
@@ -157,6 +158,62 @@ def test_mnli_is_scored_on_both_validation_splits_by_a_student_of_ours(tmp_path,
         "validation_mismatched": 6,
     }
     assert all(set(values) == {"accuracy", "rows"} for values in scores.values())
+
+
+def write_rows(path: Path, labels, rows: int = 20) -> str:
+    """A CSV with two columns of text and one of labels, taken in turn."""
+    lines = [f"{text(n)},{text(100 + n)},{labels[n % len(labels)]}" for n in range(rows)]
+    path.write_text("\n".join(["one,two,verdict", *lines]) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("task", ["mrpc", "sts-b", "cola"])
+def test_own_rows_are_scored_with_the_labels_of_the_model(task, tmp_path, tokenizer):
+    folder, spec = save_bert(tmp_path / "model", task, tokenizer), spec_of(task)
+    labels = spec.labels[::-1] or ("1.5", "4", "0.25")  # classes come in another order than the model's
+    file = write_rows(tmp_path / "own.csv", labels)
+    columns = ("one", "two") if spec.pair else ("one",)
+    rows = files.load_task("mine", file, file, columns, "verdict", "regression" if task == "sts-b" else None).validation
+    logits = one_by_one(folder, task, rows, tokenizer)
+    if task == "sts-b":
+        wanted = compute(("pearson", "spearman"), logits[:, 0], np.asarray(rows["label"][:]))
+    else:
+        known = [sorted(spec.labels).index(label) for label in spec.labels]
+        columns_of_model = np.asarray(known)[logits.argmax(axis=1)]
+        wanted = compute(("accuracy", "mcc"), columns_of_model, np.asarray(rows["label"][:]))
+    own = OwnRows(file, columns, "verdict")
+    assert evaluate_saved(folder, "mine", own=own)["validation"] == pytest.approx(wanted | {"rows": 20}, abs=1e-5)
+
+
+def test_own_rows_may_lack_labels_and_the_models_may_be_named(tmp_path, tokenizer):
+    folder = save_bert(tmp_path / "model", "mnli", tokenizer, labels=("LABEL_0", "LABEL_1", "LABEL_2"))
+    own = OwnRows(write_rows(tmp_path / "own.csv", ("maybe",)), ("one", "two"), "verdict")
+    parts = [
+        evaluate_saved(folder, "mine", reading=Reading(labels=labels), own=own)["validation"]["accuracy"]
+        for labels in (("maybe", "no", "yes"), ("no", "maybe", "yes"), ("no", "yes", "maybe"))
+    ]
+    assert sum(parts) == pytest.approx(1) and len(set(parts)) > 1
+
+
+@pytest.mark.parametrize(
+    ("trained", "label", "more", "says"),
+    [
+        ("mrpc", "Art", {}, r"own.csv:2: unknown label 'Art'; model .* has not_equivalent, equivalent$"),
+        ("sts-b", "Art", {}, "own.csv:2: label 'Art' should be a finite number"),
+        ("mrpc", "1", {"task_kind": "regression"}, "with 2 outputs: task mine needs .* head with one output"),
+        ("sts-b", "1", {"task_kind": "classification"}, "with 1 outputs: task mine needs .* head with 2 labels"),
+        ("squad", "1", {}, "is BertForQuestionAnswering: task mine needs a sequence classification head"),
+        ("mrpc", "1", {"text_columns": ()}, "text_columns takes one or two column names, not 0"),
+        ("mrpc", "1", {"text_columns": ("body",)}, "own.csv:2: no column 'body'; there are one, two, verdict"),
+    ],
+)
+def test_own_rows_that_do_not_go_with_the_model(trained, label, more, says, tmp_path, tokenizer):
+    folder = save_bert(tmp_path / "model", trained, tokenizer)
+    file = write_rows(tmp_path / "own.csv", (label,))
+    own = OwnRows(**{"validation_file": file, "text_columns": ("one",), "label_column": "verdict", **more})
+    with pytest.raises(ValueError, match=says) as caught:
+        evaluate_saved(folder, "mine", own=own)
+    assert "\n" not in str(caught.value)
 
 
 def oracle(self: SavedModel, rows, name):
@@ -336,6 +393,13 @@ def test_the_commands(capsys, tmp_path, tokenizer):
     scores = json.loads((tmp_path / "scores.json").read_text())["scores"]["validation"]
     assert shown == [f"rte validation accuracy {scores['accuracy']:.4f}", "rte validation rows 4"]
     assert "scores.json exists already: remove it" in fails(capsys, *evaluate)
+    file = write_rows(tmp_path / "own.csv", spec_of("rte").labels)
+    own = ("--validation_file", file, "--text_columns", "one", "two", "--label_column", "verdict")
+    evaluate = ("evaluate", folder, "--task", "mine", *own, "--output", tmp_path / "own.json")
+    assert main([str(argument) for argument in evaluate]) == 0
+    names = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert names == [["mine", "validation", name] for name in ("accuracy", "mcc", "rows")]
+    assert json.loads((tmp_path / "own.json").read_text())["validation_file"] == file
     predict = ("predict", f"rte={folder}", *data, "--output", tmp_path / "glue.zip")
     assert main([str(argument) for argument in predict]) == 0
     assert capsys.readouterr().out == "RTE.tsv: 4 rows\n"
@@ -369,6 +433,13 @@ def test_the_commands(capsys, tmp_path, tokenizer):
         (("evaluate", "a", "--task", "mrcp"), "unknown task 'mrcp'"),
         (("evaluate", "a", "--task", "ax", "--data_dir", "."), "ax has test rows only"),
         (("evaluate", "a", "--task", "rte", "--output", "nowhere/x.json"), "there is no folder nowhere"),
+        (("evaluate", "a", "--task", "mine", "--text_columns", "t"), "are for --validation_file: give it too"),
+        (("evaluate", "a", "--task", "mine", "--label_column", "l"), "are for --validation_file: give it too"),
+        (("evaluate", "a", "--task", "mine", "--task_kind", "regression"), "are for --validation_file: give it too"),
+        (
+            ("evaluate", "a", "--task", "rte", "--data_dir", ".", "--validation_file", "x.csv"),
+            "--data_dir and --validation_file exclude each other",
+        ),
         (("evaluate", "a", "--task", "rte", "--per_device_eval_batch_size", "0"), "it must be at least 1"),
     ],
 )

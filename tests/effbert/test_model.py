@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModel, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
 import effbert  # noqa: F401  (registers the model type)
@@ -112,6 +113,28 @@ def test_dropout_follows_the_default_generator_and_only_in_training():
     assert not torch.allclose(output(1), output(2))
     model.eval()
     torch.testing.assert_close(output(1), output(2), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [EffBertModel, EffBertForSequenceClassification, EffBertForQuestionAnswering])
+def test_one_compilation_serves_every_batch_and_length(kind):
+    counted = CompileCounterWithBackend("eager")
+    model = kind(config()).eval()
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=counted)
+    for lengths in ((9, 5, 1), (17, 3)):
+        for mine, plain in zip(compiled(*batch(lengths)).to_tuple(), model(*batch(lengths)).to_tuple(), strict=True):
+            torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-6)
+    assert counted.frame_count == 1
+
+
+def test_a_model_in_training_compiles_with_dynamic_shapes_and_draws_the_same_dropout():
+    model = EffBertModel(config(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)).train()
+    compiled = torch.compile(model, dynamic=True, backend="eager")
+    for lengths in ((9, 5, 1), (17, 3)):
+        found = []
+        for run in (compiled, model):
+            torch.manual_seed(1)
+            found.append(run(*batch(lengths)).last_hidden_state)
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 def test_a_standalone_model_has_exactly_the_counted_parameters():

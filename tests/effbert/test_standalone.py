@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from effbert.architecture import PUBLISHED, Architecture
 from effbert.kernels.expression import STRUCTURES, Expression, ExpressionError
@@ -139,6 +140,17 @@ def test_the_plain_model_trains():
     losses = [plain(*inputs, labels=torch.tensor([0, 2, 1])).loss for _ in range(2)]
     losses[0].backward()
     assert losses[0] != losses[1] and all(parameter.grad is not None for parameter in plain.parameters())
+
+
+def test_the_plain_model_compiles_once_for_every_batch_and_length():
+    counted = CompileCounterWithBackend("eager")
+    model = student(architecture=drawn(4))
+    plain = plain_model(model, load(source(model.config)))
+    compiled = torch.compile(plain, dynamic=True, fullgraph=True, backend=counted)
+    for lengths in ((9, 5, 1), (17, 3)):
+        mine, theirs = (run(*batch(lengths)).logits for run in (compiled, plain))
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert counted.frame_count == 1
 
 
 def test_another_configuration_is_refused():

@@ -132,6 +132,19 @@ def test_ops_compile_whole_through_the_dispatcher():
             torch.testing.assert_close(compiled(logits), expected)
 
 
+def test_the_first_calls_of_a_process_compile_whole(monkeypatch):
+    for op in dispatch.OPS:
+        monkeypatch.delattr(dispatch, op)
+    monkeypatch.setattr(dispatch, "_functions", {})
+
+    def step(x):
+        y = kernels.dropout(x, None)
+        return kernels.attention(y, y, y)
+
+    x = torch.randn(2, 1, 4, 8)
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="eager")(x), step(x))
+
+
 def run(code, *path):
     """In a Python without installed packages: one of this name may be among them."""
     search = "".join(f"sys.path.insert(0, {str(entry)!r}); " for entry in path)
