@@ -106,17 +106,17 @@ def teacher(arguments: list[str], world: World = ALONE) -> int:
 def pretrain(arguments: list[str], world: World = ALONE) -> int:
     """effbert pretrain: general distillation of a supernet or one model."""
     from effbert.config import PretrainConfig
-    from effbert.search.runs import run_pretraining
+    from effbert.search.runs import check_sizes, run_pretraining
 
-    return _single(PretrainConfig, run_pretraining, "effbert pretrain", arguments, world)
+    return _single(PretrainConfig, run_pretraining, "effbert pretrain", arguments, world, check_sizes)
 
 
 def distill(arguments: list[str], world: World = ALONE) -> int:
     """effbert distill: general, then task distillation of one model."""
     from effbert.config import DistillConfig
-    from effbert.search.runs import run_distillation
+    from effbert.search.runs import check_sizes, run_distillation
 
-    return _single(DistillConfig, run_distillation, "effbert distill", arguments, world)
+    return _single(DistillConfig, run_distillation, "effbert distill", arguments, world, check_sizes)
 
 
 def paper(arguments: list[str], world: World = ALONE) -> int:
@@ -154,9 +154,10 @@ def check_search(config, name: str | None, kept: bool = True) -> None:
         raise ValueError("--corpus is missing, plain text for general distillation: a text file or a folder of them")
 
 
-def _single(kind, run, program: str, arguments: list[str], world: World) -> int:
+def _single(kind, run, program: str, arguments: list[str], world: World, check=lambda config: None) -> int:
     config = parse(kind, arguments, program)
     quiet_libraries()
+    check(config)
     run(config, world=world)
     return 0
 

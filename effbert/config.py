@@ -15,7 +15,7 @@ from effbert.optim import TrainingArguments
 
 @dataclass(frozen=True)
 class StudentArguments:
-    """Sizes of the supernet and of every candidate; names as in transformers."""
+    """Sizes of a supernet and its candidates, or of an architecture that is spelt out; names as in transformers."""
 
     hidden_size: int = 540
     num_hidden_layers: int = 6

@@ -297,6 +297,23 @@ def resolved(config):
     return dataclasses.replace(config, student=student, model=names), plans
 
 
+def check_sizes(config: PretrainConfig | DistillConfig) -> None:
+    """ValueError where --student is given a size that no model of the run has. A supernet and an architecture's text
+    take them; other models have their own, and the heads are the teacher's."""
+    named, plans = resolved(config)
+    starts = config.start_from if len(config.start_from) > 1 else config.start_from * len(plans)
+    labels = [
+        "the architecture" if "(" in name else f"--model {name}" if name else starts[number]
+        for number, name in enumerate(named.model)
+    ]
+    for size in dataclasses.fields(StudentArguments):
+        given, found = getattr(config.student, size.name), [getattr(plan, size.name) for plan in plans]
+        if given not in (size.default, *found):
+            have = ", ".join(f"{label} has {value or 'none'}" for label, value in zip(labels, found, strict=True))
+            whose = ", as the teacher" if size.name == "num_attention_heads" else ""
+            raise ValueError(f"--student.{size.name} {given} would do nothing: {have}{whose}; leave it out")
+
+
 _SHARED = tuple(field.name for field in dataclasses.fields(StudentArguments) if field.name != "num_hidden_layers")
 
 

@@ -15,17 +15,20 @@ import transformers
 
 from effbert.__main__ import main
 from effbert.answers import Reading, open_model
+from effbert.config import DistillConfig, PretrainConfig, StudentArguments
 from effbert.data.tasks import TaskSpec
 from effbert.data.tokenizer import train_wordpiece
-from effbert.model import EffBertModel
+from effbert.model import EffBertConfig, EffBertModel
 from effbert.parallel import World
-from effbert.search.runs import finish
+from effbert.search.runs import check_sizes, finish
 from effbert.supernet import Supernet
+from effbert.teacher import read_config, student_vocabulary
 
 WORDS = "the small model reads long words about trees and rivers in every quiet town near some old stone bridge".split()
 MLP = "linear1_2(gelu(linear1_2(x,wb1)),wb2)"
 SIZES = ("--student.hidden_size", "24", "--student.intermediate_size", "24", "--student.embedding_size", "8")
-SIZES += ("--student.num_hidden_layers", "2", "--student.num_attention_heads", "4")
+LAYERS = ("--student.num_hidden_layers", "2")
+SIZES += (*LAYERS, "--student.num_attention_heads", "4")
 
 
 def sentence(chance, length=12):
@@ -68,7 +71,13 @@ def teacher_command(given, folder, *more):
 
 def pretrain_command(given, folder, *more):
     text = ["--corpus", str(given / "text.txt"), "--output_dir", str(folder)]
-    return ["pretrain", *common(given, given / "bert"), *text, *SIZES, *more]
+    sizes = sizes_for(more) if "--model" in more else SIZES
+    return ["pretrain", *common(given, given / "bert"), *text, *sizes, *more]
+
+
+def sizes_for(more):
+    """What of --student the models of a command take."""
+    return SIZES if any("(" in word for word in more) else LAYERS if "teacher" in more else ()
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +98,7 @@ def distill_command(given, made, folder, *more):
         "--budget.task_phase.num_train_epochs",
         "1",
     ]
-    return ["distill", *common(given, made / "teacher" / "model"), *task(given), *text, *SIZES, *more]
+    return ["distill", *common(given, made / "teacher" / "model"), *task(given), *text, *sizes_for(more), *more]
 
 
 def test_a_teacher_is_fine_tuned_on_all_rows(given, made, capsys):
@@ -311,6 +320,49 @@ def test_a_teacher_sized_down_learns_beside_others(given, made, tmp_path):
     assert sizes == [8, 16]
 
 
+@pytest.mark.parametrize(
+    ("models", "more", "said"),
+    [
+        (["bert-2x16"], ["hidden_size", "24"], "--student.hidden_size 24 would do nothing: --model bert-2x16 has 16;"),
+        (["bert-2x16"], ["embedding_size", "8"], "--model bert-2x16 has none; leave it out"),
+        (["bert-2x16", "bert-2x8"], ["intermediate_size", "24"], "bert-2x16 has 64, --model bert-2x8 has 32;"),
+        (["bert-2x16"], ["num_hidden_layers", "4"], "--model bert-2x16 has 2;"),
+        ([f"{MLP}, {MLP}"], ["hidden_size", "24", "num_hidden_layers", "4"], "the architecture has 2;"),
+        (
+            [f"{MLP}, {MLP}"],
+            ["hidden_size", "24", "num_attention_heads", "3"],
+            "num_attention_heads 3 would do nothing: the architecture has 4, as the teacher;",
+        ),
+        (["teacher"], ["hidden_size", "24", "num_hidden_layers", "2"], "--model teacher has 8;"),
+    ],
+)
+@pytest.mark.parametrize("command", ["pretrain", "distill"])
+def test_a_size_that_no_model_takes_is_refused(given, tmp_path, capsys, command, models, more, said):
+    sizes = [f"--student.{word}" if number % 2 == 0 else word for number, word in enumerate(more)]
+    params = ["--params", "2500"] if "teacher" in models else []
+    run = ["--output_dir", str(tmp_path / "run"), "--model", *models, *params, *sizes]
+    assert main([command, *common(given, given / "bert"), *run]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_student_that_goes_on_has_its_sizes(given, tmp_path):
+    vocabulary = student_vocabulary(read_config(given / "bert"))
+    sizes = {"hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 24}
+    EffBertConfig(architecture=MLP, **sizes, **vocabulary).save_pretrained(tmp_path)
+    run = {"output_dir": "", "teacher": str(given / "bert"), "start_from": (str(tmp_path),)}
+    check_sizes(DistillConfig(**run, student=StudentArguments(hidden_size=24, hidden_dropout_prob=0.3)))
+    with pytest.raises(ValueError, match=f"hidden_size 32 would do nothing: {tmp_path} has 24; leave it out"):
+        check_sizes(DistillConfig(**run, student=StudentArguments(hidden_size=32)))
+
+
+def test_a_size_that_one_of_the_models_takes_is_none_too_many(given):
+    run = {"output_dir": "", "teacher": str(given / "bert"), "model": (f"{MLP}, {MLP}", "bert-2x16")}
+    sizes = StudentArguments(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    check_sizes(PretrainConfig(**run, student=sizes))
+    check_sizes(PretrainConfig(**{**run, "model": ("supernet",)}, student=sizes))
+
+
 def test_what_does_not_go_together_is_one_line_and_leaves_nothing(given, made, tmp_path, capsys):
     other = tmp_path / "other"
     tokenizer = train_wordpiece([sentence(random.Random(3)) for _ in range(50)], 90, max_length=40)
@@ -338,7 +390,7 @@ def test_what_does_not_go_together_is_one_line_and_leaves_nothing(given, made, t
         ([*distill, "--model", "bert-2x18"], "does not divide into 4 attention heads"),
         ([*distill, "--model", "bert-2x16", "--start_from", net], "does not fit the teacher and the model"),
         ([*no_head, "--model", "bert-2x16"], "has no head for mine (classification): make one with effbert teacher"),
-        ([*strange, "--model", text, "--start_from", net], "--start_from"),
+        ([*strange, *SIZES, "--model", text, "--start_from", net], "it has vocab_size"),
         (
             [
                 word
