@@ -72,7 +72,7 @@ def final_rows(
     folder.mkdir(exist_ok=True)
     files = {row.name: folder / f"{row.name.replace(' ', '-')}-{repeat}.json" for row in lines}
     phases = {row.name: _phase(workspace, row, repeat, files[row.name]) for row in lines}
-    missing = [row for row in lines if not files[row.name].exists()]
+    missing = [row for row in lines if not is_finished(files[row.name], row)]
     if missing:
         on_step = reporter.steps(f"final, {len(missing)} at once")
         started = [initial_model(workspace, supernet, row, phases[row.name].sub("warm-up"), on_step) for row in missing]
@@ -85,6 +85,14 @@ def final_rows(
             world.on_first(_keep, workspace, row, repeat, model, seconds, files[row.name], reporter)
     forget([phase.sub(part) for phase in phases.values() for part in ("warm-up", "general", "task")])
     return [json.loads(files[row.name].read_text()) for row in lines]
+
+
+def is_finished(file: Path, row: Row) -> bool:
+    """Whether the file holds this row, and not one of another winner, of stages that began anew."""
+    if not file.exists():
+        return False
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return (found["architecture"], found["plain_width"]) == (str(row.architecture), row.plain_width)
 
 
 def _phase(workspace: Workspace, row: Row, repeat: int, file: Path) -> Phase:

@@ -95,13 +95,15 @@ def study_of(config: SearchConfig, claim: RunFolder | None) -> AbstractContextMa
 
 
 def tidy(study: Study, reporter: Reporter) -> None:
-    """Reach the storage, and sweep the folder where no other worker is in it."""
+    """Reach the storage, and sweep the folder where no other worker is in it. A storage that has nothing of a search
+    which had begun is one that was lost: candidates are proposed by their numbers, so all come again."""
     others = study.workers.others()
     if others:
         reporter.say(f"joining {len(others)} other workers in {study.output_dir}")
     else:
         remove_partial(study.output_dir)
-    study.reach()
+    if "stage1" not in study.reach() and (study.output_dir / "stage1").is_dir():
+        reporter.say(f"{study.where} has no candidate of this search, which had begun: its stages begin anew")
 
 
 Turn = Callable[[str], AbstractContextManager[None]]

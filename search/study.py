@@ -83,8 +83,9 @@ class Study:
         self.where = without_password(storage) if storage else str(self.output_dir / STUDY_FILE)
         self._storage, self._heart = None, None
 
-    def reach(self) -> None:
-        """Find out whether the storage can be used, and is not another run's; makes no stage. ValueError as `stage`."""
+    def reach(self) -> set[str]:
+        """Find out whether the storage can be used, and is not another run's; makes no stage. Returns the names of the
+        stages that it has. ValueError as `stage`."""
         import optuna
 
         with _errors_in_one_line(self.where, self._storage is not None):
@@ -92,6 +93,7 @@ class Study:
             begun = optuna.get_all_study_summaries(self._storage)
         for study in begun:
             self._refuse_foreign(study.study_name, study.user_attrs.get("run"), study.n_trials)
+        return {study.study_name for study in begun}
 
     def stage(self, name: str) -> "StageStudy":
         """The study of one stage, made if it is not there. ValueError where the storage cannot be reached, is no study,

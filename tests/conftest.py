@@ -1,7 +1,9 @@
 """Fixtures shared by all tests: the recorded numbers of the published method, as models and inputs of ours."""
 
+import dataclasses
 import json
 import os
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,34 @@ if not torch.cuda.is_available():
 
 from effbert.architecture import Architecture
 
+
+def quick_interpreter() -> None:
+    """Triton's interpreter with its bookkeeping done once, which was two thirds of its time. triton.language is patched
+    once a launch, not anew by every device function that a kernel calls, and sums of integers are not computed again
+    for an overflow check that only `debug` would look at."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder, patch, inside = interpreter.interpreter_builder, interpreter._patch_lang, []
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+    def patch_once(fn):
+        if inside:
+            return None  # a device function: nobody restores what it patches
+        scope = patch(types.FunctionType(fn.__code__, {"tl": tl, "core": tl.core}))  # all that such a function may use
+        restore = scope.restore
+        inside.append(fn)
+        scope.restore = lambda: (inside.clear(), restore())
+        return scope
+
+    if hasattr(interpreter, "_LangPatchScope"):  # where a launch takes its patch back
+        interpreter._patch_lang = patch_once
+
+
 FIXTURES = Path(__file__).parent / "fixtures"
+if os.environ.get("TRITON_INTERPRET") == "1":
+    quick_interpreter()
 torch.set_num_threads(1)  # the tensors here are tiny: a second thread costs more than it gives
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 LONGEST = ("test_run.py", "test_parallel.py", "test_paper.py", "test_runs.py", "test_compile_report.py")

@@ -8,14 +8,18 @@ import shutil
 import signal
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from effbert.architecture import Architecture
 from effbert.files import DiskFullError
 from effbert.search import study as study_module
 from effbert.search import workers as workers_module
+from effbert.search.final import Row, is_finished
+from effbert.search.run import tidy
 from effbert.search.study import Evaluation, RunFolder, StorageLostError, Study
 
 COUNT = 3
@@ -408,3 +412,24 @@ def test_a_second_process_joins_unless_its_configuration_differs(tmp_path):
     process.join()
     with RunFolder(tmp_path, CONFIG) as run:
         assert run.workers.others() == []
+
+
+def test_a_study_that_was_lost_is_told(tmp_path):
+    said = []
+    run_stage(Study(tmp_path).stage("stage1"), 1)
+    (tmp_path / "stage1").mkdir()
+    tidy(Study(tmp_path), SimpleNamespace(say=said.append))
+    assert not said
+    (tmp_path / "study.db").unlink()
+    tidy(Study(tmp_path), SimpleNamespace(say=said.append))
+    assert len(said) == 1 and "study.db has no candidate" in said[0] and "begin anew" in said[0]
+
+
+def test_a_final_row_of_another_winner_is_not_taken_for_this_one(tmp_path):
+    row = Row("winner", Architecture.uniform("1_1", 2))
+    file = tmp_path / "winner-0.json"
+    assert not is_finished(file, row)
+    file.write_text(json.dumps({"architecture": str(row.architecture), "plain_width": 0}))
+    assert is_finished(file, row)
+    assert not is_finished(file, Row("winner", Architecture.uniform("2_1", 2)))
+    assert not is_finished(file, Row("plain BERT", row.architecture, 90))
