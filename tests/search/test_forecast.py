@@ -132,6 +132,7 @@ def test_a_gpu_that_does_not_tell_its_power_is_said_in_one_line_and_leaves_the_r
         raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed or it can't be imported.\nmore")
 
     monkeypatch.setattr(forecast, "power_reader", lambda device: missing)
+    monkeypatch.setattr(forecast, "_together", lambda workspace: 7)  # else as many as memory has room for just then
     power = forecast.measure_power(lambda: None, torch.device("cpu"))
     text = forecast.lines_of_workspace(workspace, dataclasses.replace(TRAINING, power=power))
     plain = forecast.lines_of_workspace(workspace, TRAINING)
