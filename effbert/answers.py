@@ -28,7 +28,7 @@ from effbert.data.tasks import TaskSpec, load_validation, map_labels, plain_name
 from effbert.data.tokenizer import load_tokenizer
 from effbert.evaluate import predict
 from effbert.files import PARTIAL, atomic_path, write_atomic
-from effbert.teacher import check_texts, content_hash, load_model, longest_text, read_config
+from effbert.teacher import check_texts, content_hash, load_model, read_config, usual_length
 from effbert.workspace import answers, pick_device
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class Reading:
     """How a saved model reads texts.
 
     Attributes:
-        max_length: Longest text in tokens; 0 for 128, or 384 for SQuAD, and no more than the model has positions for
-            or its tokenizer says, which of our students is the length that they learnt with.
+        max_length: Longest text in tokens; 0 for what our students learnt with, as their tokenizer says, and for other
+            models 128, or 384 for SQuAD, and no more than tokenizer and positions allow.
         doc_stride: Tokens shared by neighbouring windows of a long SQuAD context; 0 for 128, or a third of max_length.
         per_device_eval_batch_size: Rows at once.
         labels: Names for the columns of the model's logits, in their order, where its config has none.
@@ -147,8 +147,7 @@ def open_model(folder: str | Path, spec: TaskSpec, reading: Reading) -> SavedMod
             raise ValueError(f"--labels has {len(reading.labels)} names, and model {folder} {config.num_labels} logits")
         columns = map_labels(spec.labels, label_names(config, reading), f"model {folder}", "--labels")
     tokenizer = load_tokenizer(folder)
-    usual = min(384 if spec.kind == "spans" else 128, tokenizer.model_max_length)
-    length = reading.max_length or min(usual, longest_text(config))
+    length = reading.max_length or usual_length(config, tokenizer, spec.kind)
     check_texts(config, tokenizer, length, "model")
     if config.type_vocab_size < 2:
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]

@@ -114,9 +114,9 @@ def pretrain(arguments: list[str], world: World = ALONE) -> int:
 def distill(arguments: list[str], world: World = ALONE) -> int:
     """effbert distill: general, then task distillation of one model."""
     from effbert.config import DistillConfig
-    from effbert.search.runs import check_sizes, run_distillation
+    from effbert.search.runs import check_sizes, refuse_diverged, run_distillation
 
-    return _single(DistillConfig, run_distillation, "effbert distill", arguments, world, check_sizes)
+    return _single(DistillConfig, run_distillation, "effbert distill", arguments, world, check_sizes, refuse_diverged)
 
 
 def paper(arguments: list[str], world: World = ALONE) -> int:
@@ -154,11 +154,19 @@ def check_search(config, name: str | None, kept: bool = True) -> None:
         raise ValueError("--corpus is missing, plain text for general distillation: a text file or a folder of them")
 
 
-def _single(kind, run, program: str, arguments: list[str], world: World, check=lambda config: None) -> int:
+def _single(
+    kind,
+    run,
+    program: str,
+    arguments: list[str],
+    world: World,
+    check=lambda config: None,
+    judge=lambda results: None,
+) -> int:
     config = parse(kind, arguments, program)
     quiet_libraries()
     check(config)
-    run(config, world=world)
+    judge(run(config, world=world))
     return 0
 
 

@@ -56,7 +56,7 @@ class ExportConfig:
         validation_file: Own rows to score on instead: CSV, TSV or JSON.
         text_columns: Columns of validation_file that hold the text, one or two.
         label_column: Column of validation_file that holds the label.
-        max_length: Longest row to score on, in tokens; use the search's.
+        max_length: Longest row to score on, in tokens; 0 for what the student learnt with, as its tokenizer says.
     """
 
     output_dir: str
@@ -68,7 +68,7 @@ class ExportConfig:
     validation_file: str | None = None
     text_columns: tuple[str, ...] = ()
     label_column: str = "label"
-    max_length: int = 128
+    max_length: int = 0
 
     def check(self) -> None:
         """ValueError for flags that do not go together, or a folder that exists."""

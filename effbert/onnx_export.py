@@ -27,6 +27,7 @@ from torch import nn
 from effbert.errors import first_line
 from effbert.evaluate import evaluate
 from effbert.export import ExportConfig, largest_difference, refuse_difference, sample_inputs
+from effbert.teacher import check_texts, usual_length
 
 if TYPE_CHECKING:
     from effbert.data.encode import EncodedTask
@@ -61,10 +62,12 @@ def check_opset(opset: int | None) -> None:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows to score on. columns: for every label of the task its column in the logits, then those of other labels."""
+    """Rows to score on. columns: for every label of the task its column in the logits, then those of other labels.
+    max_length: of a row, in tokens."""
 
     encoded: "EncodedTask"
     columns: list[int] | None
+    max_length: int
 
     def scores(self, model: "OnnxModel") -> dict[str, float]:
         """The task's metrics on the validation split."""
@@ -101,9 +104,11 @@ def load_rows(source: Path, config: ExportConfig, model) -> Rows:
     if task.spec.kind != kind:
         raise ValueError(f"task {task.spec.name} asks for {task.spec.kind}, but {source} is for {kind or 'no task'}")
     columns = _columns(task.spec, model.config.id2label, source) if kind == "classification" else None
-    longest = min(config.max_length, model.config.max_position_embeddings - model.config.position_offset)
+    tokenizer = load_tokenizer(source)
+    longest = config.max_length or usual_length(model.config, tokenizer, kind)
+    check_texts(model.config, tokenizer, longest, "model")
     alone = replace(task, train=task.validation)  # training rows are not scored on, so not encoded
-    return Rows(encode_task(alone, load_tokenizer(source), longest), columns)
+    return Rows(encode_task(alone, tokenizer, longest), columns, longest)
 
 
 def _kind(model) -> str | None:
@@ -147,7 +152,8 @@ def write(folder: Path, plain, config: ExportConfig, rows: Rows | None) -> list[
     record["validation"] = None
     if rows is not None:
         scores = {name: rows.scores(model) for name, model in models.items()}
-        record["validation"] = {"task": rows.encoded.spec.name, "rows": len(rows), **scores}
+        what = {"task": rows.encoded.spec.name, "rows": len(rows), "max_length": rows.max_length}
+        record["validation"] = {**what, **scores}
         lines += [f"{name}: {_shown(values)} on {len(rows)} rows" for name, values in scores.items()]
         if config.int8:
             change = {name: scores["int8"][name] - value for name, value in scores["fp32"].items()}

@@ -57,6 +57,7 @@ def _renamed(name: str, rules, prefix: str) -> str:
     return prefix + name
 
 
+LEARNT_LENGTH = 128  # tokens of the longest texts that the released models learnt with
 MULTI_TASK = ("mnli", "qqp", "qnli", "sst-2", "cola", "sts-b", "mrpc", "rte")  # the order of their `classifiers`
 LABELS = {"mnli": ("contradiction", "entailment", "neutral")}  # where their order is not that of `effbert.data.glue`
 MLP = re.compile(r"encoder\.(\d+)\.all_ffn\.(\d+)\.")
@@ -221,4 +222,5 @@ def read_vocab(vocab: str | Path, config: EffBertConfig):
     if len(tokens) != config.vocab_size:
         raise ValueError(f"--vocab {vocab}: {len(tokens)} tokens, the checkpoint has {config.vocab_size}")
     known = {token: index for index, token in enumerate(tokens)}
-    return BertTokenizer(vocab=known, do_lower_case=True, model_max_length=config.max_position_embeddings)
+    longest = min(LEARNT_LENGTH, config.max_position_embeddings)
+    return BertTokenizer(vocab=known, do_lower_case=True, model_max_length=longest)

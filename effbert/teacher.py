@@ -131,6 +131,15 @@ def longest_text(config) -> int:
     )
 
 
+def usual_length(config, tokenizer, kind: str) -> int:
+    """Tokens of a text where nobody says how many: of our students as many as they learnt with, which their tokenizer
+    says; of others 128, or 384 for a task of kind "spans", and no more than tokenizer and positions allow."""
+    most = min(tokenizer.model_max_length, longest_text(config))
+    if config.model_type == "effbert" and tokenizer.model_max_length < 10**9:  # transformers' way to say nothing
+        return most
+    return min(384 if kind == "spans" else 128, most)
+
+
 def check_texts(config, tokenizer, max_length: int, what: str = "teacher") -> None:
     """ValueError where a teacher cannot read texts of `max_length` ids from this tokenizer."""
     if max_length > longest_text(config):

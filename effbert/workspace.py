@@ -303,8 +303,8 @@ def fingerprints(config: RunConfig, tokenizer, corpus, tasks: dict[str, Task]) -
     found["the tokenizer"] = tokenizer_fingerprint(tokenizer)
     for first in corpus[:1]:
         found["the corpus"] = Path(first.cache_files[0]["filename"]).parent.name  # named by the hash of its content
-    for start in config.start_from if isinstance(config, TextConfig) else ():
-        found[f"the weights of {start}"] = content_hash(start)
+    for number, start in enumerate(config.start_from if isinstance(config, TextConfig) else (), start=1):
+        found[f"what --start_from names at place {number}"] = content_hash(start)
     for name, task in tasks.items():
         splits = [dataset_fingerprint(split) for split in (task.train, task.validation)]
         found[f"the rows of task {name}"] = " ".join([*splits, *task.spec.labels])
@@ -317,7 +317,7 @@ def check_inputs(folder: Path, found: dict[str, str]) -> None:
     if not path.exists():
         write_atomic(path, json.dumps(found, indent=2) + "\n")
     before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name in found if before.get(name) != found[name]]
+    changed = [name for name in {**before, **found} if before.get(name) != found.get(name)]
     if changed:
         raise ValueError(f"{changed[0]} changed since this run began: use another --output_dir")
 

@@ -6,6 +6,7 @@ JSON file in <run>/final, so a resumed run redoes none.
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,9 @@ from effbert.search.progress import Reporter
 from effbert.search.space import Space
 from effbert.student import Student, distil, warm_up
 from effbert.supernet import Supernet, derive_config
-from effbert.workspace import Workspace, model_inputs, must_finish, show
+from effbert.workspace import Workspace, model_inputs, show
+
+BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def final_rows(
     workspace: Workspace, supernet: Supernet, lines: Sequence[Row], repeat: int, reporter: Reporter
 ) -> list[dict]:
     """Distil rows fully with seed `config.seed + repeat`, together and data-parallel, and score them on the held-out
-    rows; or read what became of them."""
+    rows; or read what became of them. A row that diverged has no scores, but what its field "diverged" says."""
     folder, world = workspace.folder / "final", workspace.world
     folder.mkdir(exist_ok=True)
     files = {row.name: folder / f"{row.name.replace(' ', '-')}-{repeat}.json" for row in lines}
@@ -75,14 +78,18 @@ def final_rows(
     missing = [row for row in lines if not is_finished(files[row.name], row)]
     if missing:
         on_step = reporter.steps(f"final, {len(missing)} at once")
-        started = [initial_model(workspace, supernet, row, phases[row.name].sub("warm-up"), on_step) for row in missing]
-        students = [Student(model, phases[row.name]) for row, (model, _) in zip(missing, started, strict=True)]
-        distilled = distil(workspace, students, workspace.config.final, on_step, world)
-        for row, (model, warm_seconds), student in zip(missing, started, distilled, strict=True):
-            if student.diverged:
-                raise ValueError(f"final {row.name}: {student.diverged}: lower the learning rates of --final")
-            seconds = student.seconds + warm_seconds
-            world.on_first(_keep, workspace, row, repeat, model, seconds, files[row.name], reporter)
+        begun = {
+            row.name: initial_model(workspace, supernet, row, phases[row.name].sub("warm-up"), on_step)
+            for row in missing
+        }
+        students = {name: Student(start.model, phases[name]) for name, start in begun.items() if not start.diverged}
+        distilled = distil(workspace, list(students.values()), workspace.config.final, on_step, world)
+        outcomes = dict(zip(students, distilled, strict=True))
+        for row in missing:
+            start, outcome = begun[row.name], outcomes.get(row.name)
+            seconds = start.seconds + (outcome.seconds if outcome else 0.0)
+            diverged = outcome.diverged if outcome else start.diverged
+            world.on_first(_keep, workspace, row, repeat, start.model, seconds, diverged, files[row.name], reporter)
     forget([phase.sub(part) for phase in phases.values() for part in ("warm-up", "general", "task")])
     return [json.loads(files[row.name].read_text()) for row in lines]
 
@@ -100,43 +107,66 @@ def _phase(workspace: Workspace, row: Row, repeat: int, file: Path) -> Phase:
     return Phase(("final", row.name, repeat), seed, file.with_suffix(".pt"), str(row.architecture))
 
 
-def _keep(workspace: Workspace, row: Row, repeat: int, model, seconds: float, file: Path, reporter: Reporter) -> None:
-    """Score a finished row and write its file, for the winner best/ too."""
-    result = _result(workspace, row, repeat, model, seconds)
-    if row.name == "winner" and repeat == 0:
-        save_best(workspace, model)
-    write_atomic(file, json.dumps(result, indent=1))
-    scores, seed = show(result["scores"]), workspace.config.seed + repeat
-    reporter.say(f"final {row.name} (seed {seed}): {scores} held out, {result['parameters']:,} parameters")
-
-
-def _result(workspace: Workspace, row: Row, repeat: int, model: EffBertHeadModel, seconds: float) -> dict:
-    return {
+def _keep(
+    workspace: Workspace,
+    row: Row,
+    repeat: int,
+    model: EffBertHeadModel,
+    seconds: float,
+    diverged: str,
+    file: Path,
+    reporter: Reporter,
+) -> None:
+    """Score a row and write its file, for the first winner that has scores best/ too; a row that diverged has none."""
+    scores = None if diverged else held_out_scores(workspace, model)
+    result = {
         "row": row.name,
         "repeat": repeat,
         "architecture": str(row.architecture),
         "plain_width": row.plain_width,
-        "scores": held_out_scores(workspace, model),
+        "scores": scores,
+        "diverged": diverged,
         **costs(model, row.architecture, workspace.config.max_length),
         "seconds": seconds,
     }
+    if row.name == "winner":
+        keep_winner(workspace, model, repeat, scores)
+    write_atomic(file, json.dumps(result, indent=1))
+    said = f"{show(scores)} held out, {result['parameters']:,} parameters" if scores else diverged
+    reporter.say(f"final {row.name} (seed {workspace.config.seed + repeat}): {said}")
 
 
-def initial_model(workspace: Workspace, supernet: Supernet, row: Row, warm: Phase, on_step):
-    """A student that has seen the warm-up tokens, with a head that depends on the seed alone; seconds of its own
-    warm-up."""
+def keep_winner(workspace: Workspace, model: EffBertHeadModel, repeat: int, scores: dict | None) -> None:
+    """best/ is the winner of the first repeat that did not diverge, and never that of stages which began anew."""
+    if repeat == 0:
+        shutil.rmtree(workspace.folder / BEST, ignore_errors=True)
+    if scores and not (workspace.folder / BEST).exists():
+        save_best(workspace, model)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A student that has seen the warm-up tokens, with a head that depends on the seed alone. seconds: of a warm-up of
+    its own. diverged: why that ended early, or ""."""
+
+    model: EffBertHeadModel
+    seconds: float = 0.0
+    diverged: str = ""
+
+
+def initial_model(workspace: Workspace, supernet: Supernet, row: Row, warm: Phase, on_step) -> Start:
+    """What a row begins with."""
     config, spec = workspace.config, workspace.main_task.spec
     if row.plain_width:
         plain = derive_config(supernet.config, row.architecture, intermediate_size=row.plain_width)
         torch.manual_seed(random.key(warm.seed, "final", row.name, "init"))
         model = new_student(plain, spec.kind, spec.labels).to(workspace.device)
         (result,) = warm_up(workspace, [Student(model, warm)], 1.0, config.supernet, on_step, workspace.world)
-        must_finish(result, f"the warm-up of {row.name}", "--supernet.learning_rate")
-        seconds = result.seconds
+        start = Start(model, result.seconds, f"{result.diverged} of its warm-up" if result.diverged else "")
     else:
-        model, seconds = supernet.extract(row.architecture, spec.name), 0.0
-    fresh_head(model, random.key(warm.seed, "final", "head"))
-    return model.to(workspace.device), seconds
+        start = Start(supernet.extract(row.architecture, spec.name).to(workspace.device))
+    fresh_head(start.model, random.key(warm.seed, "final", "head"))
+    return start
 
 
 @torch.no_grad()
@@ -199,7 +229,7 @@ def teacher_row(workspace: Workspace) -> dict:
 
 def save_best(workspace: Workspace, model: EffBertHeadModel) -> None:
     """The deployed winner in <run>/best: config, safetensors, tokenizer; without the training-only projection."""
-    with atomic_dir(workspace.folder / "best") as temporary:
+    with atomic_dir(workspace.folder / BEST) as temporary:
         deployed(model, workspace.main_task.spec).save_pretrained(temporary)
         workspace.student_tokenizer.save_pretrained(temporary)
 

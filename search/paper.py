@@ -7,6 +7,7 @@ left. A step whose results are there is done, so the same command goes on with t
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,14 +26,15 @@ from effbert.config import (
     published,
 )
 from effbert.data import glue
-from effbert.data.tasks import plain_name
+from effbert.data.tasks import task_key
 from effbert.files import write_atomic
 from effbert.models import architecture_of, model_fields, sized_down
 from effbert.optim import TrainingArguments
 from effbert.parallel import ALONE, World
 from effbert.search.progress import Reporter
+from effbert.search.report import score_text
 from effbert.search.run import claimed, run_search
-from effbert.search.runs import RESULTS, model_names, run_distillation, run_pretraining, run_teacher
+from effbert.search.runs import MODEL, RESULTS, model_names, run_distillation, run_pretraining, run_teacher
 from effbert.teacher import longest_text, read_config
 from effbert.workspace import load_tasks
 
@@ -76,9 +78,9 @@ class PaperConfig(SearchConfig):
     def __post_init__(self):
         super().__post_init__()
         Budget(task_phase=self.distillation)  # says what is wrong with it
-        known = [plain_name(task) for task in self.tasks_at_last]
+        known = [task_key(task) for task in self.tasks_at_last]
         for task, name, value in map(split_setting, self.per_task):
-            if plain_name(task) not in known:
+            if task_key(task) not in known:
                 raise ValueError(f"per_task {task}.{name}={value}: {task} is none of the tasks")
         for what, names in (("final_tasks", known), ("rivals", ["winner", *self.rivals])):
             if len(set(names)) < len(names):
@@ -95,7 +97,7 @@ class PaperConfig(SearchConfig):
 
     def of_task(self, task: str) -> dict:
         """What --per_task says of a task."""
-        own = (found for found in map(split_setting, self.per_task) if plain_name(found[0]) == plain_name(task))
+        own = (found for found in map(split_setting, self.per_task) if task_key(found[0]) == task_key(task))
         return {name: value for _, name, value in own}
 
 
@@ -134,7 +136,7 @@ def run_paper(config: PaperConfig, reporter: Reporter | None = None, world: Worl
     """Run or resume the whole plan; returns what <output_dir>/results.json holds."""
     folder = Path(config.output_dir)
     with reporter or Reporter(shown=world.is_first) as reporter, claimed(config, world, reporter) as claim:
-        steps = plan(config, world, lambda: Quiet(reporter))
+        steps = plan(config, world, lambda: Quiet(reporter), nullcontext if claim is None else claim.workers.turn)
         try:
             world.on_first(begin, config, steps)
         except Exception:
@@ -171,8 +173,12 @@ class Quiet(Reporter):
         pass
 
 
-def plan(config: PaperConfig, world: World, reporter: Callable[[], Reporter]) -> list[Step]:
-    """The steps in their order; what a step needs of those before is read when it starts."""
+Turn = Callable[[str], AbstractContextManager]
+
+
+def plan(config: PaperConfig, world: World, reporter: Callable[[], Reporter], turn: Turn = nullcontext) -> list[Step]:
+    """The steps in their order; what a step needs of those before is read when it starts. turn: what one worker alone
+    does is done in."""
     folder = Path(config.output_dir)
 
     def search() -> None:
@@ -188,36 +194,41 @@ def plan(config: PaperConfig, world: World, reporter: Callable[[], Reporter]) ->
     def distill(task: str) -> None:
         run_distillation(distillation(config, task), reporter(), world)
 
+    def answers(file: Path) -> None:
+        with turn(file.name):
+            if not file.exists():
+                predict(config, file)
+
     steps = [Step("search", folder / WINNER, search)]
     for name in groups(config):
         steps.append(Step(name, folder / name / RESULTS, lambda name=name: pretrain(name)))
     for task in config.tasks_at_last:
-        if plain_name(task) not in map(plain_name, (config.task, *config.tasks)):
+        if task_key(task) not in map(task_key, (config.task, *config.tasks)):
             name = of_teacher(task)
             steps.append(Step(name, folder / name / RESULTS, lambda task=task: teacher(task)))
     for task in config.tasks_at_last:
-        name = f"distil-{plain_name(task)}"
+        name = f"distil-{task_key(task)}"
         steps.append(Step(name, folder / name / RESULTS, lambda task=task: distill(task)))
     if config.glue_zip:
         file = folder / "glue.zip"
-        steps.append(Step(file.name, file, lambda: world.on_first(predict, config, file)))
+        steps.append(Step(file.name, file, lambda: world.on_first(answers, file)))
     return steps
 
 
 def predict(config: PaperConfig, file: Path) -> None:
-    """The winner's predictions for every GLUE task of the plan; MNLI's student answers the diagnostic set too."""
+    """The winner's predictions for every GLUE task of the plan, each student's on texts as long as it learnt with;
+    MNLI's answers the diagnostic set too."""
     winner = model_names(len(names_of(config)))[0]
     student = {"ax": "mnli"}
     models = {
         task: str(Path(config.output_dir) / f"distil-{student.get(task, task)}" / winner) for task in zip_tasks(config)
     }
-    reading = Reading(max_length=config.max_length, device=config.device)
-    predict_glue(models, file, config.data_dir or None, reading)
+    predict_glue(models, file, config.data_dir or None, Reading(device=config.device))
 
 
 def zip_tasks(config: PaperConfig) -> list[str]:
     """The GLUE tasks of the plan, and the diagnostic set where MNLI is among them."""
-    tasks = [plain_name(task) for task in config.tasks_at_last if plain_name(task) in glue.TASKS]
+    tasks = [task_key(task) for task in config.tasks_at_last if task_key(task) in glue.TASKS]
     return [*tasks, "ax"] if "mnli" in tasks else tasks
 
 
@@ -362,7 +373,7 @@ def distillation(config: PaperConfig, task: str) -> DistillConfig:
     return part(
         config,
         DistillConfig,
-        folder / f"distil-{plain_name(task)}",
+        folder / f"distil-{task_key(task)}",
         **of_one_task(config, task, own),
         teacher=teacher_of(config, task),
         model=tuple(model_of(config, name) for name in names_of(config)),
@@ -375,12 +386,12 @@ def distillation(config: PaperConfig, task: str) -> DistillConfig:
 
 def of_teacher(task: str) -> str:
     """The step that makes a task's teacher."""
-    return f"teacher-{plain_name(task)}"
+    return f"teacher-{task_key(task)}"
 
 
 def of_one_task(config: PaperConfig, task: str, own: dict) -> dict:
     """The fields that make a run one on `task`: your own files are the search's main task alone."""
-    main = plain_name(task) == plain_name(config.task)
+    main = task_key(task) == task_key(config.task)
     files = {} if main else {"train_file": "", "validation_file": "", "text_columns": (), "teacher_labels": ()}
     return {
         "task": task,
@@ -393,19 +404,21 @@ def of_one_task(config: PaperConfig, task: str, own: dict) -> dict:
 def teacher_of(config: PaperConfig, task: str) -> str:
     """The folder of a task's teacher: made by the search, or by a step of its own, or the given one."""
     folder = Path(config.output_dir)
-    made = folder / of_teacher(task) / "model"
-    tuned = folder / "search" / "teacher" / "tasks"
-    of_search = (
-        [path for path in tuned.iterdir() if plain_name(path.name) == plain_name(task)] if tuned.is_dir() else []
-    )
-    return str(made if made.exists() else of_search[0] if of_search else config.teacher)
+    made, tuned = folder / of_teacher(task) / MODEL, folder / "search" / "teacher" / "tasks"
+    of_search = [path for path in tuned.glob("*") if task_key(path.name) == task_key(task)]
+    for place in (made, *of_search):
+        if place.exists():
+            return str(place)
+    if config.teacher and task_key(task) == task_key(config.task):  # whose own head is for this task
+        return config.teacher
+    raise ValueError(f"task {task} has no teacher: neither {made} nor one in {tuned}")
 
 
 def table_of(config: PaperConfig) -> list[dict]:
     """For each task its metric, the teacher's row and that of each model, in the order of the plan."""
     folder, found = Path(config.output_dir), []
     for task in config.tasks_at_last:
-        results = json.loads((folder / f"distil-{plain_name(task)}" / RESULTS).read_text(encoding="utf-8"))
+        results = json.loads((folder / f"distil-{task_key(task)}" / RESULTS).read_text(encoding="utf-8"))
         models = dict(zip(names_of(config), results["models"].values(), strict=True))
         found.append({name: results[name] for name in ("task", "metric", "teacher")} | {"models": models})
     return found
@@ -422,8 +435,7 @@ def rows_of(tasks: list[dict], names: list[str]) -> list[tuple[str, ...]]:
         cells = []
         for task in tasks:
             model = task["models"][name]
-            spread = "" if model["spread"] is None else f" ± {model['spread']:.4f}"
-            cells.append(f"{model['score']:.4f}{spread}")
+            cells.append(score_text(model["score"], model["spread"], model["diverged"]))
         costs = first["models"][name]["seeds"][0]
         lines.append((name, *cells, f"{costs['parameters']:,}", f"{costs['flops'] / 1e6:,.0f}"))
     return lines

@@ -146,7 +146,7 @@ def summary(record: Record, stages: dict[str, list[Candidate]], metric: str) -> 
     origin, _, best = winner_of(record, stages)
     tiles = []
     if "winner" in rows:
-        tiles.append((f"{metric} of the winner, held out", f"{rows['winner']['score']:.4f}"))
+        tiles.append((f"{metric} of the winner, held out", _of_row(rows["winner"])))
         tiles.append(("its parameters, deployed", f"{rows['winner']['parameters']:,.0f}"))
     elif best is not None:
         tiles.append((f"{metric}, {origin}", f"{best.score:.4f}"))
@@ -192,7 +192,11 @@ def final_rows(record: Record, metric: str) -> list[dict]:
     """The final table: from the results, or of the rows that are done."""
     if record.results is not None:
         return record.results.get("table") or []
-    return report.summarise([row for row in record.final if metric in row["scores"]], metric)
+    return report.summarise([row for row in record.final if not row["scores"] or metric in row["scores"]], metric)
+
+
+def _of_row(row: dict) -> str:
+    return report.score_text(row["score"], row["spread"], row.get("diverged", 0))
 
 
 def final_section(record: Record, metric: str) -> str:
@@ -204,21 +208,20 @@ def final_section(record: Record, metric: str) -> str:
     marks = [
         (row["row"], row["score"], row["score"] - (row["spread"] or 0), row["score"] + (row["spread"] or 0))
         for row in rows
+        if row["score"] is not None
     ]
     repeats = max(row["repeats"] for row in rows)
     spread = "mean ± standard deviation" if repeats > 1 else "one run each"
-    picture = intervals(
-        "final-scores",
-        "Scores of the final table",
-        f"{metric} of {len(rows)} rows on held-out rows",
-        marks,
-        metric,
-        strong="winner",
-    )
+    picture = ""
+    if marks:
+        about = f"{metric} of {len(marks)} rows on held-out rows"
+        picture = tag(
+            "figure", intervals("final-scores", "Scores of the final table", about, marks, metric, strong="winner")
+        )
     cells = [
         (
             row["row"],
-            f"{row['score']:.4f}" + ("" if row["spread"] is None else f" ± {row['spread']:.4f}"),
+            _of_row(row),
             _whole(row.get("parameters")),
             _scaled(row.get("flops"), 1e6),
             _scaled(row.get("latency_ms"), 1, 2),
@@ -234,13 +237,13 @@ def final_section(record: Record, metric: str) -> str:
             "Every student was distilled from the same teacher with the same budget. ",
             escape(_verdict(rows, metric)),
         )
-        + tag("div", tag("figure", picture), _table(caption, head, cells), class_="figures")
+        + tag("div", picture, _table(caption, head, cells), class_="figures")
     )
 
 
 def _verdict(rows: Sequence[dict], metric: str) -> str:
     """The winner against each kind of row, in a sentence."""
-    scores = {row["row"]: row["score"] for row in rows}
+    scores = {row["row"]: row["score"] for row in rows if row["score"] is not None}
     if "winner" not in scores or len(scores) < 2:
         return ""
     others = [f"{scores['winner'] - score:+.4f} against {name}" for name, score in scores.items() if name != "winner"]

@@ -21,7 +21,7 @@ from effbert.parallel import ALONE, World
 from effbert.search import forecast, report
 from effbert.search.agreement import Interval, kendall, of_filter, of_rungs
 from effbert.search.budget import ladder
-from effbert.search.final import final_rows, rows, teacher_row
+from effbert.search.final import BEST, final_rows, rows, teacher_row
 from effbert.search.pareto import best_front
 from effbert.search.population import KEPT_TEACHER, Evaluator, remove_stale, trained_candidates
 from effbert.search.progress import Reporter
@@ -305,10 +305,14 @@ def conclude(workspace: Workspace, winner: Architecture, study: Study, results: 
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     write_atomic(workspace.folder / "results.json", json.dumps(summary, indent=1))
-    write_atomic(workspace.folder / "best" / "README.md", report.model_card(summary))
+    best = workspace.folder / BEST
+    if best.exists():
+        write_atomic(best / "README.md", report.model_card(summary))
     write_report(workspace.folder, storage=study.url)
     reporter.console.print(report.as_rich_table(table, metric, config.max_length))
-    reporter.say(f"the winner is in {workspace.folder / 'best'}, a report in {workspace.folder / 'report.html'}")
+    lost = "the winner diverged under every seed, so there is no best/: effbert distill takes other learning rates"
+    where = f"the winner is in {best}" if best.exists() else lost
+    reporter.say(f"{where}; a report is in {workspace.folder / 'report.html'}")
     return summary
 
 

@@ -8,7 +8,6 @@ accelerate, all processes share every batch.
 import dataclasses
 import json
 import shutil
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -33,6 +32,7 @@ from effbert.parallel import ALONE, World
 from effbert.search.final import costs, deployed, fresh_head, held_out_scores, teacher_row
 from effbert.search.population import KEPT_TEACHER, kept_teacher
 from effbert.search.progress import Reporter
+from effbert.search.report import mean_and_spread, score_text
 from effbert.search.study import RunFolder
 from effbert.start import check_start, load_start, model_config
 from effbert.student import Distillation, Student, distil, distil_generally
@@ -111,8 +111,8 @@ def fresh(config: PretrainConfig, number: int, fields: EffBertConfig) -> Superne
 
 
 def run_distillation(config: DistillConfig, reporter: Reporter | None = None, world: World = ALONE) -> dict:
-    """Distil models, for each seed anew, and score them: the first seed's students are kept, ready to deploy. Returns
-    results.json."""
+    """Distil models, for each seed anew, and score them: of each the first student that did not diverge is kept, ready
+    to deploy. Returns results.json, which says who diverged."""
     config, plans = resolved(config)
     with opened(config, reporter, world, check_head) as (workspace, say, steps):
         folder = workspace.folder
@@ -168,45 +168,53 @@ def one_seed(
     teacher_of = kept_teacher(workspace, config.budget, say) if world.size == 1 else None
     results = distil(workspace, students, config.budget, steps("distillation"), world, teacher_of)
     for student, file, result in zip(students, files, results, strict=True):
-        if result.diverged:
-            raise ValueError(f"{result.diverged}: lower the learning rates of --budget")
         world.on_first(keep_student, workspace, student, file, result, say)
 
 
 def keep_student(workspace: Workspace, student: Student, file: Path, result: Distillation, say) -> None:
-    """Score a student, keep it where it is the first seed's, and write its file."""
+    """Score a student, keep it where it is the first that did not diverge, and write its file; without scores where it
+    did."""
     config, model, seed = workspace.config, student.model, student.phase.seed
     own = {
         "seed": seed,
-        "scores": held_out_scores(workspace, model),
+        "scores": None if result.diverged else held_out_scores(workspace, model),
+        "diverged": result.diverged,
         "seconds": result.seconds,
         "tokens": result.tokens,
     }
     own |= costs(model, parse_architecture(model.config.architecture), config.max_length)
     name = file.stem.rpartition("-seed-")[0]
-    say(f"{name}, seed {seed}: {show(own['scores'])} on the official validation rows")
-    if seed == config.seed:
-        small = deployed(model, workspace.main_task.spec)
-        keep(small, workspace.folder / name, result, tokenizer=workspace.student_tokenizer)
+    said = result.diverged or f"{show(own['scores'])} on the official validation rows"
+    say(f"{name}, seed {seed}: {said}")
+    target = workspace.folder / name
+    if not result.diverged and (seed == config.seed or not target.exists()):
+        keep(deployed(model, workspace.main_task.spec), target, result, tokenizer=workspace.student_tokenizer)
     write_atomic(file, json.dumps(own, indent=1))
 
 
 def of_models(workspace: Workspace, plans: Sequence[EffBertConfig]) -> dict:
-    """What the teacher scores, and what each model came to: its seeds, mean and spread of the task's first metric."""
+    """What the teacher scores, and what each model came to: its seeds, mean and spread of the task's first metric over
+    those that did not diverge."""
     config, metric, found = workspace.config, workspace.main_task.spec.metrics[0], {}
     for name, fields in zip(model_names(len(plans)), plans, strict=True):
         files = [workspace.folder / f"{name}-seed-{number}.json" for number in range(config.seeds)]
         seeds = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        values = [seed["scores"][metric] for seed in seeds]
-        spread = statistics.stdev(values) if len(values) > 1 else None
+        values = [seed["scores"][metric] for seed in seeds if seed["scores"]]
         found[name] = {
             "architecture": fields.architecture,
             "hidden_size": fields.hidden_size,
-            "score": statistics.mean(values),
-            "spread": spread,
+            **mean_and_spread(values),
+            "diverged": len(seeds) - len(values),
             "seeds": seeds,
         }
     return {"task": workspace.main_task.spec.name, "metric": metric, "teacher": teacher_row(workspace), "models": found}
+
+
+def refuse_diverged(results: dict) -> None:
+    """ValueError where no student of a distillation has come to anything."""
+    if all(model["score"] is None for model in results["models"].values()):
+        reason = next(iter(results["models"].values()))["seeds"][0]["diverged"]
+        raise ValueError(f"no student is left: {reason}; lower the learning rates of --budget, in another --output_dir")
 
 
 def model_names(count: int) -> list[str]:
@@ -233,7 +241,8 @@ def opened(
     with reporter or Reporter(shown=world.is_first) as reporter:
         processes = {"processes": world.size} if world.size > 1 else {}
         settings = {"run": type(config).__name__, **as_dict(config), **processes}
-        claim = RunFolder(config.output_dir, settings, reporter.say) if world.is_first else None
+        paths = ("teacher", "start_from")
+        claim = RunFolder(config.output_dir, settings, reporter.say, paths) if world.is_first else None
         try:
             with claim.workers.turn("this run") if claim else _nothing():
                 try:
@@ -332,7 +341,7 @@ def finish(workspace: Workspace, conclude: Callable[[], dict], say: Callable[[st
         say(f"{show(results['scores'])} on the official validation rows")
     for name, model in results.get("models", {}).items():
         if "score" in model:
-            spread = "" if model["spread"] is None else f" ± {model['spread']:.4f}"
-            say(f"{name}: {results['metric']} {model['score']:.4f}{spread} over {len(model['seeds'])} seeds")
+            scored = score_text(model["score"], model["spread"], model["diverged"])
+            say(f"{name}: {results['metric']} {scored} over {len(model['seeds'])} seeds")
     say(f"done: {workspace.folder / MODEL}{'' if len(results.get('models', [0])) == 1 else '-1, ...'}, {path}")
     return results

@@ -325,12 +325,19 @@ class RunFolder:
 
     The folder is made if need be, and config.json (the configuration, JSON values, and an id) written into it.
     ValueError, in one line, where the folder cannot be made or written, holds something else, or holds a run with
-    another configuration (the differences are named). say: gets a line where another worker has to be waited for. id:
-    of the run. workers: this process and those beside it.
+    another configuration (the differences are named). say: gets a line where another worker has to be waited for.
+    by_content: names of the configuration's paths that may be spelt otherwise, since what they hold is compared
+    (`effbert.workspace.check_inputs`). id: of the run. workers: this process and those beside it.
     """
 
-    def __init__(self, output_dir: str | Path, config: dict, say: Callable[[str], None] = lambda text: None):
-        self.path = Path(output_dir)
+    def __init__(
+        self,
+        output_dir: str | Path,
+        config: dict,
+        say: Callable[[str], None] = lambda text: None,
+        by_content: Sequence[str] = (),
+    ):
+        self.path, self.by_content = Path(output_dir), by_content
         config = json.loads(json.dumps(config, default=str))
         try:
             self._refuse_foreign()
@@ -388,9 +395,10 @@ class RunFolder:
         if self.is_new:
             stored = {_CONFIG_KEY: config, _ID_KEY: secrets.token_hex(8)}
             write_atomic(self.path / CONFIG_FILE, json.dumps(stored, indent=2) + "\n")
-        elif stored[_CONFIG_KEY] != config:
+        differences = _differences(stored[_CONFIG_KEY], config, self.by_content)
+        if differences:
             raise ValueError(
-                f"{self.path} holds a run with another configuration: {_differences(stored[_CONFIG_KEY], config)}; "
+                f"{self.path} holds a run with another configuration: {differences}; "
                 "use another --output_dir or the same configuration"
             )
         self.id = stored.get(_ID_KEY, "")
@@ -463,9 +471,9 @@ def _errors_in_one_line(where: str, reached: bool = True) -> Iterator[None]:
         ) from error
 
 
-def _differences(there: dict, here: dict) -> str:
+def _differences(there: dict, here: dict, but: Sequence[str] = ()) -> str:
     old, new = dict(_flat(there)), dict(_flat(here))
-    names = [name for name in {**old, **new} if old.get(name, _Absent) != new.get(name, _Absent)]
+    names = [name for name in {**old, **new} if old.get(name, _Absent) != new.get(name, _Absent) and name not in but]
     told = [f"{name}: {old.get(name, 'not set')} there, {new.get(name, 'not set')} here" for name in names]
     more = len(told) - _MAX_DIFFERENCES
     return ", ".join(told[:_MAX_DIFFERENCES]) + (f", and {more} more" if more > 0 else "")

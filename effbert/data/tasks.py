@@ -126,6 +126,14 @@ def plain_name(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
 
 
+def task_key(name: str) -> str:
+    """What all names of one task have in common: `plain_name`, and of SQuAD's names the first."""
+    from effbert.data import squad
+
+    key = plain_name(name)
+    return plain_name(squad.spec_of(key).name) if key in squad.VERSIONS else key
+
+
 def map_labels(
     task_labels: Sequence[str], model_id2label: Mapping[int, str], where: str, flag: str = "--teacher_labels"
 ) -> list[int]:

@@ -1,5 +1,6 @@
 """Saved models on official layouts: scores, the GLUE server's zip, SQuAD's answers, and what is refused."""
 
+import copy
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 import effbert.answers
 from effbert.__main__ import main
@@ -54,10 +56,9 @@ def save_bert(folder: Path, task: str, tokenizer, seed: int = 0, labels=None, **
     spec = spec_of(task)
     names = labels or {"regression": ("score",), "spans": ("start", "end")}.get(spec.kind, spec.labels)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = BertConfig(
-        **{"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": 64},
-        **{"initializer_range": 0.5, "id2label": dict(enumerate(names)), **sizes, **changes},
-    )
+    usual = {"max_position_embeddings": 64, "initializer_range": 0.5, "id2label": dict(enumerate(names)), **sizes}
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    config = BertConfig(**{**ids, **usual, **changes})
     torch.manual_seed(seed)
     model = _auto_class(spec.kind).from_config(config).eval()
     if spec.kind == "classification":
@@ -350,6 +351,32 @@ def test_squads_answers_odds_and_best(tmp_path, tokenizer, monkeypatch):
     assert found["output"] == {"a": "red fox"} and all(entry["text"] for entry in found["n_best"]["a"])
     with pytest.raises(ValueError, match="--null_odds: every question of task squad has an answer"):
         predict("squad", **files)
+
+
+@pytest.mark.parametrize(
+    ("family", "says", "task", "read"),
+    [
+        ("effbert", 300, "squad", 300), ("effbert", 24, "mrpc", 24), ("effbert", 900, "mrpc", 512),
+        ("effbert", None, "mrpc", 128), ("bert", 512, "mrpc", 128), ("bert", 512, "squad", 384),
+        ("bert", 300, "squad", 300), ("bert", None, "squad", 384),
+    ],
+)  # fmt: skip
+def test_texts_are_as_long_as_a_student_learnt_with(family, says, task, read, tokenizer, tmp_path):
+    """says: what the tokenizer says; None for nothing. The models have 512 positions."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = VERY_LARGE_INTEGER if says is None else says
+    if family == "bert":
+        save_bert(tmp_path / "model", task, tokenizer, max_position_embeddings=512)
+    else:
+        config = EffBertConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, embedding_size=8, num_attention_heads=2,
+            architecture=TINY, max_position_embeddings=512, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        spec = spec_of(task)
+        new_student(config, spec.kind, spec.labels).save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+    assert open_model(tmp_path / "model", spec_of(task), Reading()).max_length == read
+    assert open_model(tmp_path / "model", spec_of(task), Reading(max_length=40)).max_length == 40
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,7 @@ def test_int8_and_its_accuracy_are_recorded_as_they_are(onnx_folder, rows):
         assert record["validation"][name]["accuracy"] == pytest.approx(right)
     validation = record["validation"]
     change = validation["int8"]["accuracy"] - validation["fp32"]["accuracy"]
+    assert validation["max_length"] == 16
     assert validation["rows"] == 20 and validation["change"]["accuracy"] == pytest.approx(change)
     exact, rounded = (session(onnx_folder / f).run(None, feeds())[0] for f in ("model.onnx", "model_int8.onnx"))
     assert 0 < np.abs(exact - rounded).max() < 1 and 0 < record["int8_difference"] < 1
@@ -289,6 +290,15 @@ def test_rows_with_a_label_that_the_model_lacks(capsys, classifier, tmp_path):
     line = fails(capsys, classifier, "--output_dir", tmp_path / "out", "--format", "onnx", *own)
     assert "has labels dark, light, but" in line and "has light, heavy: every label" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_are_as_long_as_the_student_learnt_with_and_never_cut_in_silence(capsys, classifier, rows, tmp_path):
+    scored = ("--format", "onnx", "--validation_file", rows, "--text_columns", "text")
+    line = fails(capsys, classifier, "--output_dir", tmp_path / "out", *scored, "--max_length", "41")
+    assert "the model reads texts of at most 40 tokens: --max_length 41 is too long" in line
+    assert not (tmp_path / "out").exists()
+    run(classifier, "--output_dir", tmp_path / "out", *scored)
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["validation"]["max_length"] == 40
 
 
 def test_a_target_that_exists(capsys, classifier, tmp_path):

@@ -1,17 +1,22 @@
 """The plan: its steps, what each is given, what a killed one leaves, and the table at its end."""
 
+import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 
 from effbert.__main__ import main
 from effbert.config import GLUE_TASKS, PRESETS
 from effbert.search import paper
-from effbert.search.paper import PAPERS, PaperConfig, distillation, plan, pretraining
+from effbert.search.paper import PAPERS, PaperConfig, distillation, plan, pretraining, teacher_of
+
+ALONE = (paper.ALONE, paper.Reporter)
 
 
 def smoke(folder, *more):
@@ -95,7 +100,46 @@ def test_the_zip_is_of_the_winner_and_the_diagnostic_set_of_its_mnli_student(tmp
     ((models, file, data_dir, reading),) = given
     folders = {task: str(tmp_path / f"distil-{task}" / "model-1") for task in ("mnli", "sst2")}
     assert models == {**folders, "ax": folders["mnli"]} and (file.name, data_dir) == ("glue.zip", "GLUE")
-    assert reading.max_length == 64
+    assert reading.max_length == 0  # each student reads texts as long as it learnt with
+
+
+def test_the_zip_is_made_by_one_worker_while_the_others_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "predict_glue", lambda *arguments: pytest.fail("another worker has made it"))
+    config = PaperConfig(output_dir=str(tmp_path), final_tasks=("rte",), data_dir="GLUE", glue_zip=True)
+
+    @contextmanager
+    def turn(what):
+        assert what == "glue.zip"
+        (tmp_path / what).touch()  # while this one waited
+        yield
+
+    plan(config, paper.ALONE, paper.Reporter, turn)[-1].start()
+
+
+def test_a_task_by_another_of_its_names_has_the_same_teacher_and_is_no_second_task(tmp_path):
+    config = PaperConfig(output_dir=str(tmp_path), teacher="BERT", task="squad", tasks=("mrpc",))
+    tuned = tmp_path / "search" / "teacher" / "tasks"
+    for task in ("squad", "mrpc"):
+        (tuned / task).mkdir(parents=True)
+    assert teacher_of(config, "SQuAD1.1") == str(tuned / "squad") and teacher_of(config, "MRPC") == str(tuned / "mrpc")
+    names = [step.name for step in plan(dataclasses.replace(config, final_tasks=("squad1.1", "squad2")), *ALONE)]
+    assert "teacher-squad2.0" in names and "teacher-squad" not in names and "distil-squad" in names
+    with pytest.raises(ValueError, match="name each once"):
+        dataclasses.replace(config, final_tasks=("squad", "squad1.1"))
+    shutil.rmtree(tuned)
+    assert teacher_of(config, "squad1.1") == "BERT"  # as it is, where its head is for the main task
+    with pytest.raises(ValueError, match="task mrpc has no teacher"):
+        teacher_of(config, "mrpc")
+
+
+def test_a_model_that_diverged_has_its_place_in_the_table():
+    costs = {"parameters": 5, "flops": 7e6}
+    teacher = {"scores": {"accuracy": 0.9}, **costs}
+    some = {"score": 0.5, "spread": None, "diverged": 1, "seeds": [costs]}
+    none = {"score": None, "spread": None, "diverged": 2, "seeds": [costs]}
+    tasks = [{"task": "rte", "metric": "accuracy", "teacher": teacher, "models": {"winner": some, "plain": none}}]
+    lines = paper.as_markdown(tasks, ["winner", "plain"]).splitlines()
+    assert lines[3:] == ["| winner | 0.5000 (1 diverged) | 5 | 7 |", "| plain | diverged | 5 | 7 |"]
 
 
 @pytest.mark.parametrize(

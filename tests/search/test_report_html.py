@@ -325,6 +325,14 @@ def test_a_run_under_way_shows_the_best_so_far(tmp_path):
     page = read(tmp_path)
     assert "1 rows of the final table are done" in page.words["header"]
     assert "winner 0.8000 900" in page.words["final"] and "rows are missing" in page.words["final"]
+    lost = {**row, "row": "published", "scores": None, "diverged": "loss not finite at step 3"}
+    (tmp_path / "final" / "published-0.json").write_text(json.dumps(lost))
+    page = read(tmp_path)
+    assert "published diverged 900" in page.words["final"] and "against" not in page.words["final"]
+    (tmp_path / "final" / "winner-0.json").write_text(json.dumps({**lost, "row": "winner"}))
+    page = read(tmp_path)
+    assert "winner diverged 900" in page.words["final"] and "final-scores" not in page.figures
+    (tmp_path / "final" / "winner-0.json").write_text(json.dumps(row))
     assert "Best of stage1 so far, candidate 0." in page.words["winner"] and "layer-6" in page.figures
 
 

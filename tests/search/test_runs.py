@@ -1,25 +1,30 @@
 """Teacher, general distillation and distillation as commands of their own: what they leave, and what they refuse."""
 
+import dataclasses
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from effbert.__main__ import main
-from effbert.answers import Reading, open_model
+from effbert.answers import OwnRows, Reading, evaluate_saved, open_model
 from effbert.config import DistillConfig, PretrainConfig, StudentArguments
 from effbert.data.tasks import TaskSpec
 from effbert.data.tokenizer import train_wordpiece
 from effbert.model import EffBertConfig, EffBertModel
 from effbert.parallel import World
+from effbert.search import runs
 from effbert.search.runs import check_sizes, finish
 from effbert.supernet import Supernet
 from effbert.teacher import read_config, student_vocabulary
@@ -309,6 +314,70 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(given, made, tmp_p
     states = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert states[0] == states[1]
     assert not list((tmp_path / "cut").glob("*.pt"))
+
+
+def poisoned(model_folder, folder):
+    """A copy of a saved model whose first weights are no numbers, so that what begins with it diverges."""
+    shutil.copytree(model_folder, folder)
+    state = load_file(folder / "model.safetensors")
+    first = next(iter(state))
+    save_file(state | {first: state[first] * float("nan")}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_model_that_diverges_is_said_and_the_others_go_on(given, made, tmp_path, capsys):
+    net, bad = made / "net" / "model", poisoned(made / "net" / "model", tmp_path / "bad")
+    more = ("--model", f"{MLP}, {MLP}", f"{MLP}, {MLP}", "--start_from", str(bad), str(net), "--seeds", "2")
+    command = distill_command(given, made, tmp_path / "run", *more)
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "model-1, seed 0: loss not finite at step" in said and "model-1: accuracy diverged over 2 seeds" in said
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    first, second = results["models"].values()
+    assert (first["score"], first["diverged"], second["diverged"]) == (None, 2, 0)
+    assert [seed["scores"] for seed in first["seeds"]] == [None, None] and 0 <= second["score"] <= 1
+    assert not (tmp_path / "run" / "model-1").exists() and (tmp_path / "run" / "model-2").is_dir()
+    assert main(command) == 0 and not list((tmp_path / "run").glob("*.pt"))
+
+    more = ("--model", f"{MLP}, {MLP}", "--start_from", str(bad))
+    for _ in range(2):
+        assert main(distill_command(given, made, tmp_path / "none", *more)) == 2
+        assert "no student is left: loss not finite at step" in capsys.readouterr().err
+
+
+def test_the_model_kept_is_of_the_first_seed_that_did_not_diverge(given, made, tmp_path, monkeypatch):
+    def distil(workspace, students, *more):
+        found = real(workspace, students, *more)
+        lost = [dataclasses.replace(result, diverged="lost") for result in found]
+        return lost if students[0].phase.seed == 0 else found
+
+    real = runs.distil
+    monkeypatch.setattr(runs, "distil", distil)
+    more = ("--model", f"{MLP}, {MLP}", "--start_from", str(made / "net" / "model"), "--seeds", "2")
+    assert main(distill_command(given, made, tmp_path / "run", *more)) == 0
+    (model,) = json.loads((tmp_path / "run" / "results.json").read_text())["models"].values()
+    lost, kept = model["seeds"]
+    assert (lost["scores"], lost["diverged"], kept["diverged"]) == (None, "lost", "")
+    assert model["score"] == kept["scores"]["accuracy"] and model["spread"] is None
+    rows = OwnRows(validation_file=str(given / "dev.csv"), text_columns=("text",))
+    assert evaluate_saved(tmp_path / "run" / "model", "mine", own=rows)["validation"]["accuracy"] == model["score"]
+
+
+def test_a_run_is_told_by_what_its_paths_hold(given, made, tmp_path, monkeypatch, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(made, moved / "made")
+    more = ("--model", f"{MLP}, {MLP}", "--start_from", str(made / "net" / "model"))
+    assert main(distill_command(given, made, tmp_path / "run", *more)) == 0
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    monkeypatch.chdir(moved)
+    more = (*more[:-1], "made/net/../net/model")
+    assert main(distill_command(given, Path("made"), tmp_path / "run", *more)) == 0
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+    bad = poisoned(made / "net" / "model", tmp_path / "bad")
+    assert main(distill_command(given, made, tmp_path / "run", *more[:-1], str(bad))) == 2
+    assert "what --start_from names at place 1 changed since this run began" in capsys.readouterr().err
+    assert main(distill_command(given, made, tmp_path / "run", *more[:2])) == 2
+    assert "what --start_from names at place 1 changed since this run began" in capsys.readouterr().err
 
 
 def test_a_teacher_sized_down_learns_beside_others(given, made, tmp_path):
