@@ -7,7 +7,6 @@ thing that joins a model's columns to a task. Whatever can be refused is refused
 """
 
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from effbert.data.encode import encode_split
 from effbert.data.tasks import TaskSpec, load_validation, map_labels, plain_name
 from effbert.data.tokenizer import load_tokenizer
 from effbert.evaluate import predict
-from effbert.files import PARTIAL, atomic_path, write_atomic
+from effbert.files import atomic_path, temporary_name, write_atomic
 from effbert.teacher import check_texts, content_hash, load_model, read_config, usual_length
 from effbert.workspace import answers, pick_device
 
@@ -228,7 +227,7 @@ def check_output(path: str | Path, flag: str = "--output") -> Path:
         raise ValueError(f"{flag} {path} exists already: remove it or choose another name")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{flag} {path}: there is no folder {path.parent}")
-    probe = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+    probe = temporary_name(path)
     try:
         probe.touch()
         probe.unlink()

@@ -21,7 +21,7 @@ USAGE = """usage: effbert COMMAND ...
   arch     parameters and FLOPs of an architecture: effbert arch "TEXT" --preset efficientbert
   import   a checkpoint of the authors' as a transformers folder:
            effbert import ckpt_ep10.bin --architecture efficientbert --output_dir student
-  report   one HTML page about a search, finished or under way: effbert report runs/demo
+  report   one HTML page about a search or a plan, finished or under way: effbert report runs/demo
   evaluate official metrics of a saved model: effbert evaluate MODEL --task mnli --data_dir GLUE
   predict  the GLUE server's zip, or SQuAD's answers: effbert predict mrpc=MODEL rte=MODEL --output glue.zip
   export   a folder to deploy, for transformers or ONNX Runtime: effbert export runs/demo/best --output_dir small
@@ -191,8 +191,8 @@ def report(arguments: list[str]) -> int:
     class Arguments:
         """One HTML page about a run, finished or under way, that needs no other file and no network.
 
-        run: the --output_dir of a search. output: where to write the page; RUN/report.html where it is not given.
-        storage: the search's --storage, where that holds a password: the run keeps it without.
+        run: the --output_dir of a search or a plan. output: where to write the page; RUN/report.html where it is not
+        given. storage: the search's --storage, where that holds a password: the run keeps it without.
         """
 
         run: tyro.conf.Positional[str]

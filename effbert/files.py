@@ -1,15 +1,20 @@
 """Writing files so that a reader sees the old content or the new, never half of one.
 
 Everything is written under a temporary name in the same folder, flushed to the disk, and renamed. A process killed in
-between leaves a file whose name begins with `PARTIAL`; `remove_partial` sweeps those up at the next start.
+between leaves a file whose name begins with `PARTIAL`: the next to write the same path on this machine removes it, and
+`remove_partial` all that are in a folder.
 """
 
 import errno
+import functools
+import glob
+import hashlib
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".partial-"
@@ -35,7 +40,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     Hand torch.save an open file, not the path: given a path it does not say that the disk is full.
     """
     path = Path(path)
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     with _nothing_left_behind(path, temporary):
         yield temporary
         _sync(temporary)
@@ -51,7 +56,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     folder must be written again.
     """
     path = Path(path)
-    temporary, previous = _temporary(path), _temporary(path)
+    temporary, previous = temporary_name(path), temporary_name(path)
     with _nothing_left_behind(path, temporary):
         temporary.mkdir()
         yield temporary
@@ -81,8 +86,33 @@ def _swap(temporary: Path, path: Path, previous: Path) -> None:
         raise
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{PARTIAL}{secrets.token_hex(4)}-{path.name}")
+def temporary_name(path: Path) -> Path:
+    """A new name beside `path`, after what dead processes of this machine left of the same path was removed."""
+    mine = f"{PARTIAL}{_machine()}-"
+    for leftover in path.parent.glob(f"{mine}*-{glob.escape(path.name)}"):
+        process = leftover.name.removeprefix(mine).partition("-")[0]
+        if process.isdigit() and not _lives(int(process)):
+            _remove(leftover)
+    return path.with_name(f"{mine}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+
+
+@functools.cache
+def _machine() -> str:
+    """What tells apart the machines, or containers, whose process numbers are their own."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=4).hexdigest()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def check_tokens(folder: str, tokenizer) -> None:
     """ValueError where a folder has a tokenizer whose tokens are others than those of `tokenizer`, the teacher's."""
     path = Path(folder).expanduser()
     if not (path / "tokenizer_config.json").is_file():
-        return  # a search's supernet, or an imported student: the sizes are all that can be compared
+        return  # an imported student: the sizes are all that can be compared
     own, wanted = load_tokenizer(path).get_vocab(), tokenizer.get_vocab()
     other = sum(wanted.get(token) != number for token, number in own.items())
     if other:

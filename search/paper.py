@@ -32,13 +32,15 @@ from effbert.models import architecture_of, model_fields, sized_down
 from effbert.optim import TrainingArguments
 from effbert.parallel import ALONE, World
 from effbert.search.progress import Reporter
-from effbert.search.report import score_text
+from effbert.search.record import PLAN, WINNER
+from effbert.search.report import markdown, plan_rows, rich_table
+from effbert.search.report_html import write_report
 from effbert.search.run import claimed, run_search
 from effbert.search.runs import MODEL, RESULTS, model_names, run_distillation, run_pretraining, run_teacher
 from effbert.teacher import longest_text, read_config
 from effbert.workspace import load_tasks
 
-PLAN, WINNER, TABLE = "plan.json", "winner.json", "table.md"
+TABLE = "table.md"
 PER_TASK = {  # what a task may have of its own: its type, and the least that it can be
     "rows": (int, 0),
     "seeds": (int, 1),
@@ -152,9 +154,11 @@ def run_paper(config: PaperConfig, reporter: Reporter | None = None, world: Worl
         if world.is_first:
             results = {"winner": winner_of(folder), "tasks": table_of(config)}
             write_atomic(folder / RESULTS, json.dumps(results, indent=1))
-            write_atomic(folder / TABLE, as_markdown(results["tasks"], names_of(config)))
-            reporter.console.print(as_rich_table(results["tasks"], names_of(config)))
-            reporter.say(f"the table is in {folder / TABLE}")
+            rows = plan_rows(results["tasks"])
+            write_atomic(folder / TABLE, markdown(rows))
+            reporter.console.print(rich_table("scores on the official validation rows", rows))
+            page = write_report(folder, storage=config.storage)
+            reporter.say(f"the table is in {folder / TABLE}, a report in {page}")
         world.wait()
         return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
 
@@ -422,41 +426,6 @@ def table_of(config: PaperConfig) -> list[dict]:
         models = dict(zip(names_of(config), results["models"].values(), strict=True))
         found.append({name: results[name] for name in ("task", "metric", "teacher")} | {"models": models})
     return found
-
-
-def rows_of(tasks: list[dict], names: list[str]) -> list[tuple[str, ...]]:
-    """The table as text: head, teacher, models; parameters with pooler and head, of the first task."""
-    first = tasks[0]
-    head = ("model", *(f"{task['task']} {task['metric']}" for task in tasks), "parameters", "MFLOPs")
-    teacher = first["teacher"]
-    scores = (f"{task['teacher']['scores'][task['metric']]:.4f}" for task in tasks)
-    lines = [head, ("teacher", *scores, f"{teacher['parameters']:,}", f"{teacher['flops'] / 1e6:,.0f}")]
-    for name in names:
-        cells = []
-        for task in tasks:
-            model = task["models"][name]
-            cells.append(score_text(model["score"], model["spread"], model["diverged"]))
-        costs = first["models"][name]["seeds"][0]
-        lines.append((name, *cells, f"{costs['parameters']:,}", f"{costs['flops'] / 1e6:,.0f}"))
-    return lines
-
-
-def as_markdown(tasks: list[dict], names: list[str]) -> str:
-    """The table in Markdown."""
-    head, *lines = rows_of(tasks, names)
-    rows = [head, ("---",) * len(head), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
-
-
-def as_rich_table(tasks: list[dict], names: list[str]) -> Table:
-    """The table for the terminal."""
-    head, *lines = rows_of(tasks, names)
-    view = Table(title="scores on the official validation rows")
-    for column in head:
-        view.add_column(column, justify="left" if column == "model" else "right")
-    for line in lines:
-        view.add_row(*line)
-    return view
 
 
 def paper(name: str) -> PaperConfig:

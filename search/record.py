@@ -7,6 +7,7 @@ ValueError.
 
 import json
 import sqlite3
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from effbert.files import PARTIAL
 from effbert.search.study import BUSY_SECONDS, CONFIG_FILE, STUDY_FILE, Evaluation, engine_settings, evaluation_of
 
 STAGES = ("stage1", "stage2", "stage3")
+PLAN, WINNER = "plan.json", "winner.json"  # of a plan (effbert paper), whose search is in its folder search/
 
 _TRIALS = """
     SELECT studies.study_name, trials.trial_id, trials.state, trial_values.value
@@ -28,13 +30,26 @@ _RUNGS = "SELECT trial_id, intermediate_value FROM trial_intermediate_values ORD
 
 
 @dataclass(frozen=True)
+class Plan:
+    """The plan that a search is part of.
+
+    steps: how many it has, and done: how many of them are done. winner: the architecture that the search found, "" in
+    the search. tasks: of its results.json, as `report.plan_rows` takes them, empty before its end."""
+
+    steps: int
+    done: int
+    winner: str
+    tasks: list[dict]
+
+
+@dataclass(frozen=True)
 class Record:
     """A run as its folder tells it.
 
     config: the settings it was begun with. stages: the candidates of each stage by number, open ones too. results:
     results.json, None before the end. agreement: agreement.json. final: the rows of the final table that are done.
     training: training.json of each supernet and teacher, by the folder it lies in. changed: when the newest of these
-    was written, seconds since the epoch.
+    was written, seconds since the epoch. plan: what the search is part of.
     """
 
     config: dict
@@ -44,12 +59,17 @@ class Record:
     final: list[dict]
     training: dict[str, dict]
     changed: float
+    plan: Plan | None = None
 
 
 def read_record(folder: str | Path, storage: str = "") -> Record:
-    """What the run in `folder` has recorded so far; ValueError, in one line, where there is no run or a file of it is
-    damaged. storage: URL of its database, if not the one that its configuration tells."""
+    """What the run in `folder`, or the search of the plan in it, has recorded so far; ValueError, in one line, where
+    there is no run or a file of it is damaged. storage: URL of its database, if not the one that its configuration
+    tells."""
     folder = Path(folder)
+    if (folder / PLAN).is_file():
+        folder = folder / "search"
+    plan = folder.resolve().parent if folder.resolve().name == "search" else None
     read: list[Path] = []
 
     def load(path: Path, kind: type):
@@ -72,8 +92,18 @@ def read_record(folder: str | Path, storage: str = "") -> Record:
         agreement=load(folder / "agreement.json", list) or [],
         final=[load(path, dict) for path in sorted((folder / "final").glob("*.json"))],
         training={path.parent.relative_to(folder).as_posix(): load(path, dict) for path in trainings},
+        plan=None if plan is None else _plan(plan, load),
         changed=max(path.stat().st_mtime for path in [*read, *([study] if study.exists() else [])]),
     )
+
+
+def _plan(folder: Path, load: Callable) -> Plan | None:
+    steps = load(folder / PLAN, list)
+    if steps is None:
+        return None
+    done = sum((folder / step["result"]).exists() for step in steps)
+    winner, results = (load(folder / name, dict) or {} for name in (WINNER, "results.json"))
+    return Plan(len(steps), done, winner.get("winner", ""), results.get("tasks", []))
 
 
 def training_files(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The final table: what each row scores and costs, on the terminal and in the winner's model card."""
+"""The final tables, of a search and of a plan: what each row scores and costs, on the terminal and in Markdown."""
 
 import statistics
 
@@ -41,18 +41,16 @@ def score_text(score: float | None, spread: float | None, diverged: int) -> str:
     return f"{score:.4f}{'' if spread is None else f' ± {spread:.4f}'}{lost}"
 
 
-def as_rich_table(table: list[dict], metric: str, length: int) -> Table:
-    """For the terminal."""
-    view = Table(title=f"{metric} on held-out rows; costs of the deployed model at length {length}")
-    for column in ("row", metric, "parameters", "MFLOPs", "CPU ms (batch 1)"):
-        view.add_column(column, justify="left" if column == "row" else "right")
-    for line in table:
-        view.add_row(*cells(line))
-    return view
+Rows = list[tuple[str, ...]]  # a table as text, its head first
+
+
+def table_rows(table: list[dict], metric: str) -> Rows:
+    """A search's final table."""
+    return [("row", metric, "parameters", "MFLOPs", "CPU ms (batch 1)"), *map(cells, table)]
 
 
 def cells(line: dict) -> tuple[str, ...]:
-    """The columns of one row as text."""
+    """The columns of one row of it."""
     return (
         line["row"],
         score_text(line["score"], line["spread"], line["diverged"]),
@@ -62,11 +60,36 @@ def cells(line: dict) -> tuple[str, ...]:
     )
 
 
-def as_markdown(table: list[dict], metric: str) -> str:
-    """The same table in Markdown."""
-    head = ("row", metric, "parameters", "MFLOPs", "CPU ms (batch 1)")
-    lines = [head, ("---",) * len(head), *(cells(line) for line in table)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def plan_rows(tasks: list[dict]) -> Rows:
+    """A plan's table, teacher and models on every task; parameters with pooler and head, of the first task."""
+    first = tasks[0]
+    head = ("model", *(f"{task['task']} {task['metric']}" for task in tasks), "parameters", "MFLOPs")
+    teacher = first["teacher"]
+    scores = (f"{task['teacher']['scores'][task['metric']]:.4f}" for task in tasks)
+    lines = [head, ("teacher", *scores, f"{teacher['parameters']:,}", f"{teacher['flops'] / 1e6:,.0f}")]
+    for name in first["models"]:
+        found = [task["models"][name] for task in tasks]
+        scores = (score_text(model["score"], model["spread"], model["diverged"]) for model in found)
+        costs = found[0]["seeds"][0]
+        lines.append((name, *scores, f"{costs['parameters']:,}", f"{costs['flops'] / 1e6:,.0f}"))
+    return lines
+
+
+def markdown(rows: Rows) -> str:
+    """A table in Markdown."""
+    head, *lines = rows
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ("---",) * len(head), *lines])
+
+
+def rich_table(title: str, rows: Rows) -> Table:
+    """A table for the terminal."""
+    head, *lines = rows
+    view = Table(title=title)
+    for column, name in enumerate(head):
+        view.add_column(name, justify="right" if column else "left")
+    for line in lines:
+        view.add_row(*line)
+    return view
 
 
 def model_card(results: dict) -> str:
@@ -99,7 +122,7 @@ Architecture, a layer a line:
 
 All rows were distilled from the same teacher with the same budget, after the same warm-up:
 
-{as_markdown(results["table"], results["metric"])}
+{markdown(table_rows(results["table"], results["metric"]))}
 
 Costs are those of the deployed model at length {results["max_length"]}: 2 FLOPs a multiply-add of linears and
 attention, CPU latency as median ± quartile distance of one sequence in fp32 on {results["device"]}.

@@ -22,7 +22,7 @@ from effbert.kernels.expression import ExpressionError
 from effbert.search import pareto, report
 from effbert.search.budget import ladder
 from effbert.search.figures import Chart, bars, best_so_far, escape, intervals, tag, tree
-from effbert.search.record import Record, read_record
+from effbert.search.record import Plan, Record, read_record
 from effbert.search.study import Evaluation
 
 REPORT_FILE = "report.html"
@@ -43,7 +43,7 @@ _TOP = 10
 
 
 def write_report(folder: str | Path, output: str | Path | None = None, storage: str = "") -> Path:
-    """Write the report of the run in `folder`, to <folder>/report.html if `output` is None; returns where it is.
+    """Write the report of the run, or plan, in `folder`, to <folder>/report.html if `output` is None; returns where.
 
     storage: URL of the run's database, where its configuration keeps it without the password.
 
@@ -165,6 +165,9 @@ def state(record: Record, stages: dict[str, list[Candidate]]) -> str:
     if record.results is not None:
         return f"Finished {record.results.get('finished', '')}."
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.changed))
+    if record.plan is not None and record.plan.winner:
+        plan = record.plan
+        return f"The search is finished; {plan.done} of {plan.steps} steps of its plan are done. Last change {at}."
     if record.final:
         return f"Not finished: {len(record.final)} rows of the final table are done. Last change {at}."
     begun = [name for name, found in stages.items() if found]
@@ -180,6 +183,8 @@ def winner_of(record: Record, stages: dict[str, list[Candidate]]) -> tuple[str, 
     empty text where no candidate is complete. The candidate is None where the results name the winner."""
     if record.results is not None and record.results.get("winner"):
         return "winner of the search", str(record.results["winner"]), None
+    if record.plan is not None and record.plan.winner:
+        return "winner of the search", record.plan.winner, None
     for name in reversed(stages):
         complete = [candidate for candidate in stages[name] if candidate.evaluation.state == "complete"]
         if complete:
@@ -200,7 +205,9 @@ def _of_row(row: dict) -> str:
 
 
 def final_section(record: Record, metric: str) -> str:
-    """The final table and its scores side by side."""
+    """The final table and its scores side by side; of a plan its table."""
+    if record.plan is not None:
+        return plan_section(record.plan)
     rows = final_rows(record, metric)
     if not rows:
         return _missing("The final table is made after the last stage: none of its rows is there yet.")
@@ -239,6 +246,16 @@ def final_section(record: Record, metric: str) -> str:
         )
         + tag("div", picture, _table(caption, head, cells), class_="figures")
     )
+
+
+def plan_section(plan: Plan) -> str:
+    """Winner and rivals on every task."""
+    if not plan.tasks:
+        return _missing(
+            "The plan distils the winner and its rivals on every task: the table is made after its last step."
+        )
+    head, *lines = report.plan_rows(plan.tasks)
+    return _table("scores on the official validation rows", head, lines)
 
 
 def _verdict(rows: Sequence[dict], metric: str) -> str:

@@ -309,7 +309,8 @@ def conclude(workspace: Workspace, winner: Architecture, study: Study, results: 
     if best.exists():
         write_atomic(best / "README.md", report.model_card(summary))
     write_report(workspace.folder, storage=study.url)
-    reporter.console.print(report.as_rich_table(table, metric, config.max_length))
+    title = f"{metric} on held-out rows; costs of the deployed model at length {config.max_length}"
+    reporter.console.print(report.rich_table(title, report.table_rows(table, metric)))
     lost = "the winner diverged under every seed, so there is no best/: effbert distill takes other learning rates"
     where = f"the winner is in {best}" if best.exists() else lost
     reporter.say(f"{where}; a report is in {workspace.folder / 'report.html'}")

@@ -110,7 +110,8 @@ def shared_supernet(
         )
         must_finish(tasks_result, "stage 3's task distillation", "--stage3.task_phase.learning_rate")
         reporter.say(f"stage3: shared supernet distilled, last epoch's loss {tasks_result.loss:.4f}")
-        world.on_first(keep, warm, target, result, tasks_result)
+        tokenizer = workspace.student_tokenizer
+        world.on_first(functools.partial(keep, warm, target, result, tasks_result, tokenizer=tokenizer))
     forget(phases)
     return load_supernet(workspace, target)
 

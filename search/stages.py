@@ -10,6 +10,7 @@ the warm supernet and train it (effbert.search.population), stage 3 scores candi
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -302,7 +303,7 @@ def warm_supernet(workspace: Workspace, reporter: Reporter) -> Supernet:
             reporter.say(f"supernet: that of {config.start_from[0]}, {supernet.num_parameters():,} parameters")
         else:
             results = [distilled_supernet(workspace, supernet, phase, reporter)]
-        world.on_first(keep, supernet, target, *results)
+        world.on_first(partial(keep, supernet, target, *results, tokenizer=workspace.student_tokenizer))
     forget([phase])
     return load_supernet(workspace, target)
 

@@ -84,17 +84,18 @@ def load_corpus(
     "released" with a tokenizer that marks segments, `token_type_ids`.
 
     source: one or several, read one after the other, of "builtin"; a UTF-8 text file with a paragraph a line, or a
-    folder of such .txt files; a parquet file, or a folder that `datasets` reads (parquet, json, ...); or the name of a
-    data set on the hub as NAME, NAME:CONFIG or NAME:CONFIG@REVISION, which is streamed, never downloaded whole. Of data
-    sets `split` and `text_column` choose the text. samples: as this file says at its top; the draws depend on the text
-    alone. sets: of "released" samples, each with draws of its own; "packed" has one. limit_tokens: end at the first
-    sequence that reaches that many ids. num_proc: processes that tokenise, 0 for one a core, 16 at most. say: told once
-    a minute how far it is.
+    folder of such .txt files; a parquet, JSON or CSV file, or a folder that `datasets` reads (parquet, json, ...); or
+    the name of a data set on the hub as NAME, NAME:CONFIG or NAME:CONFIG@REVISION, which is streamed, never downloaded
+    whole. Of data sets `split` and `text_column` choose the text. samples: as this file says at its top; the draws
+    depend on the text alone. sets: of "released" samples, each with draws of its own; "packed" has one. limit_tokens:
+    end at the first sequence that reaches that many ids. num_proc: processes that tokenise, 0 for one a core, 16 at
+    most. say: told once a minute how far it is.
 
     All sets have as many rows, since a document gives one to each, and all end with the document at which the first
     reaches limit_tokens: so every epoch has as many batches, and a share of a set is the same documents in each.
 
-    Raises FileNotFoundError for a missing source, ValueError for one that is empty or not UTF-8 (file and offset).
+    Raises FileNotFoundError for a missing source, ValueError for one that is empty, not UTF-8 (file and offset), or a
+    folder of text and tables.
     """
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
         raise ValueError("the tokenizer has no start and end tokens (cls, sep); a BERT tokenizer has both")
@@ -399,9 +400,15 @@ def _text_files(given: str | Path) -> list[Path]:
     """The text files that a path names; none if it is no path, or one for `datasets` to judge."""
     path = Path(given).expanduser()
     if path.is_file():
-        files = [] if path.suffix == ".parquet" else [path]
+        files = [] if path.suffix in _FORMATS else [path]
     elif path.is_dir():
         files = sorted(path.rglob("*.txt"))
+        others = [file for file in sorted(path.rglob("*")) if file.suffix in _TABLES] if files else []
+        if others:
+            raise ValueError(
+                f"corpus {given} holds text, such as {files[0].name}, and tables, such as {others[0].name}: put them "
+                "into folders of their own, and give both as sources"
+            )
         if not files and not any(path.rglob("*.*")):
             raise FileNotFoundError(f"no text in {given}: the folder holds no .txt file")
     elif _meant_as_path(given) and not Path(_parts(given).name).expanduser().is_dir():
@@ -414,8 +421,12 @@ def _text_files(given: str | Path) -> list[Path]:
     return files
 
 
+_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}  # of single files: their reader
+_TABLES = (".parquet", ".arrow", ".jsonl")  # never the small files that lie beside text
+
+
 def _meant_as_path(given: str | Path) -> bool:
-    return isinstance(given, Path) or given.startswith((".", "/", "~")) or given.endswith((".txt", ".parquet"))
+    return isinstance(given, Path) or given.startswith((".", "/", "~")) or given.endswith((".txt", *_FORMATS))
 
 
 class _Parts(NamedTuple):
@@ -441,7 +452,7 @@ def _open_dataset(given: str | Path, split: str, text_column: str) -> Source:
     parts = _parts(given)
     path = Path(parts.name).expanduser()
     if path.is_file():
-        arguments = {"path": "parquet", "data_files": {split: str(path)}}
+        arguments = {"path": _FORMATS[path.suffix], "data_files": {split: str(path)}}
     elif path.is_dir():
         arguments = {"path": str(path), "name": parts.config or None}
     else:

@@ -144,6 +144,28 @@ def inner(corpus) -> list[int]:
     return [i for ids in corpus["input_ids"] for i in ids[1:-1]]
 
 
+def test_a_file_or_folder_is_never_read_in_part_or_as_what_it_is_not(tokenizer, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": line, "source": "x"}) + "\n" for line in LINES))
+    table = tmp_path / "rows.csv"
+    table.write_text("text,n\n" + "".join(f'"{line}",1\n' for line in LINES))
+    text = tmp_path / "plain" / "lines.txt"
+    text.parent.mkdir()
+    text.write_text("\n".join(LINES))
+    (text.parent / "README.md").write_text("about it")
+    expected = load_corpus(text.parent, tokenizer, 16)[0]["input_ids"][:]
+    for same in (text, rows, table):
+        assert load_corpus(same, tokenizer, 16)[0]["input_ids"][:] == expected
+    with pytest.raises(ValueError, match="no column 'words', only text, source"):
+        load_corpus(rows, tokenizer, 16, text_column="words")
+    parquet(text.parent / "more" / "shard.parquet", LINES)
+    with pytest.raises(ValueError, match=r"such as lines\.txt, and tables, such as shard") as caught:
+        load_corpus(text.parent, tokenizer, 16)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_corpus("nowhere.jsonl", tokenizer, 16)
+
+
 def parquet(path: Path, texts: list[str], **more) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"text": texts, **more}), path)
@@ -398,7 +420,7 @@ SLEEPERS = """
 import os, sys, time
 from effbert.data.corpus import in_order
 def sleep(number):
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\\n".encode())  # at once: two of print's writes could mingle
     time.sleep(120)
 list(in_order(sleep, range(4), 2))
 """

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -27,6 +29,25 @@ def test_the_temporary_path_keeps_folder_and_suffix(tmp_path):
     with atomic_path(tmp_path / "model.safetensors") as temporary:
         assert temporary.parent == tmp_path and temporary.suffix == ".safetensors"
         temporary.write_bytes(b"x")
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write_of_the_same_path(tmp_path):
+    code = (
+        "import os, sys; from effbert.files import atomic_dir, atomic_path\n"
+        "with atomic_dir(sys.argv[1] + '/model') as folder, atomic_path(sys.argv[1] + '/a[1]') as file:\n"
+        "    (folder / 'weights').write_text('half'); file.write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
+    left = sorted(os.listdir(tmp_path))
+    assert len(left) == 2 and all(name.startswith(files.PARTIAL) for name in left)
+    with atomic_path(tmp_path / "b") as mine:  # of another path, and in use
+        mine.write_text("b")
+        write_atomic(tmp_path / "b", "other")
+        assert mine.exists() and set(left) < set(os.listdir(tmp_path))
+    write_atomic(tmp_path / "a[1]", "whole")
+    with atomic_dir(tmp_path / "model"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["a[1]", "b", "model"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()])

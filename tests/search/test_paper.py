@@ -1,7 +1,9 @@
 """The plan: its steps, what each is given, what a killed one leaves, and the table at its end."""
 
 import dataclasses
+import html
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +15,7 @@ import pytest
 
 from effbert.__main__ import main
 from effbert.config import GLUE_TASKS, PRESETS
-from effbert.search import paper
+from effbert.search import paper, report
 from effbert.search.paper import PAPERS, PaperConfig, distillation, plan, pretraining, teacher_of
 
 ALONE = (paper.ALONE, paper.Reporter)
@@ -63,6 +65,11 @@ def test_a_killed_plan_goes_on_to_its_table(killed, capsys):
     assert [len(model["seeds"]) for model in second.values()] == [2, 2, 2] and first["winner"]["spread"] is None
     lines = (folder / "table.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| teacher", "| winner", "| published", "| plain"]
+    words = re.sub(r"<[^>]+>", " ", (folder / "report.html").read_text())
+    assert "5 of 5 steps of its plan are done" in words and "builtin-next accuracy" in words
+    assert results["winner"].split(", ")[0] in html.unescape(words)
+    assert (folder / "search" / "supernet" / "tokenizer_config.json").exists()
+    assert (folder / "search" / "stage3" / "supernet" / "tokenizer_config.json").exists()
     before = (folder / "results.json").read_bytes()
     assert main(["paper", "--output_dir", str(folder), "--show"]) == 0
     assert capsys.readouterr().out.count("done") == 5
@@ -138,7 +145,7 @@ def test_a_model_that_diverged_has_its_place_in_the_table():
     some = {"score": 0.5, "spread": None, "diverged": 1, "seeds": [costs]}
     none = {"score": None, "spread": None, "diverged": 2, "seeds": [costs]}
     tasks = [{"task": "rte", "metric": "accuracy", "teacher": teacher, "models": {"winner": some, "plain": none}}]
-    lines = paper.as_markdown(tasks, ["winner", "plain"]).splitlines()
+    lines = report.markdown(report.plan_rows(tasks)).splitlines()
     assert lines[3:] == ["| winner | 0.5000 (1 diverged) | 5 | 7 |", "| plain | diverged | 5 | 7 |"]
 
 

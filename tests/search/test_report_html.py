@@ -336,6 +336,31 @@ def test_a_run_under_way_shows_the_best_so_far(tmp_path):
     assert "Best of stage1 so far, candidate 0." in page.words["winner"] and "layer-6" in page.figures
 
 
+def test_a_plan_is_shown_by_its_search_and_its_table(tmp_path):
+    folder = tmp_path / "plan"
+    folder.mkdir()
+    steps = [{"step": name, "result": result} for name, result in (("search", "winner.json"), ("last", "last.json"))]
+    (folder / "plan.json").write_text(json.dumps(steps))
+    with pytest.raises(ValueError, match="search is no run"):
+        read_record(folder)
+    make_config(folder / "search")
+    stage = Study(folder / "search").stage("stage1")
+    stage.begin(0, PUBLISHED, "key")
+    assert "stage1, 0 of 6 candidates" in read(folder).words["header"]
+    (folder / "winner.json").write_text(json.dumps({"winner": PUBLISHED}))
+    page = read(folder)
+    assert "The search is finished; 1 of 2 steps of its plan are done." in page.words["header"]
+    assert "Winner of the search" in page.words["winner"] and "after its last step" in page.words["final"]
+    model = {"score": 0.5, "spread": 0.25, "diverged": 0, "seeds": [{"parameters": 7, "flops": 5e6}]}
+    teacher = {"scores": {"f1": 0.75}, "parameters": 9, "flops": 6e6}
+    tasks = [{"task": "qqp", "metric": "f1", "teacher": teacher, "models": {"winner": model, "plain": model}}]
+    (folder / "results.json").write_text(json.dumps({"tasks": tasks}))
+    (folder / "last.json").touch()
+    page = read(folder / "search")
+    assert "2 of 2 steps" in page.words["header"] and page.words == read(folder).words
+    assert "teacher 0.7500 9 6 winner 0.5000 ± 0.2500 7 5 plain" in page.words["final"]
+
+
 def test_reading_agrees_with_the_study_and_changes_nothing(whole):
     report_html.write_report(whole)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in whole.rglob("*") if path.is_file()}
