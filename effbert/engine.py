@@ -281,6 +281,7 @@ class _Together:
     def plan_for(self, epoch: int) -> Sequence[Batch]:
         """The batches of an epoch, drawn once."""
         if self.plan[0] != epoch:
+            self.plan = -1, ()  # two epochs' at once would take twice the memory
             plan, learner = self.plan_of(epoch), self.learners[0]
             if len(plan) != learner.batches:
                 name = learner.phase.fingerprint

@@ -1,4 +1,7 @@
+import tracemalloc
+
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
@@ -137,3 +140,22 @@ def test_subsets_take_the_first_or_last_rows():
 def test_padding_never_exceeds_the_longest_row(longest):
     plan = BatchPlan(_dataset([1, longest, 2]), 2, pad_token_id=0)
     assert max(batch.input_ids.shape[1] for batch in plan) == longest
+
+
+def test_a_plan_takes_a_few_bytes_a_row(tmp_path):
+    rows = 100_000
+    ids = pa.ListArray.from_arrays(np.arange(rows + 1, dtype=np.int32) * 2, np.arange(2 * rows, dtype=np.int32))
+    table = pa.table({"input_ids": ids})
+    with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1000)
+    dataset = Dataset.from_file(str(tmp_path / "rows.arrow"))
+    tracemalloc.start()
+    try:
+        plan = BatchPlan(dataset, 64, pad_token_id=0, seed=1)
+        kept, peak = (amount / rows for amount in tracemalloc.get_traced_memory())
+    finally:
+        tracemalloc.stop()
+    assert kept < 12 and peak < 24  # lengths, and the order twice at its peak; 4 bytes each
+    batch = plan[7]
+    assert batch.input_ids.tolist() == [[2 * row, 2 * row + 1] for row in batch.indices]
+    assert sorted(row for batch in plan for row in batch.indices) == list(range(rows))
