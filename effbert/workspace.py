@@ -247,13 +247,14 @@ def load_tasks(config: TaskConfig) -> dict[str, Task]:
             "label_column": config.label_column,
             "kind": config.task_kind or None,
         }
-    tasks = [load_task(config.task, None if own else _data_dir(config, config.task), **own)]
-    tasks += [load_task(name, _data_dir(config, name)) for name in config.tasks]
+    tasks = [load_task(config.task, None if own else data_dir_of(config, config.task), **own)]
+    tasks += [load_task(name, data_dir_of(config, name)) for name in config.tasks]
     _check_names([task.spec.name for task in tasks])
     return {task.spec.name: task for task in tasks}
 
 
-def _data_dir(config: TaskConfig, task: str) -> str | None:
+def data_dir_of(config: TaskConfig, task: str) -> str | None:
+    """The folder of a known task's files; None where they come by name, or are built in."""
     return None if plain_name(task) in map(plain_name, BUILTIN) else config.data_dir or None
 
 

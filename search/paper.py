@@ -9,11 +9,12 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
 
-from effbert.answers import Reading, predict_glue
+from effbert.answers import Reading, evaluate_saved, predict_glue, predict_squad
 from effbert.architecture import Architecture, Dimensions, attention_head_size, count_parameters
 from effbert.config import (
     GLUE_TASKS,
@@ -25,9 +26,10 @@ from effbert.config import (
     TeacherConfig,
     published,
 )
-from effbert.data import glue
+from effbert.data import glue, squad
 from effbert.data.tasks import task_key
-from effbert.files import write_atomic
+from effbert.export import ExportConfig, export
+from effbert.files import atomic_dir, write_atomic
 from effbert.models import architecture_of, model_fields, sized_down
 from effbert.optim import TrainingArguments
 from effbert.parallel import ALONE, World
@@ -38,7 +40,7 @@ from effbert.search.report_html import write_report
 from effbert.search.run import claimed, run_search
 from effbert.search.runs import MODEL, RESULTS, model_names, run_distillation, run_pretraining, run_teacher
 from effbert.teacher import longest_text, read_config
-from effbert.workspace import load_tasks
+from effbert.workspace import data_dir_of, load_tasks
 
 TABLE = "table.md"
 PER_TASK = {  # what a task may have of its own: its type, and the least that it can be
@@ -64,7 +66,8 @@ class PaperConfig(SearchConfig):
         pretraining: General distillation of winner and rivals; what is not begun with the supernet's slices sees the
             supernet's epochs first.
         distillation: Task distillation.
-        glue_zip: Also write glue.zip, the winner's test predictions for the GLUE server, from the official test files.
+        predictions: Also write what those who score take: glue.zip, the winner's predictions for the GLUE tasks'
+            official test files, and its answers to SQuAD's validation questions.
         per_task: TASK.NAME=VALUE, where a task differs: rows, seeds, epochs, learning_rate, max_length.
     """
 
@@ -74,7 +77,7 @@ class PaperConfig(SearchConfig):
     distillation: TrainingArguments = field(
         default_factory=lambda: TrainingArguments(learning_rate=5e-5, num_train_epochs=10)
     )
-    glue_zip: bool = False
+    predictions: bool = False
     per_task: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -198,10 +201,12 @@ def plan(config: PaperConfig, world: World, reporter: Callable[[], Reporter], tu
     def distill(task: str) -> None:
         run_distillation(distillation(config, task), reporter(), world)
 
-    def answers(file: Path) -> None:
-        with turn(file.name):
-            if not file.exists():
-                predict(config, file)
+    def alone(make: Callable[[PaperConfig, Path], None], path: Path) -> None:
+        with turn(path.name):
+            if not path.exists():
+                make(config, path)
+            if not path.exists():
+                reporter().say(f"{path.name} is left out: the winner diverged")
 
     steps = [Step("search", folder / WINNER, search)]
     for name in groups(config):
@@ -213,26 +218,84 @@ def plan(config: PaperConfig, world: World, reporter: Callable[[], Reporter], tu
     for task in config.tasks_at_last:
         name = f"distil-{task_key(task)}"
         steps.append(Step(name, folder / name / RESULTS, lambda task=task: distill(task)))
-    if config.glue_zip:
-        file = folder / "glue.zip"
-        steps.append(Step(file.name, file, lambda: world.on_first(answers, file)))
+    for name, make in last_files(config).items():
+        steps.append(Step(name, folder / name, lambda make=make, name=name: world.on_first(alone, make, folder / name)))
     return steps
+
+
+def last_files(config: PaperConfig) -> dict[str, Callable[[PaperConfig, Path], None]]:
+    """What is made of the students once all are there, and what makes it."""
+    keys = [task_key(task) for task in config.tasks_at_last]
+    files = {"export": deploy}
+    if any(not is_own(config, task) for task in config.tasks_at_last):
+        files["evaluate.json"] = evaluate
+    if config.predictions and zip_tasks(config):
+        files["glue.zip"] = predict
+    for task in (key for key in keys if config.predictions and key in squad.VERSIONS):
+        files[f"{task}.json"] = partial(answer, task)
+    return files
+
+
+def deploy(config: PaperConfig, folder: Path) -> None:
+    """The winner's student of each task as a folder that needs no effbert."""
+    with atomic_dir(folder) as temporary:
+        for task in config.tasks_at_last:
+            winner = students(config, task).get("winner")
+            if winner is not None:
+                export(winner, ExportConfig(output_dir=str(temporary / task_key(task))))
+
+
+def evaluate(config: PaperConfig, file: Path) -> None:
+    """Official metrics of teacher and students on the whole validation splits of every known task, both of MNLI's."""
+    found = {}
+    for task in config.tasks_at_last:
+        if is_own(config, task):
+            continue
+        main = task_key(task) == task_key(config.task)
+        length = config.of_task(task).get("max_length", config.max_length)
+        labels = config.teacher_labels if main else ()
+        readings = {"teacher": Reading(max_length=length, labels=labels, device=config.device)}
+        found[task] = {
+            name: evaluate_saved(
+                place, task, data_dir_of(config, task), readings.get(name, Reading(device=config.device))
+            )
+            for name, place in {"teacher": teacher_of(config, task), **students(config, task)}.items()
+        }
+    write_atomic(file, json.dumps(found, indent=1))
 
 
 def predict(config: PaperConfig, file: Path) -> None:
     """The winner's predictions for every GLUE task of the plan, each student's on texts as long as it learnt with;
     MNLI's answers the diagnostic set too."""
-    winner = model_names(len(names_of(config)))[0]
-    student = {"ax": "mnli"}
-    models = {
-        task: str(Path(config.output_dir) / f"distil-{student.get(task, task)}" / winner) for task in zip_tasks(config)
-    }
-    predict_glue(models, file, config.data_dir or None, Reading(device=config.device))
+    found = {task: students(config, "mnli" if task == "ax" else task).get("winner") for task in zip_tasks(config)}
+    models = {task: place for task, place in found.items() if place is not None}
+    if models:
+        predict_glue(models, file, config.data_dir or None, Reading(device=config.device))
+
+
+def answer(task: str, config: PaperConfig, file: Path) -> None:
+    """The winner's answers to the questions of SQuAD's validation split."""
+    winner = students(config, task).get("winner")
+    if winner is not None:
+        predict_squad(winner, task, file, config.data_dir or None, Reading(device=config.device))
+
+
+def students(config: PaperConfig, task: str) -> dict[str, str]:
+    """The folders of the models that were distilled on a task, by name; not of those that diverged."""
+    folder, names = Path(config.output_dir) / f"distil-{task_key(task)}", names_of(config)
+    places = zip(names, model_names(len(names)), strict=True)
+    return {name: str(folder / place) for name, place in places if (folder / place).exists()}
+
+
+def is_own(config: PaperConfig, task: str) -> bool:
+    """Whether a task's rows are your own files."""
+    return bool(config.train_file) and task_key(task) == task_key(config.task)
 
 
 def zip_tasks(config: PaperConfig) -> list[str]:
     """The GLUE tasks of the plan, and the diagnostic set where MNLI is among them."""
-    tasks = [task_key(task) for task in config.tasks_at_last if task_key(task) in glue.TASKS]
+    known = [task for task in config.tasks_at_last if not is_own(config, task)]
+    tasks = [task_key(task) for task in known if task_key(task) in glue.TASKS]
     return [*tasks, "ax"] if "mnli" in tasks else tasks
 
 
@@ -439,7 +502,7 @@ def paper(name: str) -> PaperConfig:
             final_tasks=(*GLUE_TASKS, "wnli", "squad", "squad2.0"),
             pretraining=final.general_phase,
             distillation=final.task_phase,
-            glue_zip=True,
+            predictions=True,
             per_task=("cola.epochs=50", "squad.learning_rate=1e-4", "squad2.0.learning_rate=1e-4"),
         )
     return PaperConfig(**search, pretraining=general, distillation=search["final"].task_phase)

@@ -35,7 +35,8 @@ def test_the_published_plan_has_all_tasks_and_each_its_own_settings(tmp_path):
     names = [step.name for step in plan(config, paper.ALONE, paper.Reporter)]
     assert names[:3] == ["search", "text-slices", "text-fresh"]
     assert names[3:6] == ["teacher-wnli", "teacher-squad", "teacher-squad2.0"]
-    assert len(names) == 6 + 11 + 1 and names[-1] == "glue.zip"
+    assert len(names) == 6 + 11 + 5
+    assert names[-5:] == ["export", "evaluate.json", "glue.zip", "squad.json", "squad2.0.json"]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def killed(tmp_path_factory):
 
 def test_a_killed_plan_goes_on_to_its_table(killed, capsys):
     folder, said = killed
-    assert "of 5 steps are done; now" in said
+    assert "of 7 steps are done; now" in said
     assert all(step["done"] for step in json.loads((folder / "plan.json").read_text()))
     results = json.loads((folder / "results.json").read_text())
     assert [task["task"] for task in results["tasks"]] == ["builtin-topic", "builtin-next"]
@@ -66,13 +67,22 @@ def test_a_killed_plan_goes_on_to_its_table(killed, capsys):
     lines = (folder / "table.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| teacher", "| winner", "| published", "| plain"]
     words = re.sub(r"<[^>]+>", " ", (folder / "report.html").read_text())
-    assert "5 of 5 steps of its plan are done" in words and "builtin-next accuracy" in words
+    assert "7 of 7 steps of its plan are done" in words and "builtin-next accuracy" in words
     assert results["winner"].split(", ")[0] in html.unescape(words)
+    whole = json.loads((folder / "evaluate.json").read_text())
+    for task in results["tasks"]:
+        metric = task["metric"]
+        expected = {name: model["seeds"][0]["scores"][metric] for name, model in task["models"].items()}
+        expected["teacher"] = task["teacher"]["scores"][metric]
+        found = {name: splits["validation"][metric] for name, splits in whole[task["task"]].items()}
+        assert found == pytest.approx(expected, abs=1e-9)
+    assert sorted(path.name for path in (folder / "export").iterdir()) == ["builtinnext", "builtintopic"]
+    assert (folder / "export" / "builtinnext" / "modeling_effbert.py").exists()
     assert (folder / "search" / "supernet" / "tokenizer_config.json").exists()
     assert (folder / "search" / "stage3" / "supernet" / "tokenizer_config.json").exists()
     before = (folder / "results.json").read_bytes()
     assert main(["paper", "--output_dir", str(folder), "--show"]) == 0
-    assert capsys.readouterr().out.count("done") == 5
+    assert capsys.readouterr().out.count("done") == 7
     for more in (("--rivals", "plain", "published"), ("--seeds", "2"), ("--distillation.num_train_epochs", "3")):
         assert main(smoke(folder, "--per_task", "builtin-next.seeds=2", *more)) == 2
         assert "holds a run with another configuration" in capsys.readouterr().err
@@ -97,22 +107,68 @@ def test_what_a_step_is_given(killed):
     assert [name.rpartition("/")[2] for name in own.start_from] == ["model-1", "model-2", "model"]
 
 
-def test_the_zip_is_of_the_winner_and_the_diagnostic_set_of_its_mnli_student(tmp_path, monkeypatch):
+def distilled(folder, *tasks, models=("model-1", "model-2", "model-3")):
+    """Folders as a plan's students have them."""
+    for task in tasks:
+        for model in models:
+            (folder / f"distil-{task}" / model).mkdir(parents=True)
+
+
+def step(config, name, *more):
+    (found,) = (step for step in plan(config, *ALONE, *more) if step.name == name)
+    return found
+
+
+def test_predictions_are_the_winners_and_the_diagnostic_set_its_mnli_students(tmp_path, monkeypatch, capsys):
     given = []
-    monkeypatch.setattr(paper, "predict_glue", lambda *arguments: given.append(arguments))
+    for name in ("predict_glue", "predict_squad"):
+        monkeypatch.setattr(paper, name, lambda *arguments: given.append(arguments))
+    distilled(tmp_path, "mnli", "sst2", "squad")
     config = PaperConfig(
-        output_dir=str(tmp_path), final_tasks=("mnli", "SST-2", "squad"), data_dir="GLUE", glue_zip=True, max_length=64
-    )
-    plan(config, paper.ALONE, paper.Reporter)[-1].start()
+        output_dir=str(tmp_path), final_tasks=("mnli", "SST-2", "squad1.1"), data_dir="DATA", predictions=True,
+        max_length=64,
+    )  # fmt: skip
+    folders = {task: str(tmp_path / f"distil-{task}" / "model-1") for task in ("mnli", "sst2", "squad")}
+    step(config, "glue.zip").start()
     ((models, file, data_dir, reading),) = given
-    folders = {task: str(tmp_path / f"distil-{task}" / "model-1") for task in ("mnli", "sst2")}
-    assert models == {**folders, "ax": folders["mnli"]} and (file.name, data_dir) == ("glue.zip", "GLUE")
+    assert models == {"mnli": folders["mnli"], "sst2": folders["sst2"], "ax": folders["mnli"]}
+    assert (file.name, data_dir) == ("glue.zip", "DATA")
     assert reading.max_length == 0  # each student reads texts as long as it learnt with
+    step(config, "squad.json").start()
+    assert given[1][:3] == (folders["squad"], "squad", tmp_path / "squad.json")
+    for task in ("mnli", "squad"):
+        (tmp_path / f"distil-{task}" / "model-1").rmdir()  # it diverged
+    for name in ("glue.zip", "squad.json"):
+        step(config, name).start()
+    assert given[2][0] == {"sst2": folders["sst2"]} and len(given) == 3
+    assert "squad.json is left out: the winner diverged" in capsys.readouterr().out
+
+
+def test_every_known_task_is_scored_on_whole_splits_for_teacher_and_students(tmp_path, monkeypatch):
+    def scores(place, task, data_dir, reading):
+        return {"validation": (place, data_dir, reading.max_length, reading.labels)}
+
+    monkeypatch.setattr(paper, "evaluate_saved", scores)
+    distilled(tmp_path, "rte", "mine")
+    (tmp_path / "distil-rte" / "model-2").rmdir()
+    (tmp_path / "teacher-rte" / "model").mkdir(parents=True)
+    own = {"train_file": "a.csv", "validation_file": "b.csv", "text_columns": ("x",), "teacher": "BERT"}
+    config = PaperConfig(
+        output_dir=str(tmp_path), task="mine", final_tasks=("mine", "rte"), data_dir="DATA", max_length=64,
+        per_task=("rte.max_length=32",), **own,
+    )  # fmt: skip
+    step(config, "evaluate.json").start()
+    found = json.loads((tmp_path / "evaluate.json").read_text())
+    assert list(found) == ["rte"] and list(found["rte"]) == ["teacher", "winner", "plain"]
+    assert found["rte"]["teacher"]["validation"] == [str(tmp_path / "teacher-rte" / "model"), "DATA", 32, []]
+    assert found["rte"]["plain"]["validation"] == [str(tmp_path / "distil-rte" / "model-3"), "DATA", 0, []]
+    only = dataclasses.replace(config, final_tasks=("mine",), per_task=())
+    assert [step.name for step in plan(only, *ALONE)][-1] == "export"
 
 
 def test_the_zip_is_made_by_one_worker_while_the_others_wait(tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "predict_glue", lambda *arguments: pytest.fail("another worker has made it"))
-    config = PaperConfig(output_dir=str(tmp_path), final_tasks=("rte",), data_dir="GLUE", glue_zip=True)
+    config = PaperConfig(output_dir=str(tmp_path), final_tasks=("rte",), data_dir="GLUE", predictions=True)
 
     @contextmanager
     def turn(what):
@@ -120,7 +176,7 @@ def test_the_zip_is_made_by_one_worker_while_the_others_wait(tmp_path, monkeypat
         (tmp_path / what).touch()  # while this one waited
         yield
 
-    plan(config, paper.ALONE, paper.Reporter, turn)[-1].start()
+    step(config, "glue.zip", turn).start()
 
 
 def test_a_task_by_another_of_its_names_has_the_same_teacher_and_is_no_second_task(tmp_path):
@@ -174,7 +230,7 @@ def test_a_wrong_setting_is_one_line(tmp_path, capsys, more, said):
 
 def test_a_missing_test_file_is_said_at_the_beginning(tmp_path, capsys):
     (tmp_path / "glue" / "RTE").mkdir(parents=True)
-    more = ("--final_tasks", "rte", "--glue_zip", "--data_dir", str(tmp_path / "glue"), "--rivals", "published")
+    more = ("--final_tasks", "rte", "--predictions", "--data_dir", str(tmp_path / "glue"), "--rivals", "published")
     assert main(smoke(tmp_path / "run", *more)) == 2
     assert "test.tsv" in capsys.readouterr().err and not (tmp_path / "run" / "search").exists()
 
@@ -197,7 +253,7 @@ def test_what_a_later_step_would_refuse_is_refused_before_anything_is_computed(t
 
 def test_a_plan_that_has_not_begun_is_shown(tmp_path, capsys):
     assert main(smoke(tmp_path / "run", "--show")) == 0
-    assert capsys.readouterr().out.count("left") == 5 and not (tmp_path / "run").exists()
+    assert capsys.readouterr().out.count("left") == 7 and not (tmp_path / "run").exists()
     assert main(["paper", "--show"]) == 2
     assert "--output_dir is missing" in capsys.readouterr().err
 
