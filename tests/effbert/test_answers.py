@@ -353,6 +353,24 @@ def test_squads_answers_odds_and_best(tmp_path, tokenizer, monkeypatch):
         predict("squad", **files)
 
 
+def test_a_killed_squad_prediction_asks_the_model_for_nothing_again(tmp_path, tokenizer, monkeypatch, killed_before):
+    write_squad(tmp_path / "data", "2.0")
+    folder = save_bert(tmp_path / "model", "squad2.0", tokenizer)
+    output = tmp_path / "out" / "answers.json"
+    output.parent.mkdir()
+
+    def arguments(path):
+        return ["predict", folder, "--task", "squad2.0", "--data_dir", str(tmp_path / "data"), "--output", str(path)]
+
+    killed_before("answers.json", arguments(output))
+    assert not output.exists() and (output.parent / "answers.json.unfinished").is_dir()
+    assert main(arguments(tmp_path / "whole.json")) == 0
+    monkeypatch.setattr(SavedModel, "logits", lambda *more: pytest.fail("its answers were kept"))
+    assert main(arguments(output)) == 0
+    assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert list(output.parent.iterdir()) == [output]
+
+
 @pytest.mark.parametrize(
     ("family", "says", "task", "read"),
     [

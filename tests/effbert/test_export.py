@@ -150,6 +150,14 @@ def test_with_effbert_its_own_classes_load_the_same_weights(classifier, tmp_path
     assert sorted(os.listdir(tmp_path)) == ["out", "twice"]
 
 
+def test_a_killed_export_leaves_no_folder_and_the_same_command_makes_it(classifier, tmp_path, killed_before):
+    arguments = ["export", str(classifier), "--output_dir", str(tmp_path / "out")]
+    killed_before("out", arguments)
+    assert len(os.listdir(tmp_path)) == 1 and not (tmp_path / "out").exists()
+    assert main(arguments) == 0
+    assert os.listdir(tmp_path) == ["out"] and export.load_student(tmp_path / "out").config.fit_size is None
+
+
 def test_an_encoder_without_pooler_and_a_folder_without_tokenizer(tmp_path, capsys):
     torch.manual_seed(0)
     config = student().config

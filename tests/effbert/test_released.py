@@ -47,6 +47,17 @@ def test_an_imported_student_gives_the_recorded_outputs(parity, tmp_path, name, 
     assert list(model.config.id2label.values()) == ["contradiction", "entailment", "neutral"]
 
 
+def test_a_killed_import_leaves_no_folder_and_the_same_command_makes_it(parity, tmp_path, killed_before):
+    path, folder = saved(tmp_path, student(parity)), tmp_path / "made" / "out"
+    text = str(parity.architectures["released_head"])
+    arguments = ["import", str(path), "--architecture", text, "--output_dir", str(folder), "--task", "mnli"]
+    killed_before("out", arguments)
+    assert not folder.exists() and len(list(folder.parent.iterdir())) == 1
+    assert main(arguments) == 0
+    close(logits(parity, folder)[1].logits, parity.outputs["released_head/logits"])
+    assert list(folder.parent.iterdir()) == [folder]
+
+
 def test_the_supernet_without_a_head(parity, tmp_path):
     state = {k: v for k, v in student(parity).items() if not k.startswith(("cls_pooler", "classifier"))}
     whole = Architecture.uniform("4_1", 3)

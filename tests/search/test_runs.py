@@ -316,6 +316,21 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(given, made, tmp_p
     assert not list((tmp_path / "cut").glob("*.pt"))
 
 
+@pytest.mark.parametrize(("command", "name"), [(teacher_command, "teacher"), (pretrain_command, "net")])
+def test_a_teacher_or_supernet_killed_before_it_is_kept_is_the_same_in_the_end(
+    given, made, tmp_path, killed_before, command, name
+):
+    more = ("--finetuning.num_train_epochs", "1") if name == "teacher" else ()
+    arguments = command(given, tmp_path / "run", *more)
+    killed_before("model", arguments)
+    assert not (tmp_path / "run" / "model").exists() and list((tmp_path / "run").glob(".partial-*"))
+    assert main(arguments) == 0
+    files = [folder / "model" / "model.safetensors" for folder in (tmp_path / "run", made / name)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".partial-")]
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
 def poisoned(model_folder, folder):
     """A copy of a saved model whose first weights are no numbers, so that what begins with it diverges."""
     shutil.copytree(model_folder, folder)
