@@ -55,6 +55,7 @@ setup(
             "psycopg[binary]>=3.1",
             "ruff>=0.8",
             "build>=1",
+            "accelerate>=1",
         ],
     },
     entry_points={"console_scripts": ["effbert = effbert.__main__:main"]},

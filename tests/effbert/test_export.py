@@ -104,6 +104,21 @@ def fails(capsys, *arguments) -> str:
     return lines[0]
 
 
+def test_a_pipeline_takes_a_student_once_effbert_is_imported(classifier):
+    from transformers import AutoTokenizer, pipeline
+
+    texts = ["good fast", "big"]
+    pipe = pipeline("text-classification", model=str(classifier))
+    assert type(pipe.model) is EffBertForSequenceClassification
+    found = pipe(texts, top_k=None)
+    with torch.no_grad():
+        given = AutoTokenizer.from_pretrained(classifier)(texts, padding=True, return_tensors="pt")
+        expected = pipe.model(**given).logits.softmax(-1)
+    for answers, row in zip(found, expected, strict=True):
+        scores = {answer["label"]: answer["score"] for answer in answers}
+        assert [scores["light"], scores["heavy"]] == pytest.approx(row.tolist(), abs=1e-6)
+
+
 def test_a_folder_loads_where_effbert_is_missing(classifier, tmp_path):
     questions = student(EffBertForQuestionAnswering, neighbour_padding="released", embedding_size=None)
     saved(tmp_path / "questions", questions)

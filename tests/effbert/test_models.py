@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig
+from transformers import BertConfig, BertModel
 
 from effbert.__main__ import main
 from effbert.architecture import Architecture, count_parameters
@@ -39,6 +39,13 @@ def test_tinybert_has_its_parameters():
     dims = dimensions("tinybert4")
     counted = count_parameters(architecture_of("tinybert4"), dims)
     assert counted.total_with_projection == PARAMETERS["models"]["tiny_bert"]["single"]
+
+
+def test_tinybert6_is_bert_of_six_layers():
+    with torch.device("meta"):
+        bert = BertModel(BertConfig(num_hidden_layers=6), add_pooling_layer=False)
+    counted = count_parameters(architecture_of("tinybert6"), dimensions("tinybert6"))
+    assert counted.total == bert.num_parameters()
 
 
 @pytest.mark.parametrize("name", [*MODELS, "bert-2x24", "bert-2x24x30"])

@@ -232,6 +232,19 @@ def test_models_that_learn_together_are_those_that_learn_alone(given, made, tmp_
     assert main(distill_command(given, made, tmp_path / "net", "--model", *models, "--start_from", net)) == 2
 
 
+TORCHRUN = [
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "effbert",
+]  # fmt: skip
+
+
+def agree(one, other):
+    """Saved models have the same weights, but for rounding."""
+    states = [load_file(folder / "model.safetensors") for folder in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=0, atol=1e-5)
+
+
 def test_two_processes_distil_as_one_with_the_double_batch(given, made, tmp_path):
     more = ["--model", f"{MLP}, {MLP}", "--start_from", str(made / "net" / "model"), "--teacher_cache", "0"]
     more += ["--student.hidden_dropout_prob", "0", "--student.attention_probs_dropout_prob", "0"]
@@ -240,15 +253,37 @@ def test_two_processes_distil_as_one_with_the_double_batch(given, made, tmp_path
         sizes = [f"--budget.{phase}_phase.per_device_train_batch_size" for phase in ("general", "task")]
         return distill_command(given, made, folder, *more, sizes[0], size, sizes[1], size)
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "effbert"]
-    subprocess.run([*torchrun, *command(tmp_path / "two", "4")], check=True)
+    subprocess.run([*TORCHRUN, *command(tmp_path / "two", "4")], check=True)
     assert main(command(tmp_path / "one", "8")) == 0
-    two, one = (
-        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "model").state_dict()
-        for name in ("two", "one")
-    )
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
+    agree(tmp_path / "two" / "model", tmp_path / "one" / "model")
+
+
+def test_two_processes_of_accelerate_fine_tune_as_one_with_the_double_batch(given, tmp_path):
+    def command(folder, size):
+        size = ("--finetuning.per_device_train_batch_size", size, "--finetuning.num_train_epochs", "1")
+        return [str(bert) if word == str(given / "bert") else word for word in teacher_command(given, folder, *size)]
+
+    bert = tmp_path / "bert"  # without dropout, which each process draws for itself
+    shutil.copytree(given / "bert", bert)
+    config = json.loads((bert / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (bert / "config.json").write_text(json.dumps(config))
+
+    settings = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", *settings]
+    subprocess.run([*launch, "-m", "effbert", *command(tmp_path / "two", "4")], check=True)
+    assert main(command(tmp_path / "one", "8")) == 0
+    agree(tmp_path / "two" / "model", tmp_path / "one" / "model")
+
+
+def test_two_processes_distil_a_supernet_on_text_as_one_with_the_double_batch(given, tmp_path):
+    def command(folder, size):
+        fixed = ("--student.hidden_dropout_prob", "0", "--student.attention_probs_dropout_prob", "0")
+        return pretrain_command(given, folder, "--training.per_device_train_batch_size", size, *fixed)
+
+    subprocess.run([*TORCHRUN, *command(tmp_path / "two", "4")], check=True)
+    assert main(command(tmp_path / "one", "8")) == 0
+    agree(tmp_path / "two" / "model", tmp_path / "one" / "model")
 
 
 @pytest.mark.parametrize("command", ["search", "teacher", "pretrain", "distill", "paper"])
