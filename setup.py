@@ -56,6 +56,7 @@ setup(
             "ruff>=0.8",
             "build>=1",
             "accelerate>=1",
+            "optuna-dashboard>=0.20",
         ],
     },
     entry_points={"console_scripts": ["effbert = effbert.__main__:main"]},

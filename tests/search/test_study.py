@@ -9,7 +9,9 @@ import signal
 import sqlite3
 from pathlib import Path
 from types import SimpleNamespace
+from wsgiref.util import setup_testing_defaults
 
+import optuna_dashboard
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -433,3 +435,29 @@ def test_a_final_row_of_another_winner_is_not_taken_for_this_one(tmp_path):
     assert is_finished(file, row)
     assert not is_finished(file, Row("winner", Architecture.uniform("2_1", 2)))
     assert not is_finished(file, Row("plain BERT", row.architecture, 90))
+
+
+def test_optuna_dashboard_opens_it(tmp_path):
+    study = Study(tmp_path)
+    stage = study.stage("stage1")
+    for number in range(2):
+        stage.begin(number, f"text {number}", f"key {number}")
+        stage.report(number, 0, 0.25)
+        stage.complete(number, 0.5 + number / 4, scores={"accuracy": 0.5})
+    study.close()
+    dashboard = optuna_dashboard.wsgi(f"sqlite:///{tmp_path / 'study.db'}")
+
+    def get(path: str) -> dict:
+        asked = {"PATH_INFO": path, "QUERY_STRING": "after=0", "REQUEST_METHOD": "GET"}
+        setup_testing_defaults(asked)
+        said: list[str] = []
+        body = b"".join(dashboard(asked, lambda status, *rest: said.append(status)))
+        assert said == ["200 OK"]
+        return json.loads(body)
+
+    (summary,) = get("/api/studies")["study_summaries"]
+    assert summary["study_name"] == "stage1" and summary["directions"] == ["maximize"]
+    trials = get(f"/api/studies/{summary['study_id']}")["trials"]
+    assert [(trial["state"], trial["values"]) for trial in trials] == [("Complete", [0.5]), ("Complete", [0.75])]
+    attrs = {entry["key"]: entry["value"] for entry in trials[1]["user_attrs"]}
+    assert attrs["architecture"] == "text 1" and trials[1]["intermediate_values"][0]["value"] == 0.25
