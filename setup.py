@@ -57,6 +57,7 @@ setup(
             "build>=1",
             "accelerate>=1",
             "optuna-dashboard>=0.20",
+            "psutil>=5",
         ],
     },
     entry_points={"console_scripts": ["effbert = effbert.__main__:main"]},

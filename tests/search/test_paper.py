@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import contextmanager
 
+import psutil
 import pytest
 
 from effbert.__main__ import main
@@ -88,6 +89,24 @@ def test_a_killed_plan_goes_on_to_its_table(killed, capsys):
         assert "holds a run with another configuration" in capsys.readouterr().err
     assert main(smoke(folder, "--per_task", "builtin-next.seeds=2")) == 0
     assert (folder / "results.json").read_bytes() == before
+
+
+def test_two_processes_share_a_plan_that_dies_and_goes_on(tmp_path):
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "effbert"]
+    command = [*run, *smoke(tmp_path / "run", "--tasks", "--rivals", "published")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "winner.json").exists() and process.poll() is None:
+        time.sleep(0.05)
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.kill()
+    process.wait()
+    assert not (tmp_path / "run" / "results.json").exists()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 5 steps are done; now text-slices" in done.stdout
+    (task,) = json.loads((tmp_path / "run" / "results.json").read_text())["tasks"]
+    assert list(task["models"]) == ["winner", "published"] and all(model["score"] for model in task["models"].values())
+    assert (tmp_path / "run" / "export" / "builtintopic" / "modeling_effbert.py").exists()
 
 
 def test_what_a_step_is_given(killed):
