@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import os
-import signal
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -149,30 +146,6 @@ class Parity:
     def _heads(self, role, task):
         start = f"heads/{role}|{task}|"
         return {name.removeprefix(start): tensor for name, tensor in self.outputs.items() if name.startswith(start)}
-
-
-KILLER = """
-import os, signal, sys
-from effbert.__main__ import main
-replace = os.replace
-def killed(source, target):
-    if os.path.basename(target) == sys.argv[1]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-os.replace = killed
-main(sys.argv[2:])
-"""
-
-
-@pytest.fixture(scope="session")
-def killed_before():
-    """Runs a command in a process that is killed at the moment before a file or folder of a name is there."""
-
-    def run(name: str, arguments: list[str]) -> None:
-        done = subprocess.run([sys.executable, "-c", KILLER, name, *arguments], stdout=subprocess.DEVNULL)
-        assert done.returncode == -signal.SIGKILL
-
-    return run
 
 
 @pytest.fixture(scope="session")

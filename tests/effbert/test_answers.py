@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 import effbert.answers
+from commands import killed_before
 from effbert.__main__ import main
 from effbert.answers import (
     OwnRows,
@@ -353,7 +354,7 @@ def test_squads_answers_odds_and_best(tmp_path, tokenizer, monkeypatch):
         predict("squad", **files)
 
 
-def test_a_killed_squad_prediction_asks_the_model_for_nothing_again(tmp_path, tokenizer, monkeypatch, killed_before):
+def test_a_killed_squad_prediction_asks_the_model_for_nothing_again(tmp_path, tokenizer, monkeypatch):
     write_squad(tmp_path / "data", "2.0")
     folder = save_bert(tmp_path / "model", "squad2.0", tokenizer)
     output = tmp_path / "out" / "answers.json"
@@ -389,7 +390,7 @@ def test_texts_are_as_long_as_a_student_learnt_with(family, says, task, read, to
         config = EffBertConfig(
             vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, embedding_size=8, num_attention_heads=2,
             architecture=TINY, max_position_embeddings=512, pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+      )  # fmt: skip
         spec = spec_of(task)
         new_student(config, spec.kind, spec.labels).save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")

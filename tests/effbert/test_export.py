@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
+from commands import killed_before
 from effbert import export, onnx_export, standalone
 from effbert.__main__ import main
 from effbert.data.tokenizer import train_wordpiece
@@ -165,7 +166,7 @@ def test_with_effbert_its_own_classes_load_the_same_weights(classifier, tmp_path
     assert sorted(os.listdir(tmp_path)) == ["out", "twice"]
 
 
-def test_a_killed_export_leaves_no_folder_and_the_same_command_makes_it(classifier, tmp_path, killed_before):
+def test_a_killed_export_leaves_no_folder_and_the_same_command_makes_it(classifier, tmp_path):
     arguments = ["export", str(classifier), "--output_dir", str(tmp_path / "out")]
     killed_before("out", arguments)
     assert len(os.listdir(tmp_path)) == 1 and not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 
+from commands import killed_before
 from effbert.__main__ import main
 from effbert.architecture import Architecture
 from effbert.released import MULTI_TASK, import_checkpoint
@@ -47,7 +48,7 @@ def test_an_imported_student_gives_the_recorded_outputs(parity, tmp_path, name, 
     assert list(model.config.id2label.values()) == ["contradiction", "entailment", "neutral"]
 
 
-def test_a_killed_import_leaves_no_folder_and_the_same_command_makes_it(parity, tmp_path, killed_before):
+def test_a_killed_import_leaves_no_folder_and_the_same_command_makes_it(parity, tmp_path):
     path, folder = saved(tmp_path, student(parity)), tmp_path / "made" / "out"
     text = str(parity.architectures["released_head"])
     arguments = ["import", str(path), "--architecture", text, "--output_dir", str(folder), "--task", "mnli"]
@@ -98,7 +99,7 @@ def test_a_table_without_neighbours_is_the_768_wide_kind(tmp_path):
     config = EffBertConfig(
         architecture=str(Architecture.uniform("4_1", 1)), vocab_size=20, embedding_size=None, hidden_size=12,
         intermediate_size=48, max_position_embeddings=9, num_attention_heads=2, combine="pad_released",
-    )  # fmt: skip
+  )  # fmt: skip
     whole = EffBertModel(config, add_pooling_layer=False)
     theirs = {}
     for name, tensor in whole.state_dict().items():
@@ -108,7 +109,7 @@ def test_a_table_without_neighbours_is_the_768_wide_kind(tmp_path):
     model = import_checkpoint(saved(tmp_path, theirs), architecture, num_attention_heads=2)
     assert (model.config.combine, model.config.embedding_size, model.config.intermediate_size) == (
         "pad_released", None, 48,
-    )  # fmt: skip
+  )  # fmt: skip
     torch.testing.assert_close(model.layers[0].mlps[0].dense1.weight, whole.layers[0].mlps[0].dense1.weight[:24])
 
 

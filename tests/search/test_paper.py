@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
+from commands import Command, finished
 from effbert.__main__ import main
 from effbert.config import GLUE_TASKS, PRESETS
 from effbert.search import paper, report
@@ -44,16 +45,14 @@ def test_the_published_plan_has_all_tasks_and_each_its_own_settings(tmp_path):
 def killed(tmp_path_factory):
     """A plan that was killed in its search and again later, and what it said when it went on."""
     folder = tmp_path_factory.mktemp("plan") / "run"
-    command = [sys.executable, "-m", "effbert", *smoke(folder, "--per_task", "builtin-next.seeds=2")]
+    command = smoke(folder, "--per_task", "builtin-next.seeds=2")
     for made in ("search/supernet", "text-slices/results.json"):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        process = Command(command)
         while not (folder / made).exists() and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    return folder, finished(command)
 
 
 def test_a_killed_plan_goes_on_to_its_table(killed, capsys):

@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,32 +15,21 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import effbert  # noqa: F401  (registers the model type)
+from commands import Command, finished
 from effbert.data.tasks import load_task
 from effbert.search.study import Study
 
-COMMAND = [sys.executable, "-m", "effbert", "search", "--preset", "smoke", "--output_dir"]
+COMMAND = ["search", "--preset", "smoke", "--output_dir"]
 KILLS = 2
 WORKERS = 3
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
-    root = Path(__file__).resolve().parents[2]
-    return subprocess.Popen(
-        [*COMMAND, str(folder), *more],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=root,
-        env=environment,
-    )
+def start(folder: Path, *more: str) -> Command:
+    return Command([*COMMAND, str(folder), *more])
 
 
 def finish(folder: Path, *more: str) -> str:
-    process = start(folder, *more)
-    output = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, output
-    return output
+    return finished([*COMMAND, str(folder), *more])
 
 
 def outcome(folder: Path) -> dict:

@@ -17,6 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from commands import Command, finished, killed_before
 from effbert.__main__ import main
 from effbert.answers import OwnRows, Reading, evaluate_saved, open_model
 from effbert.config import DistillConfig, PretrainConfig, StudentArguments
@@ -49,7 +50,7 @@ def given(tmp_path_factory):
     config = transformers.BertConfig(
         vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, hidden_size=32, num_hidden_layers=4,
         num_attention_heads=4, intermediate_size=64, max_position_embeddings=40,
-    )  # fmt: skip
+  )  # fmt: skip
     transformers.BertModel(config).save_pretrained(folder / "bert")
     tokenizer.save_pretrained(folder / "bert")
     (folder / "text.txt").write_text("\n".join(sentence(chance, 30) + "." for _ in range(40)))
@@ -309,7 +310,7 @@ def test_a_student_of_another_vocabulary_is_refused(given, made, tmp_path, capsy
     config = transformers.BertConfig(
         vocab_size=size or len(known), pad_token_id=tokenizer.pad_token_id, hidden_size=32, num_hidden_layers=4,
         num_attention_heads=4, intermediate_size=64, max_position_embeddings=40, id2label={0: "good", 1: "bad"},
-    )  # fmt: skip
+  )  # fmt: skip
     if size:
         tokenizer = train_wordpiece(words, size, max_length=40)
     transformers.BertForSequenceClassification(config).save_pretrained(other)
@@ -324,7 +325,7 @@ def test_a_student_of_another_vocabulary_is_refused(given, made, tmp_path, capsy
 
 def interrupted(command, seconds):
     """Run a command, kill it after a while; whether it had ended by itself."""
-    process = subprocess.Popen([sys.executable, "-m", "effbert", *command], stdout=subprocess.DEVNULL)
+    process = Command(command)
     try:
         return process.wait(seconds) == 0
     except subprocess.TimeoutExpired:
@@ -336,9 +337,7 @@ def interrupted(command, seconds):
 def test_killed_again_and_again_it_ends_with_the_same_weights(given, made, tmp_path):
     more = ("--model", f"{MLP}, {MLP}", "--start_from", str(made / "net" / "model"), "--seeds", "2")
     begun = time.monotonic()
-    subprocess.run(
-        [sys.executable, "-m", "effbert", *distill_command(given, made, tmp_path / "whole", *more)], check=True
-    )
+    finished(distill_command(given, made, tmp_path / "whole", *more))
     whole = time.monotonic() - begun
     for part in (0.7, 0.9):
         interrupted(distill_command(given, made, tmp_path / "cut", *more), part * whole)
@@ -352,9 +351,7 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(given, made, tmp_p
 
 
 @pytest.mark.parametrize(("command", "name"), [(teacher_command, "teacher"), (pretrain_command, "net")])
-def test_a_teacher_or_supernet_killed_before_it_is_kept_is_the_same_in_the_end(
-    given, made, tmp_path, killed_before, command, name
-):
+def test_a_teacher_or_supernet_killed_before_it_is_kept_is_the_same_in_the_end(given, made, tmp_path, command, name):
     more = ("--finetuning.num_train_epochs", "1") if name == "teacher" else ()
     arguments = command(given, tmp_path / "run", *more)
     killed_before("model", arguments)
@@ -488,7 +485,7 @@ def test_what_does_not_go_together_is_one_line_and_leaves_nothing(given, made, t
     config = transformers.BertConfig(
         vocab_size=len(tokenizer) + 3, pad_token_id=tokenizer.pad_token_id, hidden_size=32, num_hidden_layers=4,
         num_attention_heads=4, intermediate_size=64, max_position_embeddings=40,
-    )  # fmt: skip
+  )  # fmt: skip
     transformers.BertForSequenceClassification(config).save_pretrained(other)
     tokenizer.save_pretrained(other)
     net, run, text = str(made / "net" / "model"), tmp_path / "run", f"{MLP}, {MLP}"
