@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from effbert.config import PRESETS, SearchConfig, as_dict, published
 from effbert.data.encode import EncodedTask
 from effbert.files import write_atomic
 from effbert.flags import parse, preset, quiet_libraries, take_flag
+from effbert.graphs import launches
 from effbert.kernels import dispatch, use_backend
 from effbert.search.agreement import kendall
 from effbert.search.population import trained_candidates
@@ -180,7 +182,8 @@ def run_mode(config: SearchConfig, name: str) -> None:
         reporter.say(f"{name}: {mode.what}, {len(candidates)} candidates")
         line = reporter.stage(name, len(candidates), 0)
         begun = time.perf_counter()
-        run_cohort(stage, list(enumerate(candidates)), space, changed.stage1, evaluator, line, workers)
+        with nullcontext() if mode.graphs else launches():
+            run_cohort(stage, list(enumerate(candidates)), space, changed.stage1, evaluator, line, workers)
         seconds = time.perf_counter() - begun
     result = {
         "mode": name,
@@ -198,9 +201,7 @@ def run_mode(config: SearchConfig, name: str) -> None:
 def configured(config: SearchConfig, mode: Mode) -> SearchConfig:
     """The settings under which stage 1 does what `mode` says."""
     phases = {
-        name: dataclasses.replace(
-            getattr(config.stage1, name), bf16=mode.bf16 and on_gpu(config), cuda_graphs=mode.graphs
-        )
+        name: dataclasses.replace(getattr(config.stage1, name), bf16=mode.bf16 and on_gpu(config))
         for name in ("general_phase", "task_phase")
     }
     rungs = config.stage1.rungs if mode.halving else (1.0,)

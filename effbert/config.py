@@ -207,8 +207,8 @@ class TextConfig(RunConfig):
     """A run that distils students on plain text.
 
     Attributes:
-        corpus: Plain text for general distillation, one or several of: "builtin", a text file or folder, a parquet
-            file or folder, NAME, NAME:CONFIG or NAME:CONFIG@REVISION of a data set on the hub, which is streamed.
+        corpus: Plain text for general distillation, one or several of: "builtin", a text file or folder, a parquet,
+            JSON or CSV file or folder, NAME, NAME:CONFIG or NAME:CONFIG@REVISION of a data set on the hub (streamed).
         corpus_samples: "packed" uses every token; "released" cuts one sample out of each document, as published: other
             ones each epoch, of which there are at most five sets.
         corpus_tokens: Use at most so many tokens of it; 0 for all.

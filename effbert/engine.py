@@ -175,7 +175,7 @@ class _Together:
         stand = [(*learner.where, learner.step) for learner in self.learners]
         world.check_same(stand, f"{trainees[0].phase.fingerprint}: the processes see different checkpoints")
         self.width = len(self.learners)
-        self.recorded = arguments.cuda_graphs and world.size == 1 and all(trainee.alike for trainee in trainees)
+        self.recorded = graphs.wanted() and world.size == 1 and all(trainee.alike for trainee in trainees)
         self.recorder: _Recorder | None = None
         self.save_every = max(trainee.phase.save_seconds for trainee in trainees)
         self.started = self.saved = time.monotonic()

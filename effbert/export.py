@@ -82,6 +82,8 @@ class ExportConfig:
             raise ValueError("--data_dir is the folder of a known task: name it with --task")
         if bool(self.text_columns) != (self.validation_file is not None):
             raise ValueError("--validation_file and --text_columns go together: own rows, and where their text is")
+        if self.max_length < 0:
+            raise ValueError(f"--max_length {self.max_length}: it must be at least 0")
         target = Path(self.output_dir)
         if target.exists() or target.is_symlink():
             raise ValueError(f"{target} exists already: give --output_dir a folder that does not")

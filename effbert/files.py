@@ -92,7 +92,8 @@ def temporary_name(path: Path) -> Path:
     for leftover in path.parent.glob(f"{mine}*-{glob.escape(path.name)}"):
         process = leftover.name.removeprefix(mine).partition("-")[0]
         if process.isdigit() and not _lives(int(process)):
-            _remove(leftover)
+            with suppress(OSError):  # somebody else's: not ours to remove
+                _remove(leftover)
     return path.with_name(f"{mine}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
 
 
@@ -101,7 +102,7 @@ def _machine() -> str:
     """What tells apart the machines, or containers, whose process numbers are their own."""
     parts = [socket.gethostname()]
     with suppress(OSError):
-        parts.append(os.readlink("/proc/self/ns/pid"))
+        parts += [os.readlink("/proc/self/ns/pid"), Path("/etc/machine-id").read_text()]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=4).hexdigest()
 
 

@@ -4,17 +4,22 @@ At the sizes of a small BERT a kernel lasts as long as Python takes to launch it
 waits for Python. Recorded are functions of tensors that stay where they are (weights, gradients, moments, the fixed
 copy of a batch); numbers that change from step to step (the dropout key, the learning rate) are such tensors too. A
 function runs as written the first time its shape is seen, which compiles its kernels, and is recorded the second time.
+
+EFFBERT_CUDA_GRAPHS=0 launches steps one by one. It is no setting of a run: the same command goes on with either.
 """
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 
 from effbert.data.batches import Batch
+from effbert.errors import first_line
 
+ENVIRONMENT = "EFFBERT_CUDA_GRAPHS"
 STREAMS = 4  # on which models that train together take turns: what one leaves idle of the GPU, another uses
 
 Record = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
@@ -41,18 +46,39 @@ class Lane:
 
     def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """Record `function` on this lane, the current one, and do its work once; its result, whose tensors every replay
-        fills anew, and the replay. RuntimeError where it waits for the device; torch.OutOfMemoryError as it is."""
+        fills anew, and the replay. ValueError where it cannot be recorded; torch.OutOfMemoryError as it is."""
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
         try:
             result = function()
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(RuntimeError):  # the capture is broken; what broke it is what counts
                 graph.capture_end()
-            raise
+            if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
+                raise
+            raise ValueError(f"a step cannot be recorded ({first_line(error)}): set {ENVIRONMENT}=0") from error
         graph.capture_end()
         graph.replay()
         return result, graph.replay
+
+
+_launched = False
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[None]:
+    """Inside it nothing is recorded."""
+    global _launched
+    before, _launched = _launched, True
+    try:
+        yield
+    finally:
+        _launched = before
+
+
+def wanted() -> bool:
+    """Whether steps are to be recorded, where they can be."""
+    return not _launched and os.environ.get(ENVIRONMENT) != "0"
 
 
 def lanes(device: torch.device, count: int) -> list[Lane]:

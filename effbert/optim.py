@@ -19,8 +19,7 @@ class TrainingArguments:
     """One training phase; names as in transformers.
 
     num_train_epochs: passes over the phase's data. warmup_ratio: share of all steps with a rising learning rate.
-    bf16: autocast (weights stay fp32). cuda_graphs: on a GPU, models whose steps are all alike record them
-    (effbert.graphs). A step is gradient_accumulation_steps batches, and where several processes train
+    bf16: autocast (weights stay fp32). A step is gradient_accumulation_steps batches, and where several processes train
     one model a batch has per_device_train_batch_size rows for each.
     """
 
@@ -33,7 +32,6 @@ class TrainingArguments:
     warmup_ratio: float = 0.1
     lr_scheduler_type: Literal["linear", "cosine"] = "linear"
     bf16: bool = False
-    cuda_graphs: bool = True
 
     def __post_init__(self):
         at_least = {"num_train_epochs": 0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}

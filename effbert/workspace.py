@@ -507,7 +507,7 @@ def score(workspace: Workspace, logits_of, task: EncodedTask) -> dict[str, float
 
 def show(scores: dict[str, float]) -> str:
     """Scores as text."""
-    return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    return ", ".join(f"{name} {value if isinstance(value, int) else f'{value:.4f}'}" for name, value in scores.items())
 
 
 def must_finish(result: TrainingResult, what: str, flag: str) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import kendalltau
 
 from effbert import random
 from effbert.evaluate import unpack_hits
@@ -36,6 +35,8 @@ def kendall(first: Sequence[float], second: Sequence[float], seed: int = 0) -> I
         raise ValueError(
             f"rank agreement needs two scores of at least 2 candidates, not {len(first)} and {len(second)}"
         )
+    from scipy.stats import kendalltau
+
     a, b = np.asarray(first, float), np.asarray(second, float)
     rng = random.generator(seed, "kendall", len(a))
     drawn = []

@@ -1,20 +1,21 @@
 """The whole way, from an encoder to a table: a search, and its winner and rivals distilled on every task.
 
-The plan is a list of steps, each a run with a folder of its own; <output_dir>/plan.json tells what is done and what is
-left. A step whose results are there is done, so the same command goes on with the first that has none.
+The plan is a list of steps: runs with folders of their own, and what is made of their models at last. plan.json in
+<output_dir> tells what is done and what is left. A step whose result is there is done, so the same command goes on with
+the first that has none.
 """
 
 import dataclasses
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from rich.table import Table
 
-from effbert.answers import Reading, evaluate_saved, predict_glue, predict_squad
+from effbert.answers import Reading, Unfinished, evaluate_saved, predict_glue, predict_squad
 from effbert.architecture import Architecture, Dimensions, attention_head_size, count_parameters
 from effbert.config import (
     GLUE_TASKS,
@@ -27,20 +28,20 @@ from effbert.config import (
     published,
 )
 from effbert.data import glue, squad
-from effbert.data.tasks import task_key
+from effbert.data.tasks import load_validation, task_key
 from effbert.export import ExportConfig, export
 from effbert.files import atomic_dir, write_atomic
 from effbert.models import architecture_of, model_fields, sized_down
 from effbert.optim import TrainingArguments
 from effbert.parallel import ALONE, World
 from effbert.search.progress import Reporter
-from effbert.search.record import PLAN, WINNER
+from effbert.search.record import PLAN, WINNER, left_out, state_of
 from effbert.search.report import markdown, plan_rows, rich_table
 from effbert.search.report_html import write_report
-from effbert.search.run import claimed, run_search
+from effbert.search.run import Turn, claimed, run_search, surroundings
 from effbert.search.runs import MODEL, RESULTS, model_names, run_distillation, run_pretraining, run_teacher
-from effbert.teacher import longest_text, read_config
-from effbert.workspace import data_dir_of, load_tasks
+from effbert.teacher import content_hash, longest_text, read_config
+from effbert.workspace import data_dir_of, load_tasks, show
 
 TABLE = "table.md"
 PER_TASK = {  # what a task may have of its own: its type, and the least that it can be
@@ -90,6 +91,9 @@ class PaperConfig(SearchConfig):
         for what, names in (("final_tasks", known), ("rivals", ["winner", *self.rivals])):
             if len(set(names)) < len(names):
                 raise ValueError(f"{what} is {getattr(self, what)}: name each once, and the winner not at all")
+        scored = [name for name in known if name in glue.TASKS or name in squad.VERSIONS]
+        if self.predictions and not scored:
+            raise ValueError("predictions are for tasks of GLUE and SQuAD, and the plan has none")
         for name in self.rivals:
             layers = self.student.num_hidden_layers
             if name not in SIZED_LATER and len(architecture_of(name).layers) != layers:
@@ -124,8 +128,8 @@ def split_setting(text: str) -> tuple[str, str, int | float]:
 
 @dataclass(frozen=True)
 class Step:
-    """One run of the plan. result: the file that is there once it is done. start: does it, and returns nothing that is
-    not on disk."""
+    """One step of the plan. result: the file or folder that is there once it is done, or beside it a note that there
+    will be none. start: does it, and returns nothing that is not on disk."""
 
     name: str
     result: Path
@@ -133,8 +137,8 @@ class Step:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended."""
-        return self.result.exists()
+        """Whether nothing is left of it."""
+        return state_of(self.result) != "left"
 
 
 def run_paper(config: PaperConfig, reporter: Reporter | None = None, world: World = ALONE) -> dict:
@@ -149,21 +153,19 @@ def run_paper(config: PaperConfig, reporter: Reporter | None = None, world: Worl
                 claim.abandon()
             raise
         for step in steps:
-            if not step.done:
+            if not world.on_first(lambda step=step: step.done):  # a slower process would find what is just done
                 reporter.say(f"{sum(step.done for step in steps)} of {len(steps)} steps are done; now {step.name}")
                 step.start()
                 world.on_first(write_plan, folder, steps)
                 world.wait()
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         if world.is_first:
-            results = {"winner": winner_of(folder), "tasks": table_of(config)}
-            write_atomic(folder / RESULTS, json.dumps(results, indent=1))
-            rows = plan_rows(results["tasks"])
-            write_atomic(folder / TABLE, markdown(rows))
-            reporter.console.print(rich_table("scores on the official validation rows", rows))
+            title = "scores on the official validation rows"
+            reporter.console.print(rich_table(title, plan_rows(results["tasks"])))
             page = write_report(folder, storage=config.storage)
             reporter.say(f"the table is in {folder / TABLE}, a report in {page}")
         world.wait()
-        return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        return results
 
 
 class Quiet(Reporter):
@@ -178,9 +180,6 @@ class Quiet(Reporter):
 
     def __exit__(self, *_) -> None:
         pass
-
-
-Turn = Callable[[str], AbstractContextManager]
 
 
 def plan(config: PaperConfig, world: World, reporter: Callable[[], Reporter], turn: Turn = nullcontext) -> list[Step]:
@@ -201,12 +200,13 @@ def plan(config: PaperConfig, world: World, reporter: Callable[[], Reporter], tu
     def distill(task: str) -> None:
         run_distillation(distillation(config, task), reporter(), world)
 
-    def alone(make: Callable[[PaperConfig, Path], None], path: Path) -> None:
-        with turn(path.name):
-            if not path.exists():
-                make(config, path)
-            if not path.exists():
-                reporter().say(f"{path.name} is left out: the winner diverged")
+    def alone(make: Make, path: Path) -> None:
+        with turn(path.name), reporter() as outer:
+            if state_of(path) == "left":
+                make(config, path, outer.say)
+            if state_of(path) == "left":
+                outer.say(f"{path.name} is left out: the winner diverged")
+                write_atomic(left_out(path), "the winner diverged\n")
 
     steps = [Step("search", folder / WINNER, search)]
     for name in groups(config):
@@ -223,61 +223,84 @@ def plan(config: PaperConfig, world: World, reporter: Callable[[], Reporter], tu
     return steps
 
 
-def last_files(config: PaperConfig) -> dict[str, Callable[[PaperConfig, Path], None]]:
-    """What is made of the students once all are there, and what makes it."""
-    keys = [task_key(task) for task in config.tasks_at_last]
-    files = {"export": deploy}
-    if any(not is_own(config, task) for task in config.tasks_at_last):
+Make = Callable[[PaperConfig, Path, Callable[[str], None]], None]
+
+
+def last_files(config: PaperConfig) -> dict[str, Make]:
+    """What is made of the students once all are there, and what makes it; the last argument tells how far it is."""
+    files: dict[str, Make] = {RESULTS: tabulate, "export": deploy}
+    known = known_tasks(config)
+    if known:
         files["evaluate.json"] = evaluate
     if config.predictions and zip_tasks(config):
         files["glue.zip"] = predict
-    for task in (key for key in keys if config.predictions and key in squad.VERSIONS):
+    for task in (task_key(task) for task in known if config.predictions and task_key(task) in squad.VERSIONS):
         files[f"{task}.json"] = partial(answer, task)
     return files
 
 
-def deploy(config: PaperConfig, folder: Path) -> None:
+def tabulate(config: PaperConfig, file: Path, say: Callable[[str], None]) -> None:
+    """The plan's results, and their table."""
+    tasks = table_of(config)
+    write_atomic(file.with_name(TABLE), markdown(plan_rows(tasks)))
+    results = {"winner": winner_of(file.parent), "tasks": tasks, **surroundings()}
+    write_atomic(file, json.dumps(results, indent=1))
+
+
+def deploy(config: PaperConfig, folder: Path, say: Callable[[str], None]) -> None:
     """The winner's student of each task as a folder that needs no effbert."""
-    with atomic_dir(folder) as temporary:
-        for task in config.tasks_at_last:
-            winner = students(config, task).get("winner")
-            if winner is not None:
-                export(winner, ExportConfig(output_dir=str(temporary / task_key(task))))
+    found = {task_key(task): students(config, task).get("winner") for task in config.tasks_at_last}
+    if any(found.values()):
+        with atomic_dir(folder) as temporary:
+            for name, winner in found.items():
+                if winner is None:
+                    say(f"{folder.name} has no {name}: the winner diverged there")
+                else:
+                    export(winner, ExportConfig(output_dir=str(temporary / name)))
 
 
-def evaluate(config: PaperConfig, file: Path) -> None:
-    """Official metrics of teacher and students on the whole validation splits of every known task, both of MNLI's."""
-    found = {}
-    for task in config.tasks_at_last:
-        if is_own(config, task):
-            continue
-        main = task_key(task) == task_key(config.task)
-        length = config.of_task(task).get("max_length", config.max_length)
-        labels = config.teacher_labels if main else ()
-        readings = {"teacher": Reading(max_length=length, labels=labels, device=config.device)}
-        found[task] = {
-            name: evaluate_saved(
-                place, task, data_dir_of(config, task), readings.get(name, Reading(device=config.device))
-            )
-            for name, place in {"teacher": teacher_of(config, task), **students(config, task)}.items()
-        }
+def evaluate(config: PaperConfig, file: Path, say: Callable[[str], None]) -> None:
+    """Official metrics of teacher and students on the whole validation splits of every known task, both of MNLI's. What
+    is done of it is kept."""
+    found, done = {}, Unfinished(file)
+    for task in known_tasks(config):
+        found[task] = {}
+        for name, place in {"teacher": teacher_of(config, task), **students(config, task)}.items():
+            reading = reading_of(config, task) if name == "teacher" else Reading(device=config.device)
+
+            def scores(place=place, task=task, reading=reading) -> str:
+                return json.dumps(evaluate_saved(place, task, data_dir_of(config, task), reading))
+
+            text, _ = done.text(f"{task_key(task)}-{name}.json", f"{content_hash(place)} {reading}", scores)
+            found[task][name] = json.loads(text)
+            for split, metrics in found[task][name].items():
+                say(f"{task} {split}, {name}: {show(metrics)}")
     write_atomic(file, json.dumps(found, indent=1))
+    done.remove()
 
 
-def predict(config: PaperConfig, file: Path) -> None:
+def reading_of(config: PaperConfig, task: str) -> Reading:
+    """How a task's teacher reads, which learnt with the plan's length."""
+    labels = config.teacher_labels if task_key(task) == task_key(config.task) else ()
+    return Reading(config.of_task(task).get("max_length", config.max_length), labels=labels, device=config.device)
+
+
+def predict(config: PaperConfig, file: Path, say: Callable[[str], None]) -> None:
     """The winner's predictions for every GLUE task of the plan, each student's on texts as long as it learnt with;
     MNLI's answers the diagnostic set too."""
     found = {task: students(config, "mnli" if task == "ax" else task).get("winner") for task in zip_tasks(config)}
     models = {task: place for task, place in found.items() if place is not None}
+    for task in found.keys() - models.keys():
+        say(f"{file.name} lacks {task}: the winner diverged there")
     if models:
-        predict_glue(models, file, config.data_dir or None, Reading(device=config.device))
+        predict_glue(models, file, config.data_dir or None, Reading(device=config.device), say)
 
 
-def answer(task: str, config: PaperConfig, file: Path) -> None:
+def answer(task: str, config: PaperConfig, file: Path, say: Callable[[str], None]) -> None:
     """The winner's answers to the questions of SQuAD's validation split."""
     winner = students(config, task).get("winner")
     if winner is not None:
-        predict_squad(winner, task, file, config.data_dir or None, Reading(device=config.device))
+        predict_squad(winner, task, file, config.data_dir or None, Reading(device=config.device), say=say)
 
 
 def students(config: PaperConfig, task: str) -> dict[str, str]:
@@ -287,15 +310,15 @@ def students(config: PaperConfig, task: str) -> dict[str, str]:
     return {name: str(folder / place) for name, place in places if (folder / place).exists()}
 
 
-def is_own(config: PaperConfig, task: str) -> bool:
-    """Whether a task's rows are your own files."""
-    return bool(config.train_file) and task_key(task) == task_key(config.task)
+def known_tasks(config: PaperConfig) -> list[str]:
+    """The tasks at last whose rows are not your own files."""
+    own = (task_key(config.task),) if config.train_file else ()
+    return [task for task in config.tasks_at_last if task_key(task) not in own]
 
 
 def zip_tasks(config: PaperConfig) -> list[str]:
     """The GLUE tasks of the plan, and the diagnostic set where MNLI is among them."""
-    known = [task for task in config.tasks_at_last if not is_own(config, task)]
-    tasks = [task_key(task) for task in known if task_key(task) in glue.TASKS]
+    tasks = [task_key(task) for task in known_tasks(config) if task_key(task) in glue.TASKS]
     return [*tasks, "ax"] if "mnli" in tasks else tasks
 
 
@@ -312,6 +335,8 @@ def begin(config: PaperConfig, steps: list[Step]) -> None:
     for task in zip_tasks(config) if "glue.zip" in left else ():
         for split in glue.source_of(task).results:
             glue.load_split(task, split, config.data_dir or None)
+    for task in known_tasks(config) if "evaluate.json" in left else ():
+        load_validation(task, data_dir_of(config, task))
     for task in config.tasks_at_last:
         length = config.of_task(task).get("max_length", 0)
         if length > longest:
@@ -343,7 +368,7 @@ def show_plan(config: PaperConfig) -> Table:
     view.add_column("step")
     view.add_column("state")
     for line in lines:
-        view.add_row(line["step"], "done" if (folder / line["result"]).exists() else "left")
+        view.add_row(line["step"], state_of(folder / line["result"]))
     return view
 
 

@@ -33,13 +33,13 @@ _RUNGS = "SELECT trial_id, intermediate_value FROM trial_intermediate_values ORD
 class Plan:
     """The plan that a search is part of.
 
-    steps: how many it has, and done: how many of them are done. winner: the architecture that the search found, "" in
-    the search. tasks: of its results.json, as `report.plan_rows` takes them, empty before its end."""
+    steps: how many it has, and left: how many of them are left. winner: the architecture that the search found, "" in
+    the search. results: its results.json, {} before that is there; "tasks" is what `report.plan_rows` takes."""
 
     steps: int
-    done: int
+    left: int
     winner: str
-    tasks: list[dict]
+    results: dict
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def read_record(folder: str | Path, storage: str = "") -> Record:
     there is no run or a file of it is damaged. storage: URL of its database, if not the one that its configuration
     tells."""
     folder = Path(folder)
-    if (folder / PLAN).is_file():
+    if _steps(folder) is not None:
         folder = folder / "search"
     plan = folder.resolve().parent if folder.resolve().name == "search" else None
     read: list[Path] = []
@@ -98,12 +98,32 @@ def read_record(folder: str | Path, storage: str = "") -> Record:
 
 
 def _plan(folder: Path, load: Callable) -> Plan | None:
-    steps = load(folder / PLAN, list)
+    steps = _steps(folder)
     if steps is None:
         return None
-    done = sum((folder / step["result"]).exists() for step in steps)
+    left = sum(state_of(folder / step["result"]) == "left" for step in steps)
     winner, results = (load(folder / name, dict) or {} for name in (WINNER, "results.json"))
-    return Plan(len(steps), done, winner.get("winner", ""), results.get("tasks", []))
+    return Plan(len(steps), left, winner.get("winner", ""), results)
+
+
+def _steps(folder: Path) -> list[dict] | None:
+    """The steps of the plan in a folder; None where what lies there is no plan."""
+    try:
+        steps = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    found = isinstance(steps, list) and all(isinstance(step, dict) and "result" in step for step in steps)
+    return steps if found else None
+
+
+def left_out(result: Path) -> Path:
+    """The note beside a step's result that there will be none, and why."""
+    return result.with_name(f"{result.name}.left-out")
+
+
+def state_of(result: Path) -> str:
+    """Of a step, by its result: "done", "left out" or "left"."""
+    return "done" if result.exists() else "left out" if left_out(result).exists() else "left"
 
 
 def training_files(folder: Path) -> list[Path]:

@@ -69,7 +69,7 @@ def plan_rows(tasks: list[dict]) -> Rows:
     lines = [head, ("teacher", *scores, f"{teacher['parameters']:,}", f"{teacher['flops'] / 1e6:,.0f}")]
     for name in first["models"]:
         found = [task["models"][name] for task in tasks]
-        scores = (score_text(model["score"], model["spread"], model["diverged"]) for model in found)
+        scores = (score_text(model["score"], model["spread"], model.get("diverged", 0)) for model in found)
         costs = found[0]["seeds"][0]
         lines.append((name, *scores, f"{costs['parameters']:,}", f"{costs['flops'] / 1e6:,.0f}"))
     return lines
@@ -78,7 +78,7 @@ def plan_rows(tasks: list[dict]) -> Rows:
 def markdown(rows: Rows) -> str:
     """A table in Markdown."""
     head, *lines = rows
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ("---",) * len(head), *lines])
+    return "".join("| " + " | ".join(line) + " |\n" for line in [head, ("---",) * len(head), *lines])
 
 
 def rich_table(title: str, rows: Rows) -> Table:
@@ -123,7 +123,6 @@ Architecture, a layer a line:
 All rows were distilled from the same teacher with the same budget, after the same warm-up:
 
 {markdown(table_rows(results["table"], results["metric"]))}
-
 Costs are those of the deployed model at length {results["max_length"]}: 2 FLOPs a multiply-add of linears and
 attention, CPU latency as median ± quartile distance of one sequence in fp32 on {results["device"]}.
 

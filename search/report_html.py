@@ -165,9 +165,10 @@ def state(record: Record, stages: dict[str, list[Candidate]]) -> str:
     if record.results is not None:
         return f"Finished {record.results.get('finished', '')}."
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.changed))
-    if record.plan is not None and record.plan.winner:
-        plan = record.plan
-        return f"The search is finished; {plan.done} of {plan.steps} steps of its plan are done. Last change {at}."
+    plan = record.plan
+    if plan is not None and plan.winner:
+        told = f"{plan.left} of {plan.steps} steps of its plan are left" if plan.left else "so is its plan"
+        return f"The search is finished, {told}. Last change {at}."
     if record.final:
         return f"Not finished: {len(record.final)} rows of the final table are done. Last change {at}."
     begun = [name for name, found in stages.items() if found]
@@ -217,7 +218,7 @@ def final_section(record: Record, metric: str) -> str:
         for row in rows
         if row["score"] is not None
     ]
-    repeats = max(row["repeats"] for row in rows)
+    repeats = max(row["repeats"] + row.get("diverged", 0) for row in rows)
     spread = "mean ± standard deviation" if repeats > 1 else "one run each"
     picture = ""
     if marks:
@@ -250,11 +251,9 @@ def final_section(record: Record, metric: str) -> str:
 
 def plan_section(plan: Plan) -> str:
     """Winner and rivals on every task."""
-    if not plan.tasks:
-        return _missing(
-            "The plan distils the winner and its rivals on every task: the table is made after its last step."
-        )
-    head, *lines = report.plan_rows(plan.tasks)
+    if not plan.results:
+        return _missing("The plan distils winner and rivals on every task: the table comes after the last of them.")
+    head, *lines = report.plan_rows(plan.results["tasks"])
     return _table("scores on the official validation rows", head, lines)
 
 
@@ -519,6 +518,8 @@ def cost_section(record: Record) -> str:
     legend = "".join(_key(kind, _WORDS[kind], "■") for kind in _STATES if kind in kinds) if len(kinds) > 1 else ""
     head = ("part", "seconds", "share", "of them on stopped ones", "on failed ones", "tokens")
     note = "Seconds inside training loops; reading and encoding data is not in them."
+    if record.plan is not None:
+        note += " They are the search's; the plan's other steps have theirs in their own folders."
     return (
         tag("p", escape(note))
         + _figures([(bars("cost-parts", "Time by part of the run", said, rows), legend)])
@@ -528,7 +529,7 @@ def cost_section(record: Record) -> str:
 
 def settings_section(record: Record, metric: str) -> str:
     """What the run was begun with, and on what it ran."""
-    results, config = record.results or {}, record.config
+    results, config = record.results or (record.plan and record.plan.results) or {}, record.config
     later = "recorded when the run ends"
     versions = ", ".join(f"{name} {version}" for name, version in (results.get("versions") or {}).items())
     rows = [

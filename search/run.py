@@ -7,7 +7,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from effbert.search.screen import FILTER, check_latency
 from effbert.search.shared import shared_candidates, shared_supernet
 from effbert.search.space import ArchitectureSpace
 from effbert.search.stages import run_cohort, search_stage, warm_supernet
-from effbert.search.study import RunFolder, StageStudy, Study
+from effbert.search.study import GIVEN_PATHS, RunFolder, StageStudy, Study
 from effbert.search.workers import SHARING
 from effbert.workspace import Workspace, open_teachers, open_workspace
 
@@ -52,7 +52,8 @@ def run_search(
     folder or the storage will not do.
     """
     folder = Path(config.output_dir)
-    with reporter or Reporter(shown=world.is_first) as reporter, claimed(config, world, reporter) as claim:
+    reporter = reporter or Reporter(shown=world.is_first)
+    with reporter as reporter, claimed(config, world, reporter, GIVEN_PATHS) as claim:
         with study_of(config, claim) as study:
             turn = turns(world, study)
             with turn("tokenizer, data and teachers"):
@@ -78,13 +79,15 @@ def run_search(
                 return finish(workspace, winner, coarse, study, reporter)
 
 
-def claimed(config: SearchConfig, world: World, reporter: Reporter) -> AbstractContextManager[RunFolder | None]:
+def claimed(
+    config: SearchConfig, world: World, reporter: Reporter, by_content: Sequence[str] = ()
+) -> AbstractContextManager[RunFolder | None]:
     """The run's folder, joined by the first process only. The number of processes is part of what a run is: batches
-    grow with it."""
+    grow with it. by_content: as RunFolder's."""
     if not world.is_first:
         return nullcontext()
     processes = {"processes": world.size} if world.size > 1 else {}
-    return RunFolder(config.output_dir, as_dict(config) | processes, reporter.say)
+    return RunFolder(config.output_dir, as_dict(config) | processes, reporter.say, by_content)
 
 
 def study_of(config: SearchConfig, claim: RunFolder | None) -> AbstractContextManager[Study | None]:
@@ -299,22 +302,30 @@ def conclude(workspace: Workspace, winner: Architecture, study: Study, results: 
         "table": table,
         "results": results,
         "seconds": training_seconds(workspace.folder, study, results),
-        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "processes": workspace.world.size,
-        "versions": {"effbert": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+        **surroundings(),
     }
     write_atomic(workspace.folder / "results.json", json.dumps(summary, indent=1))
     best = workspace.folder / BEST
-    if best.exists():
+    found = any(result["row"] == "winner" and result["scores"] for result in results)
+    if found and best.exists():
         write_atomic(best / "README.md", report.model_card(summary))
     write_report(workspace.folder, storage=study.url)
     title = f"{metric} on held-out rows; costs of the deployed model at length {config.max_length}"
     reporter.console.print(report.rich_table(title, report.table_rows(table, metric)))
     lost = "the winner diverged under every seed, so there is no best/: effbert distill takes other learning rates"
-    where = f"the winner is in {best}" if best.exists() else lost
+    where = f"the winner is in {best}" if found else lost
     reporter.say(f"{where}; a report is in {workspace.folder / 'report.html'}")
     return summary
+
+
+def surroundings() -> dict:
+    """On what, with what and when results came about."""
+    return {
+        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"effbert": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
 
 
 def others_on_front(study: Study, config: SearchConfig) -> list[Architecture]:

@@ -33,7 +33,7 @@ from effbert.search.final import costs, deployed, fresh_head, held_out_scores, t
 from effbert.search.population import KEPT_TEACHER, kept_teacher
 from effbert.search.progress import Reporter
 from effbert.search.report import mean_and_spread, score_text
-from effbert.search.study import RunFolder
+from effbert.search.study import GIVEN_PATHS, RunFolder
 from effbert.start import check_start, load_start, model_config
 from effbert.student import Distillation, Student, distil, distil_generally
 from effbert.supernet import Supernet, supernet_config
@@ -241,8 +241,7 @@ def opened(
     with reporter or Reporter(shown=world.is_first) as reporter:
         processes = {"processes": world.size} if world.size > 1 else {}
         settings = {"run": type(config).__name__, **as_dict(config), **processes}
-        paths = ("teacher", "start_from")
-        claim = RunFolder(config.output_dir, settings, reporter.say, paths) if world.is_first else None
+        claim = RunFolder(config.output_dir, settings, reporter.say, GIVEN_PATHS) if world.is_first else None
         try:
             with claim.workers.turn("this run") if claim else _nothing():
                 try:
@@ -341,7 +340,8 @@ def finish(workspace: Workspace, conclude: Callable[[], dict], say: Callable[[st
         say(f"{show(results['scores'])} on the official validation rows")
     for name, model in results.get("models", {}).items():
         if "score" in model:
-            scored = score_text(model["score"], model["spread"], model["diverged"])
+            scored = score_text(model["score"], model["spread"], model.get("diverged", 0))
             say(f"{name}: {results['metric']} {scored} over {len(model['seeds'])} seeds")
-    say(f"done: {workspace.folder / MODEL}{'' if len(results.get('models', [0])) == 1 else '-1, ...'}, {path}")
+    kept = [workspace.folder / name for name in results.get("models", (MODEL,)) if (workspace.folder / name).exists()]
+    say(f"done: {', '.join(map(str, [*kept, path]))}")
     return results

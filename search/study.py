@@ -27,6 +27,7 @@ from effbert.search.workers import FOLDER, JOINING, Workers
 
 STUDY_FILE = "study.db"
 CONFIG_FILE = "config.json"
+GIVEN_PATHS = ("teacher", "start_from")  # settings whose content a run compares, not their spelling
 HEARTBEAT_SECONDS = 15
 GRACE_SECONDS = 90  # without a heartbeat for so long, a worker is taken for dead
 BUSY_SECONDS = 60.0  # SQLite waits so long for another worker's commit

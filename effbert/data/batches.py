@@ -65,8 +65,8 @@ class Tokens(NamedTuple):
 class Rows:
     """Random access to the ids and labels of a data set, by numpy views of its Arrow memory: make once, plan often.
 
-    What is in memory are 4 bytes a row, the lengths; a plan of an epoch takes twice that, and 3 more where a batch has
-    64 rows.
+    In memory are the lengths, 4 bytes a row; the plan of an epoch adds 7 where a batch has 64 rows, more where it has
+    fewer.
     """
 
     def __init__(self, dataset: "Dataset"):

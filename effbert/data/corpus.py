@@ -403,12 +403,7 @@ def _text_files(given: str | Path) -> list[Path]:
         files = [] if path.suffix in _FORMATS else [path]
     elif path.is_dir():
         files = sorted(path.rglob("*.txt"))
-        others = [file for file in sorted(path.rglob("*")) if file.suffix in _TABLES] if files else []
-        if others:
-            raise ValueError(
-                f"corpus {given} holds text, such as {files[0].name}, and tables, such as {others[0].name}: put them "
-                "into folders of their own, and give both as sources"
-            )
+        _refuse_mixture(given, [*files[:1], *(file for file in sorted(path.rglob("*")) if file.suffix in _TABLES)])
         if not files and not any(path.rglob("*.*")):
             raise FileNotFoundError(f"no text in {given}: the folder holds no .txt file")
     elif _meant_as_path(given) and not Path(_parts(given).name).expanduser().is_dir():
@@ -422,7 +417,17 @@ def _text_files(given: str | Path) -> list[Path]:
 
 
 _FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}  # of single files: their reader
-_TABLES = (".parquet", ".arrow", ".jsonl")  # never the small files that lie beside text
+_TABLES = (".parquet", ".arrow", ".jsonl", ".csv")  # never the small files that lie beside text, as .json may
+
+
+def _refuse_mixture(given: str | Path, files: list[Path]) -> None:
+    """ValueError where files of a folder are of several kinds, of which one alone would be read."""
+    kinds = {file.suffix: file.name for file in reversed(files)}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"corpus {given} holds files of {len(kinds)} kinds, {' and '.join(sorted(kinds.values()))} among them, of "
+            "which one would be read: put each kind into a folder of its own, and give them all as sources"
+        )
 
 
 def _meant_as_path(given: str | Path) -> bool:
@@ -452,7 +457,12 @@ def _open_dataset(given: str | Path, split: str, text_column: str) -> Source:
     parts = _parts(given)
     path = Path(parts.name).expanduser()
     if path.is_file():
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path} is empty")
         arguments = {"path": _FORMATS[path.suffix], "data_files": {split: str(path)}}
+        if path.suffix == ".csv":
+            # numbers are text, and so is a line "NA"
+            arguments |= {"converters": {text_column: str}, "keep_default_na": False}
     elif path.is_dir():
         arguments = {"path": str(path), "name": parts.config or None}
     else:
@@ -462,6 +472,8 @@ def _open_dataset(given: str | Path, split: str, text_column: str) -> Source:
         dataset = builder.as_streaming_dataset(split)
         dataset = dataset if dataset.column_names else dataset._resolve_features()
     except Exception as error:  # down to those of the HTTP client
+        if path.is_file():
+            raise ValueError(f"corpus {given} cannot be read as {arguments['path']}: {first_line(error)}") from error
         raise FileNotFoundError(
             f"no corpus {str(given)!r}: not a path here, and `datasets` says: {' '.join(str(error).split())[:200]}"
         ) from error
@@ -478,6 +490,8 @@ def _open_dataset(given: str | Path, split: str, text_column: str) -> Source:
         try:
             for batch in dataset.select_columns(text_column).iter(_ROWS):
                 for text in batch[text_column]:
+                    if not isinstance(text, str | None):
+                        raise ValueError(f"its column {text_column!r} holds {text!r}, which is no text")
                     if lines := tuple(line for line in (text or "").splitlines() if line.strip()):
                         yield lines
         except (OSError, ValueError, RuntimeError) as error:

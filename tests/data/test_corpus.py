@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,7 +145,7 @@ def inner(corpus) -> list[int]:
     return [i for ids in corpus["input_ids"] for i in ids[1:-1]]
 
 
-def test_a_file_or_folder_is_never_read_in_part_or_as_what_it_is_not(tokenizer, tmp_path):
+def test_a_file_is_read_as_what_it_is_and_a_folder_of_two_kinds_refused(tokenizer, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": line, "source": "x"}) + "\n" for line in LINES))
     table = tmp_path / "rows.csv"
@@ -159,11 +160,39 @@ def test_a_file_or_folder_is_never_read_in_part_or_as_what_it_is_not(tokenizer, 
     with pytest.raises(ValueError, match="no column 'words', only text, source"):
         load_corpus(rows, tokenizer, 16, text_column="words")
     parquet(text.parent / "more" / "shard.parquet", LINES)
-    with pytest.raises(ValueError, match=r"such as lines\.txt, and tables, such as shard") as caught:
+    with pytest.raises(ValueError, match=r"2 kinds, lines\.txt and shard\.parquet among them") as caught:
         load_corpus(text.parent, tokenizer, 16)
     assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_corpus("nowhere.jsonl", tokenizer, 16)
+    parquet(tmp_path / "tables" / "shard.parquet", LINES)
+    shutil.copy(rows, tmp_path / "tables")
+    with pytest.raises(ValueError, match="2 kinds"):
+        load_corpus(tmp_path / "tables", tokenizer, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", b"", "a.csv is empty"),
+        ("a.json", b"", "a.json is empty"),
+        ("a.json", b"{", "cannot be read as json"),
+        ("a.csv", "text\ncaf\u00e9\n".encode("latin-1"), "utf-8"),
+        ("a.jsonl", b'{"text": 5}\n', "holds 5, which is no text"),
+    ],
+)
+def test_a_table_that_does_not_do_is_one_line(name, content, says, tokenizer, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((ValueError, OSError), match=says) as caught:
+        load_corpus(tmp_path / name, tokenizer, 16)
+    assert "\n" not in str(caught.value) and not isinstance(caught.value, FileNotFoundError)
+
+
+def test_numbers_and_missing_values_of_a_csv_are_text(tokenizer, tmp_path):
+    (tmp_path / "a.csv").write_text("text\n12\nNA\n\nnull\n3.50\n")
+    (tmp_path / "a.txt").write_text("12\nNA\nnull\n3.50\n")
+    found, expected = (load_corpus(tmp_path / name, tokenizer, 16)[0]["input_ids"][:] for name in ("a.csv", "a.txt"))
+    assert found == expected
 
 
 def parquet(path: Path, texts: list[str], **more) -> Path:

@@ -141,13 +141,15 @@ def assert_same(first, second, tolerance):
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_recorded_steps_train_as_steps_that_are_not(parity, noted, accumulate):
     names = ["random0", "released_head"]
-    plain = trained(parity, names, accumulate=accumulate, cuda_graphs=False)
+    with graphs.launches():
+        plain = trained(parity, names, accumulate=accumulate)
     assert noted.recorded == 0
     recorded = trained(parity, names, accumulate=accumulate)
     # four shapes for the teacher and for each of two students, and an update of each
     assert noted.recorded == 4 * 3 + 2
     assert_same(recorded, plain, 2e-6)
-    before = trained(parity, names, accumulate=accumulate, cuda_graphs=False, max_grad_norm=1e-3)
+    with graphs.launches():
+        before = trained(parity, names, accumulate=accumulate, max_grad_norm=1e-3)
     with pytest.raises(AssertionError):
         assert_same(recorded, before, 2e-6)
 
@@ -179,7 +181,8 @@ def test_nothing_is_recorded_where_steps_differ(parity, noted):
 
 
 def test_too_little_memory_forgets_recordings_and_goes_on_by_halves(parity, noted, monkeypatch):
-    plain = trained(parity, ["random0", "released_head"], cuda_graphs=False)
+    with graphs.launches():
+        plain = trained(parity, ["random0", "released_head"])
     learn, failed = engine._Learner.learn, []
 
     def once(self, *args):
@@ -201,7 +204,22 @@ def test_a_step_that_reads_a_value_cannot_be_recorded(noted):
         recordings.run("x", lambda: float(value))
 
 
+def test_a_variable_turns_recording_off(parity, noted, monkeypatch):
+    monkeypatch.setenv(graphs.ENVIRONMENT, "0")
+    trained(parity, ["random0"])
+    assert noted.recorded == 0
+
+
+@pytest.mark.gpu
+def test_a_step_that_cannot_be_recorded_is_one_line():
+    (lane,) = graphs.lanes(torch.device("cuda"), 1)
+    value = torch.ones((), device="cuda")
+    with pytest.raises(ValueError, match=f"set {graphs.ENVIRONMENT}=0"), lane.after():
+        lane.record(lambda: float(value))
+
+
 @pytest.mark.gpu
 def test_cuda_graphs_train_as_launches_do(parity):
-    plain = trained(parity, ["random0", "released_head"], "cuda", cuda_graphs=False)
+    with graphs.launches():
+        plain = trained(parity, ["random0", "released_head"], "cuda")
     assert_same(trained(parity, ["random0", "released_head"], "cuda"), plain, 1e-5)

@@ -99,7 +99,7 @@ def test_a_table_without_neighbours_is_the_768_wide_kind(tmp_path):
     config = EffBertConfig(
         architecture=str(Architecture.uniform("4_1", 1)), vocab_size=20, embedding_size=None, hidden_size=12,
         intermediate_size=48, max_position_embeddings=9, num_attention_heads=2, combine="pad_released",
-  )  # fmt: skip
+    )  # fmt: skip
     whole = EffBertModel(config, add_pooling_layer=False)
     theirs = {}
     for name, tensor in whole.state_dict().items():
@@ -109,7 +109,7 @@ def test_a_table_without_neighbours_is_the_768_wide_kind(tmp_path):
     model = import_checkpoint(saved(tmp_path, theirs), architecture, num_attention_heads=2)
     assert (model.config.combine, model.config.embedding_size, model.config.intermediate_size) == (
         "pad_released", None, 48,
-  )  # fmt: skip
+    )  # fmt: skip
     torch.testing.assert_close(model.layers[0].mlps[0].dense1.weight, whole.layers[0].mlps[0].dense1.weight[:24])
 
 

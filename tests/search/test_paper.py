@@ -17,6 +17,7 @@ import pytest
 from commands import Command, finished
 from effbert.__main__ import main
 from effbert.config import GLUE_TASKS, PRESETS
+from effbert.parallel import World
 from effbert.search import paper, report
 from effbert.search.paper import PAPERS, PaperConfig, distillation, plan, pretraining, teacher_of
 
@@ -37,8 +38,8 @@ def test_the_published_plan_has_all_tasks_and_each_its_own_settings(tmp_path):
     names = [step.name for step in plan(config, paper.ALONE, paper.Reporter)]
     assert names[:3] == ["search", "text-slices", "text-fresh"]
     assert names[3:6] == ["teacher-wnli", "teacher-squad", "teacher-squad2.0"]
-    assert len(names) == 6 + 11 + 5
-    assert names[-5:] == ["export", "evaluate.json", "glue.zip", "squad.json", "squad2.0.json"]
+    assert len(names) == 6 + 11 + 6
+    assert names[-6:] == ["results.json", "export", "evaluate.json", "glue.zip", "squad.json", "squad2.0.json"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def killed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan") / "run"
     command = smoke(folder, "--per_task", "builtin-next.seeds=2")
     for made in ("search/supernet", "text-slices/results.json"):
-        process = Command(command)
+        process = Command(command, quiet=True)
         while not (folder / made).exists() and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
@@ -57,7 +58,7 @@ def killed(tmp_path_factory):
 
 def test_a_killed_plan_goes_on_to_its_table(killed, capsys):
     folder, said = killed
-    assert "of 7 steps are done; now" in said
+    assert "of 8 steps are done; now" in said
     assert all(step["done"] for step in json.loads((folder / "plan.json").read_text()))
     results = json.loads((folder / "results.json").read_text())
     assert [task["task"] for task in results["tasks"]] == ["builtin-topic", "builtin-next"]
@@ -67,7 +68,7 @@ def test_a_killed_plan_goes_on_to_its_table(killed, capsys):
     lines = (folder / "table.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| teacher", "| winner", "| published", "| plain"]
     words = re.sub(r"<[^>]+>", " ", (folder / "report.html").read_text())
-    assert "7 of 7 steps of its plan are done" in words and "builtin-next accuracy" in words
+    assert "The search is finished, so is its plan." in words and "builtin-next accuracy" in words
     assert results["winner"].split(", ")[0] in html.unescape(words)
     whole = json.loads((folder / "evaluate.json").read_text())
     for task in results["tasks"]:
@@ -82,7 +83,7 @@ def test_a_killed_plan_goes_on_to_its_table(killed, capsys):
     assert (folder / "search" / "stage3" / "supernet" / "tokenizer_config.json").exists()
     before = (folder / "results.json").read_bytes()
     assert main(["paper", "--output_dir", str(folder), "--show"]) == 0
-    assert capsys.readouterr().out.count("done") == 7
+    assert capsys.readouterr().out.count("done") == 8
     for more in (("--rivals", "plain", "published"), ("--seeds", "2"), ("--distillation.num_train_epochs", "3")):
         assert main(smoke(folder, "--per_task", "builtin-next.seeds=2", *more)) == 2
         assert "holds a run with another configuration" in capsys.readouterr().err
@@ -102,7 +103,7 @@ def test_two_processes_share_a_plan_that_dies_and_goes_on(tmp_path):
     assert not (tmp_path / "run" / "results.json").exists()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "1 of 5 steps are done; now text-slices" in done.stdout
+    assert "1 of 6 steps are done; now text-slices" in done.stdout
     (task,) = json.loads((tmp_path / "run" / "results.json").read_text())["tasks"]
     assert list(task["models"]) == ["winner", "published"] and all(model["score"] for model in task["models"].values())
     assert (tmp_path / "run" / "export" / "builtintopic" / "modeling_effbert.py").exists()
@@ -140,7 +141,7 @@ def step(config, name, *more):
 def test_predictions_are_the_winners_and_the_diagnostic_set_its_mnli_students(tmp_path, monkeypatch, capsys):
     given = []
     for name in ("predict_glue", "predict_squad"):
-        monkeypatch.setattr(paper, name, lambda *arguments: given.append(arguments))
+        monkeypatch.setattr(paper, name, lambda *arguments, **more: given.append(arguments))
     distilled(tmp_path, "mnli", "sst2", "squad")
     config = PaperConfig(
         output_dir=str(tmp_path), final_tasks=("mnli", "SST-2", "squad1.1"), data_dir="DATA", predictions=True,
@@ -148,24 +149,42 @@ def test_predictions_are_the_winners_and_the_diagnostic_set_its_mnli_students(tm
     )  # fmt: skip
     folders = {task: str(tmp_path / f"distil-{task}" / "model-1") for task in ("mnli", "sst2", "squad")}
     step(config, "glue.zip").start()
-    ((models, file, data_dir, reading),) = given
+    ((models, file, data_dir, reading, _),) = given
     assert models == {"mnli": folders["mnli"], "sst2": folders["sst2"], "ax": folders["mnli"]}
     assert (file.name, data_dir) == ("glue.zip", "DATA")
     assert reading.max_length == 0  # each student reads texts as long as it learnt with
     step(config, "squad.json").start()
     assert given[1][:3] == (folders["squad"], "squad", tmp_path / "squad.json")
+    for name in ("glue.zip", "squad.json"):  # the stand-ins wrote nothing
+        (tmp_path / f"{name}.left-out").unlink()
     for task in ("mnli", "squad"):
         (tmp_path / f"distil-{task}" / "model-1").rmdir()  # it diverged
-    for name in ("glue.zip", "squad.json"):
+    capsys.readouterr()
+    for name in ("glue.zip", "squad.json", "export"):
+        if name == "export":
+            (tmp_path / "distil-sst2" / "model-1").rmdir()
         step(config, name).start()
+        assert step(config, name).done
     assert given[2][0] == {"sst2": folders["sst2"]} and len(given) == 3
-    assert "squad.json is left out: the winner diverged" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "glue.zip lacks mnli: the winner diverged there" in said and "glue.zip lacks ax" in said
+    assert "squad.json is left out: the winner diverged" in said and "export is left out" in said
+    assert not (tmp_path / "export").exists()
+    (tmp_path / "plan.json").write_text(json.dumps(paper.lines_of(tmp_path, plan(config, *ALONE))))
+    assert main(["paper", "--output_dir", str(tmp_path), "--show"]) == 0
+    assert capsys.readouterr().out.count("left out") == 3
 
 
 def test_every_known_task_is_scored_on_whole_splits_for_teacher_and_students(tmp_path, monkeypatch):
     def scores(place, task, data_dir, reading):
-        return {"validation": (place, data_dir, reading.max_length, reading.labels)}
+        asked.append(place)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return {"validation": {"place": place, "data": data_dir, "length": reading.max_length}}
 
+    asked = []
+    monkeypatch.setattr(paper, "show", str)
+    monkeypatch.setattr(paper, "content_hash", str)
     monkeypatch.setattr(paper, "evaluate_saved", scores)
     distilled(tmp_path, "rte", "mine")
     (tmp_path / "distil-rte" / "model-2").rmdir()
@@ -175,11 +194,16 @@ def test_every_known_task_is_scored_on_whole_splits_for_teacher_and_students(tmp
         output_dir=str(tmp_path), task="mine", final_tasks=("mine", "rte"), data_dir="DATA", max_length=64,
         per_task=("rte.max_length=32",), **own,
     )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        step(config, "evaluate.json").start()
     step(config, "evaluate.json").start()
+    assert len(asked) == len(set(asked)) + 1 == 4  # what was done before was kept
+    assert not (tmp_path / "evaluate.json.unfinished").exists()
     found = json.loads((tmp_path / "evaluate.json").read_text())
     assert list(found) == ["rte"] and list(found["rte"]) == ["teacher", "winner", "plain"]
-    assert found["rte"]["teacher"]["validation"] == [str(tmp_path / "teacher-rte" / "model"), "DATA", 32, []]
-    assert found["rte"]["plain"]["validation"] == [str(tmp_path / "distil-rte" / "model-3"), "DATA", 0, []]
+    teacher, plain = (str(tmp_path / place) for place in ("teacher-rte/model", "distil-rte/model-3"))
+    assert found["rte"]["teacher"]["validation"] == {"place": teacher, "data": "DATA", "length": 32}
+    assert found["rte"]["plain"]["validation"] == {"place": plain, "data": "DATA", "length": 0}
     only = dataclasses.replace(config, final_tasks=("mine",), per_task=())
     assert [step.name for step in plan(only, *ALONE)][-1] == "export"
 
@@ -223,9 +247,42 @@ def test_a_model_that_diverged_has_its_place_in_the_table():
     assert lines[3:] == ["| winner | 0.5000 (1 diverged) | 5 | 7 |", "| plain | diverged | 5 | 7 |"]
 
 
+class Late(World):
+    """A process that comes to a step when the first has done it."""
+
+    def on_first(self, function, *arguments):
+        return None  # of `done` too: it was not when the first asked
+
+    def wait(self):
+        pass
+
+
+def test_a_process_that_is_late_takes_part_in_the_step_that_the_first_has_done(tmp_path, monkeypatch):
+    started = []
+    (tmp_path / "results.json").write_text(json.dumps({"tasks": []}))
+    steps = [paper.Step("last", tmp_path / "results.json", lambda: started.append("last"))]
+    monkeypatch.setattr(paper, "plan", lambda *arguments: steps)
+    assert paper.run_paper(PaperConfig(output_dir=str(tmp_path)), world=Late(rank=1, size=2)) == {"tasks": []}
+    assert started == ["last"]
+
+
+def test_what_a_last_step_reads_is_looked_for_at_the_beginning(tmp_path):
+    folder = tmp_path / "MNLI"
+    folder.mkdir()
+    rows = [f"{n}\t1\t1\tg\ta\tb\ta\tb\tone text\tanother\tneutral\tneutral" for n in range(9)]
+    head = "index promptID pairID genre s1b s2b s1p s2p sentence1 sentence2 label1 gold_label".replace(" ", "\t")
+    for name in ("train", "dev_matched"):
+        (folder / f"{name}.tsv").write_text("\n".join([head, *rows]) + "\n")
+    config = PaperConfig(output_dir=str(tmp_path / "run"), task="mnli", data_dir=str(tmp_path))
+    (tmp_path / "run").mkdir()
+    with pytest.raises(FileNotFoundError, match="dev_mismatched"):
+        paper.begin(config, plan(config, *ALONE))
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        (("--predictions",), "the plan has none"),
         (("--per_task", "builtin-next.sedes=2"), "it should be TASK.NAME=VALUE"),
         (("--per_task", "builtin-next.seeds=two"), "'two' is no int"),
         (("--per_task", "mnli.seeds=2"), "mnli is none of the tasks"),
@@ -271,7 +328,7 @@ def test_what_a_later_step_would_refuse_is_refused_before_anything_is_computed(t
 
 def test_a_plan_that_has_not_begun_is_shown(tmp_path, capsys):
     assert main(smoke(tmp_path / "run", "--show")) == 0
-    assert capsys.readouterr().out.count("left") == 7 and not (tmp_path / "run").exists()
+    assert capsys.readouterr().out.count("left") == 8 and not (tmp_path / "run").exists()
     assert main(["paper", "--show"]) == 2
     assert "--output_dir is missing" in capsys.readouterr().err
 

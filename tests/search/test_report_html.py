@@ -349,16 +349,21 @@ def test_a_plan_is_shown_by_its_search_and_its_table(tmp_path):
     assert "stage1, 0 of 6 candidates" in read(folder).words["header"]
     (folder / "winner.json").write_text(json.dumps({"winner": PUBLISHED}))
     page = read(folder)
-    assert "The search is finished; 1 of 2 steps of its plan are done." in page.words["header"]
-    assert "Winner of the search" in page.words["winner"] and "after its last step" in page.words["final"]
+    assert "The search is finished, 1 of 2 steps of its plan are left." in page.words["header"]
+    assert "Winner of the search" in page.words["winner"] and "after the last of them" in page.words["final"]
     model = {"score": 0.5, "spread": 0.25, "diverged": 0, "seeds": [{"parameters": 7, "flops": 5e6}]}
     teacher = {"scores": {"f1": 0.75}, "parameters": 9, "flops": 6e6}
     tasks = [{"task": "qqp", "metric": "f1", "teacher": teacher, "models": {"winner": model, "plain": model}}]
-    (folder / "results.json").write_text(json.dumps({"tasks": tasks}))
-    (folder / "last.json").touch()
+    (folder / "results.json").write_text(json.dumps({"tasks": tasks, "finished": "at noon", "device": "abacus"}))
+    (folder / "last.json.left-out").touch()
     page = read(folder / "search")
-    assert "2 of 2 steps" in page.words["header"] and page.words == read(folder).words
+    assert "The search is finished, so is its plan." in page.words["header"] and page.words == read(folder).words
+    assert "at noon" in page.words["settings"] and "abacus" in page.words["settings"]
     assert "teacher 0.7500 9 6 winner 0.5000 ± 0.2500 7 5 plain" in page.words["final"]
+    (folder / "plan.json").write_text('{"another": "program\'s"}')
+    assert "stage1, 0 of 6 candidates" in read(folder / "search").words["header"]
+    with pytest.raises(ValueError, match="is no run"):
+        read_record(folder)
 
 
 def test_reading_agrees_with_the_study_and_changes_nothing(whole):

@@ -50,7 +50,7 @@ def given(tmp_path_factory):
     config = transformers.BertConfig(
         vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, hidden_size=32, num_hidden_layers=4,
         num_attention_heads=4, intermediate_size=64, max_position_embeddings=40,
-  )  # fmt: skip
+    )  # fmt: skip
     transformers.BertModel(config).save_pretrained(folder / "bert")
     tokenizer.save_pretrained(folder / "bert")
     (folder / "text.txt").write_text("\n".join(sentence(chance, 30) + "." for _ in range(40)))
@@ -310,7 +310,7 @@ def test_a_student_of_another_vocabulary_is_refused(given, made, tmp_path, capsy
     config = transformers.BertConfig(
         vocab_size=size or len(known), pad_token_id=tokenizer.pad_token_id, hidden_size=32, num_hidden_layers=4,
         num_attention_heads=4, intermediate_size=64, max_position_embeddings=40, id2label={0: "good", 1: "bad"},
-  )  # fmt: skip
+    )  # fmt: skip
     if size:
         tokenizer = train_wordpiece(words, size, max_length=40)
     transformers.BertForSequenceClassification(config).save_pretrained(other)
@@ -325,7 +325,7 @@ def test_a_student_of_another_vocabulary_is_refused(given, made, tmp_path, capsy
 
 def interrupted(command, seconds):
     """Run a command, kill it after a while; whether it had ended by itself."""
-    process = Command(command)
+    process = Command(command, quiet=True)
     try:
         return process.wait(seconds) == 0
     except subprocess.TimeoutExpired:
@@ -485,7 +485,7 @@ def test_what_does_not_go_together_is_one_line_and_leaves_nothing(given, made, t
     config = transformers.BertConfig(
         vocab_size=len(tokenizer) + 3, pad_token_id=tokenizer.pad_token_id, hidden_size=32, num_hidden_layers=4,
         num_attention_heads=4, intermediate_size=64, max_position_embeddings=40,
-  )  # fmt: skip
+    )  # fmt: skip
     transformers.BertForSequenceClassification(config).save_pretrained(other)
     tokenizer.save_pretrained(other)
     net, run, text = str(made / "net" / "model"), tmp_path / "run", f"{MLP}, {MLP}"
