@@ -497,7 +497,8 @@ def _open_dataset(given: str | Path, split: str, text_column: str) -> Source:
         except (OSError, ValueError, RuntimeError) as error:
             raise OSError(f"corpus {str(given)!r} cannot be read to its end: {first_line(error)}") from error
 
-    return Source(str(given), f"{fingerprint}/{text_column}", rows)
+    reader = "".join(f"/{name}" for name in ("converters", "keep_default_na") if name in arguments)
+    return Source(str(given), f"{fingerprint}/{text_column}{reader}", rows)
 
 
 def _hash_files(files: list[Path]) -> str:
