@@ -106,9 +106,9 @@ def teacher(arguments: list[str], world: World = ALONE) -> int:
 def pretrain(arguments: list[str], world: World = ALONE) -> int:
     """effbert pretrain: general distillation of a supernet or one model."""
     from effbert.config import PretrainConfig
-    from effbert.search.runs import check_sizes, run_pretraining
+    from effbert.search.runs import check_sizes, refuse_diverged, run_pretraining
 
-    return _single(PretrainConfig, run_pretraining, "effbert pretrain", arguments, world, check_sizes)
+    return _single(PretrainConfig, run_pretraining, "effbert pretrain", arguments, world, check_sizes, refuse_diverged)
 
 
 def distill(arguments: list[str], world: World = ALONE) -> int:

@@ -305,7 +305,7 @@ def answer(task: str, config: PaperConfig, file: Path, say: Callable[[str], None
 
 def students(config: PaperConfig, task: str) -> dict[str, str]:
     """The folders of the models that were distilled on a task, by name; not of those that diverged."""
-    folder, names = Path(config.output_dir) / f"distil-{task_key(task)}", names_of(config)
+    folder, names = Path(config.output_dir) / f"distil-{task_key(task)}", list(starts_of(config))
     places = zip(names, model_names(len(names)), strict=True)
     return {name: str(folder / place) for name, place in places if (folder / place).exists()}
 
@@ -393,6 +393,12 @@ def of_space(config: PaperConfig) -> list[str]:
     return [name for name in names_of(config) if name in ("winner", "published") or "(" in name]
 
 
+def members_of(config: PaperConfig, group: str) -> list[str]:
+    """The models of a pretraining run."""
+    slices = of_space(config)
+    return [name for name in names_of(config) if (name in slices) == (group == "text-slices")]
+
+
 def winner_of(folder: Path) -> str:
     """The architecture that the search found."""
     return json.loads((folder / WINNER).read_text(encoding="utf-8"))["winner"]
@@ -423,9 +429,9 @@ def base_of(config: PaperConfig) -> str:
 
 def pretraining(config: PaperConfig, group: str) -> PretrainConfig:
     """General distillation of a group of models."""
-    folder, slices = Path(config.output_dir), of_space(config)
-    chosen = slices if group == "text-slices" else [name for name in names_of(config) if name not in slices]
-    changes = {"model": tuple(model_of(config, name) for name in chosen), "training": config.pretraining}
+    folder = Path(config.output_dir)
+    models = tuple(model_of(config, name) for name in members_of(config, group))
+    changes = {"model": models, "training": config.pretraining}
     changes |= {"params": 0, "start_from": ()}
     if group == "text-slices":
         changes["start_from"] = (str(folder / "search" / "supernet"),)
@@ -449,15 +455,8 @@ def teaching(config: PaperConfig, task: str) -> TeacherConfig:
 
 
 def distillation(config: PaperConfig, task: str) -> DistillConfig:
-    """All models on one task, from their general distillation."""
-    folder, own = Path(config.output_dir), config.of_task(task)
-    starts = {}
-    for group in groups(config):
-        slices = of_space(config)
-        members = slices if group == "text-slices" else [name for name in names_of(config) if name not in slices]
-        starts |= {
-            name: str(folder / group / place) for name, place in zip(members, model_names(len(members)), strict=True)
-        }
+    """All models on one task that general distillation has left, from what it made of them."""
+    folder, own, starts = Path(config.output_dir), config.of_task(task), starts_of(config)
     changed = {"num_train_epochs": own.get("epochs"), "learning_rate": own.get("learning_rate")}
     task_phase = dataclasses.replace(
         config.distillation, **{name: value for name, value in changed.items() if value is not None}
@@ -468,12 +467,24 @@ def distillation(config: PaperConfig, task: str) -> DistillConfig:
         folder / f"distil-{task_key(task)}",
         **of_one_task(config, task, own),
         teacher=teacher_of(config, task),
-        model=tuple(model_of(config, name) for name in names_of(config)),
-        start_from=tuple(starts[name] for name in names_of(config)),
+        model=tuple(model_of(config, name) for name in starts),
+        start_from=tuple(starts.values()),
         params=0,
         seeds=own.get("seeds", config.seeds),
         budget=Budget(general_phase=dataclasses.replace(config.pretraining, num_train_epochs=0), task_phase=task_phase),
     )
+
+
+def starts_of(config: PaperConfig) -> dict[str, str]:
+    """The folders that general distillation made, by model, in the table's order; a model that diverged has none."""
+    folder, found = Path(config.output_dir), {}
+    for group in groups(config):
+        members = members_of(config, group)
+        places = (folder / group / place for place in model_names(len(members)))
+        found |= {name: str(place) for name, place in zip(members, places, strict=True) if place.exists()}
+    if not found:
+        raise ValueError(f"{folder}: no model is left of general distillation; lower --pretraining.learning_rate")
+    return {name: found[name] for name in names_of(config) if name in found}
 
 
 def of_teacher(task: str) -> str:
@@ -511,7 +522,8 @@ def table_of(config: PaperConfig) -> list[dict]:
     folder, found = Path(config.output_dir), []
     for task in config.tasks_at_last:
         results = json.loads((folder / f"distil-{task_key(task)}" / RESULTS).read_text(encoding="utf-8"))
-        models = dict(zip(names_of(config), results["models"].values(), strict=True))
+        there = dict(zip(starts_of(config), results["models"].values(), strict=True))
+        models = {name: there.get(name, {"score": None, "spread": None, "seeds": []}) for name in names_of(config)}
         found.append({name: results[name] for name in ("task", "metric", "teacher")} | {"models": models})
     return found
 

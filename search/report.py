@@ -70,8 +70,9 @@ def plan_rows(tasks: list[dict]) -> Rows:
     for name in first["models"]:
         found = [task["models"][name] for task in tasks]
         scores = (score_text(model["score"], model["spread"], model.get("diverged", 0)) for model in found)
-        costs = found[0]["seeds"][0]
-        lines.append((name, *scores, f"{costs['parameters']:,}", f"{costs['flops'] / 1e6:,.0f}"))
+        costs = found[0]["seeds"][:1]  # none of a model that diverged before
+        texts = [(f"{cost['parameters']:,}", f"{cost['flops'] / 1e6:,.0f}") for cost in costs] or [("", "")]
+        lines.append((name, *scores, *texts[0]))
     return lines
 
 

@@ -72,7 +72,8 @@ def run_teacher(config: TeacherConfig, reporter: Reporter | None = None, world: 
 
 
 def run_pretraining(config: PretrainConfig, reporter: Reporter | None = None, world: World = ALONE) -> dict:
-    """General distillation of a supernet, or of models, each kept with its projection. Returns results.json."""
+    """General distillation of a supernet, or of models, each kept with its projection unless it diverged. Returns
+    results.json, which says who did."""
     config, plans = resolved(config)
     with opened(config, reporter, world) as (workspace, say, steps):
         targets = [workspace.folder / name for name in model_names(len(plans))]
@@ -81,22 +82,26 @@ def run_pretraining(config: PretrainConfig, reporter: Reporter | None = None, wo
             Phase(("general",), config.seed, file, fields.architecture)
             for file, fields in zip(files, plans, strict=True)
         ]
-        if not all(target.exists() for target in targets):
+        diverged: dict[Path, str] = {}
+        if not (workspace.folder / RESULTS).exists() and not all(target.exists() for target in targets):
             workspace.general_teacher = Teacher(load_model(config.teacher)).to(workspace.device)
             models = [fresh(config, number, fields) for number, fields in enumerate(plans)]
             for name, model in zip(config.model, models, strict=True):
                 say(f"general distillation of {name}, {model.to(workspace.device).num_parameters():,} parameters")
             results = distil_generally(workspace, models, config.training, phases, steps("general distillation"), world)
             for name, model, target, result in zip(config.model, models, targets, results, strict=True):
-                must_finish(result, f"general distillation of {name}", "--training.learning_rate")
-                say(f"{name}: loss {result.loss:.4f} after {result.tokens:,} tokens")
-                world.on_first(partial(keep, model, target, result, tokenizer=workspace.student_tokenizer))
+                diverged[target] = result.diverged
+                say(f"{name}: {result.diverged or f'loss {result.loss:.4f}'} after {result.tokens:,} tokens")
+                if not result.diverged:
+                    world.on_first(partial(keep, model, target, result, tokenizer=workspace.student_tokenizer))
         forget(phases)
 
         def conclude() -> dict:
-            pairs = zip(plans, targets, strict=True)
-            own = {target.name: {"architecture": plan.architecture, **trained(target)} for plan, target in pairs}
-            return {"models": own}
+            found = {}
+            for plan, target in zip(plans, targets, strict=True):
+                came_to = {"diverged": diverged[target]} if diverged.get(target) else trained(target)
+                found[target.name] = {"architecture": plan.architecture, **came_to}
+            return {"models": found}
 
         return finish(workspace, conclude, say)
 
@@ -211,10 +216,17 @@ def of_models(workspace: Workspace, plans: Sequence[EffBertConfig]) -> dict:
 
 
 def refuse_diverged(results: dict) -> None:
-    """ValueError where no student of a distillation has come to anything."""
-    if all(model["score"] is None for model in results["models"].values()):
-        reason = next(iter(results["models"].values()))["seeds"][0]["diverged"]
-        raise ValueError(f"no student is left: {reason}; lower the learning rates of --budget, in another --output_dir")
+    """ValueError where nothing is left of a distillation, general or on a task."""
+    reasons = [_reason(model) for model in results["models"].values()]
+    if all(reasons):
+        raise ValueError(f"no model is left: {reasons[0]}; lower the learning rate, in another --output_dir")
+
+
+def _reason(model: dict) -> str:
+    """Why nothing came of a model, or ""."""
+    if "seeds" in model:
+        return model["seeds"][0]["diverged"] if model["score"] is None else ""
+    return model.get("diverged", "")
 
 
 def model_names(count: int) -> list[str]:

@@ -127,7 +127,9 @@ def test_what_a_step_is_given(killed):
 
 
 def distilled(folder, *tasks, models=("model-1", "model-2", "model-3")):
-    """Folders as a plan's students have them."""
+    """Folders as general distillation and the distillation on tasks leave them."""
+    for place in ("text-slices/model-1", "text-slices/model-2", "text-fresh/model"):
+        (folder / place).mkdir(parents=True, exist_ok=True)
     for task in tasks:
         for model in models:
             (folder / f"distil-{task}" / model).mkdir(parents=True)
@@ -235,6 +237,32 @@ def test_a_task_by_another_of_its_names_has_the_same_teacher_and_is_no_second_ta
     assert teacher_of(config, "squad1.1") == "BERT"  # as it is, where its head is for the main task
     with pytest.raises(ValueError, match="task mrpc has no teacher"):
         teacher_of(config, "mrpc")
+
+
+def test_a_model_that_general_distillation_lost_is_left_out_of_the_tasks(tmp_path):
+    config = PaperConfig(output_dir=str(tmp_path), teacher="BERT", task="rte")
+    architecture = ", ".join(["linear1_2(gelu(linear1_2(x,wb1)),wb2)"] * 6)
+    (tmp_path / "winner.json").write_text(json.dumps({"winner": architecture}))
+    distilled(tmp_path, "rte", models=("model-1", "model-2"))
+    (tmp_path / "text-slices" / "model-2").rmdir()  # the published architecture diverged
+    own = distillation(dataclasses.replace(config, rivals=("published",)), "rte")
+    assert own.model == (architecture,) and own.start_from == (str(tmp_path / "text-slices" / "model-1"),)
+    assert list(paper.students(config, "rte")) == ["winner", "plain"]
+    scored = {"score": 0.5, "spread": None, "diverged": 0, "seeds": [{"parameters": 5, "flops": 7e6}]}
+    teacher = {"scores": {"accuracy": 0.9}, "parameters": 9, "flops": 8e6}
+    results = {
+        "task": "rte",
+        "metric": "accuracy",
+        "teacher": teacher,
+        "models": {"model-1": scored, "model-2": scored},
+    }
+    (tmp_path / "distil-rte" / "results.json").write_text(json.dumps(results))
+    lines = report.markdown(report.plan_rows(paper.table_of(config))).splitlines()
+    assert [line.split(" | ")[1] for line in lines[3:]] == ["0.5000", "diverged", "0.5000"]
+    shutil.rmtree(tmp_path / "text-slices")
+    shutil.rmtree(tmp_path / "text-fresh")
+    with pytest.raises(ValueError, match="no model is left of general distillation"):
+        distillation(config, "rte")
 
 
 def test_a_model_that_diverged_has_its_place_in_the_table():

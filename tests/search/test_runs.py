@@ -389,7 +389,24 @@ def test_a_model_that_diverges_is_said_and_the_others_go_on(given, made, tmp_pat
     more = ("--model", f"{MLP}, {MLP}", "--start_from", str(bad))
     for _ in range(2):
         assert main(distill_command(given, made, tmp_path / "none", *more)) == 2
-        assert "no student is left: loss not finite at step" in capsys.readouterr().err
+        assert "no model is left: loss not finite at step" in capsys.readouterr().err
+
+
+def test_general_distillation_goes_on_without_a_model_that_diverges(given, made, tmp_path, capsys):
+    net, bad = made / "net" / "model", poisoned(made / "net" / "model", tmp_path / "bad")
+    more = ("--model", f"{MLP}, {MLP}", f"{MLP}, {MLP}", "--start_from", str(bad), str(net))
+    command = pretrain_command(given, tmp_path / "run", *more)
+    assert main(command) == 0
+    first, second = json.loads((tmp_path / "run" / "results.json").read_text())["models"].values()
+    assert first["diverged"].startswith("loss not finite") and "diverged" not in second and second["tokens"] > 0
+    assert not (tmp_path / "run" / "model-1").exists() and (tmp_path / "run" / "model-2").is_dir()
+    before = (tmp_path / "run" / "model-2" / "model.safetensors").stat().st_mtime_ns
+    assert main(command) == 0  # which computes nothing
+    assert (tmp_path / "run" / "model-2" / "model.safetensors").stat().st_mtime_ns == before
+    assert "no model is left" not in capsys.readouterr().err
+    more = ("--model", f"{MLP}, {MLP}", "--start_from", str(bad))
+    assert main(pretrain_command(given, tmp_path / "none", *more)) == 2
+    assert "no model is left: loss not finite at step" in capsys.readouterr().err
 
 
 def test_the_model_kept_is_of_the_first_seed_that_did_not_diverge(given, made, tmp_path, monkeypatch):
