@@ -182,6 +182,7 @@ RULES: tuple[Rule, ...] = (
     Rule("attention_bwd", _pair(32, 32, 4, 1), "sm_8*"),
     Rule("attention_bwd", _pair(32, 64, 8, 1), "sm_[91]*", up_to=64),
     Rule("attention_bwd", _pair(32, 128, 8, 1), "sm_[91]*", up_to=128),
+    Rule("attention_bwd", _pair(64, 32, 8, 1), "sm_9*"),
     Rule("attention_bwd", _pair(32, 64, 4, 1), "gfx*", up_to=64),
     Rule("attention_bwd", _pair(16, 128, 8, 1), "gfx*", up_to=128),
     Rule("attention_bwd", _pair(32, 64, 4, 1)),
