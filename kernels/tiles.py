@@ -125,6 +125,7 @@ RULES: tuple[Rule, ...] = (
     Rule("linear_fwd", _gemm(64, 32, 32, 8, 2), "sm_1*", itemsize=4),
     Rule("linear_fwd", _gemm(64, 64, 32, 8, 2), itemsize=4),
     Rule("linear_fwd", _gemm(128, 64, 64, 8, 2), "gfx*"),
+    Rule("linear_fwd", _gemm(64, 64, 64, 8, 3), "sm_8*"),
     Rule("linear_fwd", _gemm(128, 64, 64, 8, 3)),
     # linear_dgrad: size = statements of the slot's source, each of which may hold a tile in registers.
     Rule("linear_dgrad", _gemm(32, 32, 32, 4, 1), "interpreter"),
