@@ -197,7 +197,8 @@ def linear_forward(
     y = torch.empty(rows, width, dtype=dtype, device=device) if post is not None else None
     a_unit, w_unit = divisor(a.shape[1], a.stride(0)), divisor(weight.shape[1], weight.stride(0))
     x_unit, out_unit = divisor(x.shape[1], x.stride(0)), divisor(width)
-    tile = tiles.choose("linear_fwd", device, dtype, cols)
+    statements = max((slot.statements for slot in (pre, post) if slot is not None), default=0)
+    tile = tiles.choose("linear_fwd", device, dtype, statements)
     grid = (ceil_div(rows, tile["BLOCK_M"]) * ceil_div(width, tile["BLOCK_N"]),)
     launch(
         linear_fwd_kernel, grid, a, weight, bias, x, y if z is None else z, z if y is None else y,

@@ -120,14 +120,17 @@ RULES: tuple[Rule, ...] = (
     # reduce: size is not used; a tile has BLOCK elements, parts times columns.
     Rule("reduce", dict(BLOCK=512, num_warps=4), "interpreter"),
     Rule("reduce", dict(BLOCK=2048, num_warps=4)),
-    # linear_*: size = output columns. M is thousands of rows, so programs are plenty; 64 columns waste little of 540.
+    # linear_fwd: size = statements of the longer of its slots' sources, each of which may hold a tile in registers. M is
+    # thousands of rows, so programs are plenty; 64 columns waste little of 540.
     Rule("linear_fwd", _gemm(32, 32, 32, 4, 1), "interpreter"),
     Rule("linear_fwd", _gemm(64, 32, 32, 8, 2), "sm_1*", itemsize=4),
     Rule("linear_fwd", _gemm(64, 64, 32, 8, 2), itemsize=4),
     Rule("linear_fwd", _gemm(128, 64, 64, 8, 2), "gfx*"),
+    Rule("linear_fwd", _gemm(128, 64, 64, 8, 3), up_to=8),
     Rule("linear_fwd", _gemm(64, 64, 64, 8, 3), "sm_8*"),
+    Rule("linear_fwd", _gemm(128, 32, 64, 8, 3), "sm_1*"),
     Rule("linear_fwd", _gemm(128, 64, 64, 8, 3)),
-    # linear_dgrad: size = statements of the slot's source, each of which may hold a tile in registers.
+    # linear_dgrad: size = statements of the slot's source.
     Rule("linear_dgrad", _gemm(32, 32, 32, 4, 1), "interpreter"),
     Rule("linear_dgrad", _gemm(64, 64, 32, 8, 2), itemsize=4, up_to=10),
     Rule("linear_dgrad", _gemm(64, 32, 32, 8, 2), itemsize=4),
@@ -138,7 +141,8 @@ RULES: tuple[Rule, ...] = (
     Rule("linear_dgrad", _gemm(64, 64, 64, 8, 3)),
     # linear_gradients: size as above. Weight gradients: ROWS at a time into COLS outputs by DEPTH inputs.
     Rule("linear_gradients", _gemm(32, 32, 32, 4, 1) | _weights(32, 32, 32), "interpreter"),
-    Rule("linear_gradients", _gemm(64, 64, 32, 8, 2) | _weights(32, 64, 32), itemsize=4),
+    Rule("linear_gradients", _gemm(64, 64, 32, 8, 2) | _weights(32, 64, 32), itemsize=4, up_to=8),
+    Rule("linear_gradients", _gemm(64, 32, 32, 8, 2) | _weights(32, 64, 32), itemsize=4),
     Rule("linear_gradients", _gemm(128, 64, 64, 8, 2) | _weights(64, 128, 64), "gfx*", up_to=8),
     Rule("linear_gradients", _gemm(64, 64, 64, 8, 2) | _weights(64, 64, 32), "sm_8*", up_to=5),
     Rule("linear_gradients", _gemm(64, 32, 64, 8, 2) | _weights(64, 64, 32), "sm_8*"),
