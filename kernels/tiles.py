@@ -120,8 +120,8 @@ RULES: tuple[Rule, ...] = (
     # reduce: size is not used; a tile has BLOCK elements, parts times columns.
     Rule("reduce", dict(BLOCK=512, num_warps=4), "interpreter"),
     Rule("reduce", dict(BLOCK=2048, num_warps=4)),
-    # linear_fwd: size = statements of the longer of its slots' sources, each of which may hold a tile in registers. M is
-    # thousands of rows, so programs are plenty; 64 columns waste little of 540.
+    # linear_fwd: size = statements of the longer of its slots' sources, each of which may hold a tile in registers. M
+    # is thousands of rows, so programs are plenty; 64 columns waste little of 540.
     Rule("linear_fwd", _gemm(32, 32, 32, 4, 1), "interpreter"),
     Rule("linear_fwd", _gemm(64, 32, 32, 8, 2), "sm_1*", itemsize=4),
     Rule("linear_fwd", _gemm(64, 64, 32, 8, 2), itemsize=4),
