@@ -558,7 +558,7 @@ def paper() -> SearchConfig:
     Unlike it: one warm supernet for all stages, where the published search trains a second one for stage 3; one
     validation share of 1 % for all stages, where its stage 3 holds a tenth back; teachers and students as they are
     after their last epoch, where it takes the step that did best on the official validation rows; and SQuAD's windows
-    share a third of their tokens and have at most 32 of a question, where its begin 32 tokens apart and have up to 64.
+    share a third of their tokens and have at most 32 of a question, where its begin 32 tokens apart and have up to 62.
     """
     tuning = TrainingArguments(learning_rate=3e-5, num_train_epochs=3, per_device_train_batch_size=32)
     general = TrainingArguments(learning_rate=1e-4, per_device_train_batch_size=64)

@@ -483,7 +483,10 @@ def starts_of(config: PaperConfig) -> dict[str, str]:
         places = (folder / group / place for place in model_names(len(members)))
         found |= {name: str(place) for name, place in zip(members, places, strict=True) if place.exists()}
     if not found:
-        raise ValueError(f"{folder}: no model is left of general distillation; lower --pretraining.learning_rate")
+        raise ValueError(
+            f"{folder}: no model is left of general distillation: lower --pretraining.learning_rate, in another "
+            "--output_dir"
+        )
     return {name: found[name] for name in names_of(config) if name in found}
 
 
