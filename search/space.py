@@ -1,8 +1,9 @@
 """The three search spaces: which architectures a stage may visit, how to draw, change and encode one.
 
-The one idea: parameters depend on the linear structures alone and add up over layers, so a table of how many ways the
-remaining layers can reach each sum ranks every in-band choice of structures. Drawing one is drawing its rank: exactly
-uniform, never by trial. Expressions are built slot by slot in the grammar, so that they are valid by construction.
+The one idea: parameters and FLOPs depend on the linear structures alone and add up over layers, so a table of how many
+ways the remaining layers can end within the limits ranks every choice of structures. Drawing one is drawing its rank:
+exactly uniform, never by trial. Expressions are built slot by slot in the grammar, so that they are valid by
+construction.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from effbert.kernels.expression import (
 
 STAGES = ("coarse", "operations", "fine")
 MAX_NODES = ENCODING_LENGTH
-MAX_DRAWS = 20_000
+Sums = tuple[int, int]  # of parameters and FLOPs, or of any two costs
 
 # How often a drawn expression has height 3 to 7: the published winners have 4 or 5.
 _HEIGHT_WEIGHTS = (0.25, 0.35, 0.22, 0.12, 0.06)
@@ -202,11 +203,11 @@ def flops_ceiling(dims: Dimensions, num_layers: int, length: int, most: int) -> 
 
 
 class Band:
-    """All ways to give each of `num_layers` layers one of `costs` so that `fixed` plus the sum lies in [low, high].
+    """All ways to give each of `num_layers` layers one of `costs` so that `fixed` plus the sum lies in [low, high], and
+    the second sum below a ceiling's end.
 
     The choices are tuples of indices into `costs`, one a layer, ranked in lexicographic order, so that a rank can be
-    drawn; `count` says how many there are. A ceiling leaves out some of them: draws go on until one is below it. Raises
-    ValueError where there are none, with the nearest sums.
+    drawn; `count` says how many there are. Raises ValueError where there are none, with the nearest sums.
     """
 
     def __init__(
@@ -215,72 +216,76 @@ class Band:
         if low > high:
             raise ValueError(f"the band's lower end {low:,} lies above its upper end {high:,}; swap them")
         self.costs, self.num_layers, self.fixed, self.low, self.high = costs, num_layers, fixed, low, high
-        self.ceiling = ceiling
-        self._sums: list[np.ndarray] = []
-        self._ways_below: list[list[int]] = []
-        ways = {0: 1}
-        for _ in range(num_layers + 1):
-            self._remember(ways)
-            ways = self._one_layer_more(ways)
-        self.count = self._completions(fixed, num_layers)
+        self.ceiling = ceiling or Ceiling((0,) * len(costs), 0, 0, "")
+        self._steps = tuple(zip(costs, self.ceiling.costs, strict=True))
+        reached = self._reached()
+        self._ways = self._completions(reached)  # by layers chosen: pair of sums -> ways to choose the others
+        self.count = self._ways[0].get(self._start, 0)
         if not self.count:
-            raise ValueError(self._why_empty())
-        if ceiling is not None:
-            least = min(other for other, _ in self._lightest().values())
-            if least > ceiling.most:
-                raise ValueError(
-                    f"no architecture of {low:,} to {high:,} parameters has at most {ceiling.most:,} {ceiling.what}: "
-                    f"the nearest has {least:,}"
-                )
-            self.sample(np.random.default_rng(0))  # so few may be left that draws do not find them: said now
+            raise ValueError(self._why_empty(reached[-1]))
 
-    def allows(self, choice: tuple[int, ...]) -> bool:
-        """Whether a choice is below the ceiling."""
-        ceiling = self.ceiling
-        return ceiling is None or ceiling.fixed + sum(ceiling.costs[i] for i in choice) <= ceiling.most
+    @property
+    def _start(self) -> Sums:
+        return self.fixed, self.ceiling.fixed
 
-    def _lightest(self) -> dict[int, tuple[int, tuple[int, ...]]]:
-        """For every sum in the band, of the choices that have it the smallest second sum, and one that has that."""
-        second = self.ceiling.costs if self.ceiling else (0,) * len(self.costs)
-        found = {self.fixed: (self.ceiling.fixed if self.ceiling else 0, ())}
+    def _reached(self) -> list[set[Sums]]:
+        """The pairs of sums that so many layers can give, for every number of layers."""
+        reached = [{self._start}]
         for _ in range(self.num_layers):
-            more: dict[int, tuple[int, tuple[int, ...]]] = {}
-            for total, (other, choice) in found.items():
-                for index, (cost, add) in enumerate(zip(self.costs, second, strict=True)):
-                    there = more.get(total + cost)
-                    if there is None or other + add < there[0]:
-                        more[total + cost] = other + add, (*choice, index)
-            found = more
-        return {total: value for total, value in found.items() if self.low <= total <= self.high}
+            reached.append({self._after(sums, step) for sums in reached[-1] for step in self._steps})
+        return reached
+
+    def _completions(self, reached: list[set[Sums]]) -> list[dict[Sums, int]]:
+        """For every number of layers and pair of sums, in how many ways the layers left end in the band; pairs from
+        which none does are left out."""
+        ways = [{sums: 1 for sums in reached[-1] if self._holds(sums)}]
+        for before in reversed(reached[:-1]):
+            then = ways[-1]
+            found = {sums: sum(then.get(self._after(sums, step), 0) for step in self._steps) for sums in before}
+            ways.append({sums: number for sums, number in found.items() if number})
+        return ways[::-1]
+
+    @staticmethod
+    def _after(sums: Sums, step: Sums) -> Sums:
+        return sums[0] + step[0], sums[1] + step[1]
+
+    def _holds(self, sums: Sums) -> bool:
+        return self.low <= sums[0] <= self.high and sums[1] <= self.ceiling.most
 
     def total(self, choice: tuple[int, ...]) -> int:
         """The sum of a choice, `fixed` included."""
         return self.fixed + sum(self.costs[i] for i in choice)
 
+    def allows(self, choice: tuple[int, ...]) -> bool:
+        """Whether a choice is below the ceiling."""
+        return self.ceiling.fixed + sum(self.ceiling.costs[i] for i in choice) <= self.ceiling.most
+
     def sample(self, rng: np.random.Generator, other_than: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """A uniformly drawn choice, or one drawn uniformly from all but `other_than` (itself in the band)."""
-        for _ in range(MAX_DRAWS):
-            choice = self._draw(rng, other_than)
-            if self.allows(choice):
-                return choice
-        raise ValueError(
-            f"{MAX_DRAWS:,} draws from {self.low:,} to {self.high:,} parameters gave none with at most "
-            f"{self.ceiling.most:,} {self.ceiling.what}: raise one of them"
-        )
-
-    def _draw(self, rng: np.random.Generator, other_than: tuple[int, ...] | None) -> tuple[int, ...]:
         if other_than is None:
             return self.choice(_random_below(self.count, rng))
         if self.count == 1:
-            raise ValueError(f"the band {self.low:,} to {self.high:,} holds one choice of structures only; widen it")
+            raise ValueError(
+                f"the band {self.low:,} to {self.high:,}{self._and_below()} holds one choice of structures only; "
+                "widen it"
+            )
         rank = _random_below(self.count - 1, rng)
         return self.choice(rank + (rank >= self.rank(other_than)))
 
     def extreme(self, largest: bool) -> tuple[int, ...]:
-        """A choice with the largest or the smallest sum in the band that has one below the ceiling."""
-        most = self.ceiling.most if self.ceiling else 0
-        below = {total: choice for total, (other, choice) in self._lightest().items() if other <= most}
-        return below[max(below) if largest else min(below)]
+        """The first choice with the largest or the smallest sum in the band that has one below the ceiling; of those
+        with one of the smallest second sum."""
+        ends = self._ways[-1]
+        end = max(ends, key=lambda sums: (sums[0], -sums[1])) if largest else min(ends)
+        leads = [{end}]
+        for before in reversed(self._ways[:-1]):
+            leads.append({sums for sums in before if any(self._after(sums, step) in leads[-1] for step in self._steps)})
+        sums, chosen = self._start, []
+        for then in leads[-2::-1]:
+            index = next(i for i, step in enumerate(self._steps) if self._after(sums, step) in then)
+            chosen.append(index)
+            sums = self._after(sums, self._steps[index])
+        return tuple(chosen)
 
     def swaps(self, choice: tuple[int, ...]) -> list[tuple[int, ...]]:
         """All choices in the band, below its ceiling, that differ from this one in exactly one layer."""
@@ -294,49 +299,37 @@ class Band:
 
     def choice(self, rank: int) -> tuple[int, ...]:
         """The choice of this rank, 0 to `count` - 1."""
-        total, chosen = self.fixed, []
-        for left in reversed(range(self.num_layers)):
+        sums, chosen = self._start, []
+        for then in self._ways[1:]:
             index = 0
-            while rank >= (ways := self._completions(total + self.costs[index], left)):
+            while rank >= (ways := then.get(self._after(sums, self._steps[index]), 0)):
                 rank -= ways
                 index += 1
             chosen.append(index)
-            total += self.costs[index]
+            sums = self._after(sums, self._steps[index])
         return tuple(chosen)
 
     def rank(self, choice: tuple[int, ...]) -> int:
         """The inverse of `choice`."""
-        total, rank = self.fixed, 0
-        for left, index in zip(reversed(range(self.num_layers)), choice, strict=True):
-            rank += sum(self._completions(total + cost, left) for cost in self.costs[:index])
-            total += self.costs[index]
+        sums, rank = self._start, 0
+        for then, index in zip(self._ways[1:], choice, strict=True):
+            rank += sum(then.get(self._after(sums, step), 0) for step in self._steps[:index])
+            sums = self._after(sums, self._steps[index])
         return rank
 
-    def _remember(self, ways: dict[int, int]) -> None:
-        sums = sorted(ways)
-        below = [0]
-        for one in sums:
-            below.append(below[-1] + ways[one])
-        self._sums.append(np.array(sums))
-        self._ways_below.append(below)
+    def _and_below(self) -> str:
+        return f" with at most {self.ceiling.most:,} {self.ceiling.what}" if self.ceiling.what else ""
 
-    def _one_layer_more(self, ways: dict[int, int]) -> dict[int, int]:
-        more: dict[int, int] = {}
-        for total, number in ways.items():
-            for cost in self.costs:
-                more[total + cost] = more.get(total + cost, 0) + number
-        return more
-
-    def _completions(self, total: int, layers_left: int) -> int:
-        sums, below = self._sums[layers_left], self._ways_below[layers_left]
-        first = np.searchsorted(sums, self.low - total, side="left")
-        last = np.searchsorted(sums, self.high - total, side="right")
-        return max(0, below[last] - below[first])
-
-    def _why_empty(self) -> str:
-        reachable = self._sums[-1] + self.fixed
-        under, over = reachable[reachable < self.low], reachable[reachable > self.high]
-        nearest = [f"{side[at]:,}" for side, at in ((under, -1), (over, 0)) if len(side)]
+    def _why_empty(self, ends: set[Sums]) -> str:
+        others = [other for total, other in ends if self.low <= total <= self.high]
+        if others:
+            return (
+                f"no architecture of {self.low:,} to {self.high:,} parameters has at most {self.ceiling.most:,} "
+                f"{self.ceiling.what}: the nearest has {min(others):,}"
+            )
+        reachable = sorted({total for total, _ in ends})
+        under, over = [t for t in reachable if t < self.low], [t for t in reachable if t > self.high]
+        nearest = [f"{side[at]:,}" for side, at in ((under, -1), (over, 0)) if side]
         return (
             f"no architecture has {self.low:,} to {self.high:,} parameters: at these sizes they go from "
             f"{reachable[0]:,} to {reachable[-1]:,}, the nearest to the band {' and '.join(nearest)}"

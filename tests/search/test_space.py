@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from effbert.architecture import Architecture, Dimensions, count_flops, count_parameters, mlp_parameters
 from effbert.kernels.expression import ACTIVATIONS, STRUCTURES, Expression
 from effbert.random import generator
-from effbert.search import space as space_module
 from effbert.search.space import MAX_NODES, ArchitectureSpace, Band, Ceiling, mutate_expression, random_expression
 
 FIXTURE = json.loads((Path(__file__).parents[1] / "fixtures" / "params.json").read_text(encoding="utf-8"))
@@ -191,12 +190,24 @@ def test_a_ceiling_that_nothing_is_below_names_the_nearest():
     assert Band(costs, 3, 0, 6, 9, Ceiling(second, 10, least, "somethings")).count > 0
 
 
-def test_a_ceiling_that_leaves_too_little_to_draw_is_refused_at_once(monkeypatch):
-    monkeypatch.setattr(space_module, "MAX_DRAWS", 50)
+def test_the_one_choice_of_millions_below_a_ceiling_is_found():
     costs = tuple(range(1, 17))
-    ceiling = Ceiling(tuple(range(16, 0, -1)), 0, 6, "somethings")  # one choice of 16**6
-    with pytest.raises(ValueError, match=r"50 draws from .* gave none with at most 6 somethings: raise one"):
-        Band(costs, 6, 0, 6, 96, ceiling)
+    band = Band(costs, 6, 0, 6, 96, Ceiling(tuple(range(16, 0, -1)), 0, 6, "somethings"))  # one choice of 16**6
+    assert band.count == 1 and band.sample(generator(5, "one")) == (15,) * 6 == band.extreme(True)
+    with pytest.raises(ValueError, match="the band 6 to 96 with at most 6 somethings holds one choice of structures"):
+        band.sample(generator(5, "other"), other_than=(15,) * 6)
+
+
+@pytest.mark.parametrize("most", [19, 21, 27, 40])
+def test_counting_ranking_and_extremes_below_a_ceiling_agree_with_brute_force(most):
+    costs, second = (1, 2, 4, 7), (5, 3, 9, 1)
+    band = Band(costs, 3, 0, 5, 10, Ceiling(second, 10, most, "somethings"))
+    expected = [c for c in brute_force(costs, 3, 0, 5, 10) if 10 + sum(second[i] for i in c) <= most]
+    assert [band.choice(rank) for rank in range(band.count)] == expected
+    assert [band.rank(choice) for choice in expected] == list(range(len(expected)))
+    for largest, end in ((True, max), (False, min)):
+        found = band.extreme(largest)
+        assert found in expected and band.total(found) == end(map(band.total, expected))
 
 
 @pytest.mark.parametrize("stage", ["coarse", "operations", "fine"])
