@@ -34,6 +34,11 @@ class EvolutionSampler(RememberingSampler):
     def _learn(self, architecture: Architecture, value: float) -> None:
         self._alive.append((architecture, value))
 
+    def _relearn(self, values: list[float]) -> None:
+        alive = [architecture for architecture, _ in self._alive]
+        self._alive.clear()
+        self._alive.extend(zip(alive, values[len(values) - len(alive) :], strict=True))
+
     def _propose(self, rng: np.random.Generator) -> Architecture:
         if len(self._alive) == self.population:
             for _ in range(TRIES):

@@ -52,6 +52,9 @@ class LanasSampler(RememberingSampler):
         self._codes.append(np.asarray(self.space.encode(architecture)).ravel())
         self._values.append(value)
 
+    def _relearn(self, values: list[float]) -> None:
+        self._values, self._partition = values, None
+
     def _from_best_leaf(self, rng: np.random.Generator) -> Architecture:
         partition = self._refitted()
         values, codes = np.array(self._values), np.array(self._codes)

@@ -57,6 +57,9 @@ class PredictorSampler(RememberingSampler):
         self._codes.append(np.asarray(self.space.encode(architecture)).ravel())
         self._values.append(value)
 
+    def _relearn(self, values: list[float]) -> None:
+        self._values, self._ensemble = values, None
+
     def _propose(self, rng: np.random.Generator) -> Architecture:
         if len(self._values) < self.initial or len(self.seen) % RANDOM_EVERY == RANDOM_EVERY - 1:
             return self._sample_new(rng)

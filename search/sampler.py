@@ -7,7 +7,7 @@ telling it the study once more, and naming what is still open. No sampler propos
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -39,6 +39,12 @@ class Sampler(Protocol):
         """The fitness (higher is better) of an architecture, asked for or not; None or not finite: it failed.
 
         A failed one is not proposed again, and nothing is learned from it. ValueError if it was told before.
+        """
+
+    def revise(self, values: Sequence[float]) -> None:
+        """The fitness of every architecture that was told a finite one, in the order of telling, as it is now.
+
+        Where fitness is a rank among all, what comes later changes it. ValueError for another number of values.
         """
 
 
@@ -73,6 +79,7 @@ class RememberingSampler(ABC):
     def __init__(self, space: Space):
         self.space = space
         self.seen = Seen(space)
+        self._learned = 0
 
     def ask(self, rng: np.random.Generator) -> Architecture:
         architecture = self._propose(rng)
@@ -85,15 +92,25 @@ class RememberingSampler(ABC):
     def tell(self, architecture: Architecture, value: float | None) -> None:
         self.seen.told(architecture)
         if not is_failed(value):
+            self._learned += 1
             self._learn(architecture, float(value))
 
     @abstractmethod
     def _propose(self, rng: np.random.Generator) -> Architecture:
         """An architecture that was not seen; SpaceExhausted where none is left."""
 
+    def revise(self, values: Sequence[float]) -> None:
+        if len(values) != self._learned:
+            raise ValueError(f"{len(values)} values to revise {self._learned} by")
+        self._relearn([float(value) for value in values])
+
     @abstractmethod
     def _learn(self, architecture: Architecture, value: float) -> None:
         """Take note of a finite value."""
+
+    @abstractmethod
+    def _relearn(self, values: list[float]) -> None:
+        """Replace all values that were learned, in their order."""
 
     def _sample_new(self, rng: np.random.Generator) -> Architecture:
         return self.seen.new(lambda: self.space.sample(rng))
@@ -107,6 +124,9 @@ class RandomSampler(RememberingSampler):
 
     def _learn(self, architecture: Architecture, value: float) -> None:
         """Nothing: no value changes what is drawn."""
+
+    def _relearn(self, values: list[float]) -> None:
+        """Nothing either."""
 
 
 class Seen:

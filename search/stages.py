@@ -66,10 +66,12 @@ def search_stage(
         trained = run_cohort(stage, members, space, settings, evaluator, line, workers)
         cohort = [evaluation for evaluation in stage.evaluations() if evaluation.number in numbers]
         told = fitness(cohort, len(ladder(settings, len(trained))))
-        if evaluator.minimize:
-            told = by_fronts(told, cohort, evaluator.minimize, points)
+        scored = [evaluation for evaluation in cohort if told[evaluation.number] is not None]
+        points += [point(told[evaluation.number], evaluation, evaluator.minimize) for evaluation in scored]
         for number, architecture in members:
             sampler.tell(architecture, told[number])
+        if evaluator.minimize:  # what counts is how many fronts lie before a candidate, and later ones change that
+            sampler.revise([-float(front) for front in fronts(points)])
         after_cohort()
         if len(members) < len(numbers):
             break
@@ -89,19 +91,6 @@ def _why_none(evaluations: Sequence[Evaluation], name: str) -> str:
     if len(reasons) == len(evaluations):
         return f"every candidate was discarded before it trained (the last {reasons[-1]}): raise the limits"
     return f"every candidate that trained diverged (loss not finite): lower the learning rates of --{name}"
-
-
-def by_fronts(
-    told: dict[int, float | None], cohort: Sequence[Evaluation], minimize: Sequence[str], points: list[tuple]
-) -> dict[int, float | None]:
-    """What a sampler is told where costs count too: minus the front that a candidate is on, among all told so far.
-
-    points: of the cohorts before; this one's are added.
-    """
-    scored = [evaluation for evaluation in cohort if told[evaluation.number] is not None]
-    points += [point(told[evaluation.number], evaluation, minimize) for evaluation in scored]
-    ranks = fronts(points)[-len(scored) :] if scored else []
-    return told | {evaluation.number: -float(rank) for evaluation, rank in zip(scored, ranks, strict=True)}
 
 
 def propose(

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from effbert.search.budget import survivors
 from effbert.search.pareto import best, best_front, fronts, point
-from effbert.search.stages import by_fronts
 from effbert.search.study import Evaluation
 
 
@@ -52,18 +51,6 @@ def test_the_cheap_survive_beside_the_good():
     assert survivors(values, keys, 2) == [0, 2]
     assert survivors(values, keys, 2, ranks) == [0, 1]
     assert survivors(values, keys, 3, ranks) == [0, 1, 2]
-
-
-def test_a_sampler_is_told_fronts_among_all_so_far():
-    cohorts = [
-        [candidate(0, 0.9, 10), candidate(1, 0.8, 20), candidate(2, None, 1, state="failed")],
-        [candidate(3, 0.5, 5), candidate(4, 0.4, 30)],
-    ]
-    points = []
-    first = by_fronts({0: 0.9, 1: 0.8, 2: None}, cohorts[0], ("flops",), points)
-    assert first == {0: 0.0, 1: -1.0, 2: None}
-    assert by_fronts({3: 0.5, 4: 0.4}, cohorts[1], ("flops",), points) == {3: 0.0, 4: -2.0}
-    assert by_fronts({}, [], ("flops",), points) == {}
 
 
 def test_the_best_front_has_the_winner_first_and_equal_points_once():

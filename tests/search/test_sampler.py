@@ -113,6 +113,25 @@ def test_a_resume_with_open_candidates_goes_on_as_the_first_would_have(seed, sto
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("count", [3, 11])
+def test_revised_values_are_as_if_they_had_been_told(name, count):
+    revised, fresh = small(name, Letters()), small(name, Letters())
+    told = run(revised, count, seed=4)
+    learned = [word for word, value in told if value is not None and value == value]
+    values = [float(-sum(word) % 7) for word in learned]
+    revised.revise([0.0] * len(learned))
+    asked = revised.ask(generator(0, "between"))
+    revised.revise(values)
+    for word, value in told:
+        fresh.tell(word, dict(zip(learned, values, strict=True)).get(word, value))
+    fresh.asked(asked)
+    for number in range(4):
+        assert revised.ask(generator(5, number)) == fresh.ask(generator(5, number))
+    with pytest.raises(ValueError, match=f"2 values to revise {len(learned)} by"):
+        revised.revise([0.0, 1.0])
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_an_open_candidate_is_not_proposed_and_may_be_named_again_until_it_is_told(name):
     space = Letters(3, 3)
     sampler = small(name, space)

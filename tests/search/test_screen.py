@@ -14,6 +14,7 @@ from effbert.search.agreement import of_filter
 from effbert.search.latency import Latencies
 from effbert.search.population import Evaluator, Outcome
 from effbert.search.progress import Reporter
+from effbert.search.sampler import RandomSampler
 from effbert.search.screen import Screen, check_latency, make_screen
 from effbert.search.stages import search_stage
 from effbert.search.study import Study
@@ -164,6 +165,18 @@ def test_of_equal_candidates_the_one_that_costs_less_wins_where_costs_count(tmp_
     for minimize, number in (((), 0), (("flops",), 2)):
         best, found = run_stage(tmp_path, space, settings, Evaluator(len, evaluate, None, minimize))
         assert str(best) == found[number].architecture
+
+
+def test_where_costs_count_a_sampler_hears_anew_of_those_that_later_ones_beat(tmp_path, space, monkeypatch):
+    settings = SearchStage(num_candidates=4, cohort=1, sampler="random")
+    values, heard = [0.1, 0.2, 0.15, 0.4], []
+    monkeypatch.setattr(RandomSampler, "revise", lambda self, ranks: heard.append(ranks))
+
+    def evaluate(members, share):
+        return [(number, Outcome(values[number], {"parameters": 1, "flops": 9 - number})) for number, _ in members]
+
+    run_stage(tmp_path, space, settings, Evaluator(len, evaluate, None, ("flops",)))
+    assert heard == [[0.0], [-1.0, 0.0], [-1.0, 0.0, 0.0], [-2.0, -1.0, -1.0, 0.0]]
 
 
 def test_a_stage_whose_candidates_are_all_too_slow_says_so(tmp_path, space):
