@@ -23,11 +23,12 @@ from torch import nn
 from effbert import checkpoint, graphs, random
 from effbert.data.batches import Batch
 from effbert.kernels import gradients_in_place
+from effbert.memory import out_of_memory
 from effbert.optim import Optimizer, PartlyUsed, TrainingArguments
 from effbert.parallel import ALONE, World
 
 CHECK_EVERY = 10  # steps between reads of the loss: a read waits for the device
-DIVERGED = 10.0  # times the mean loss of the first CHECK_EVERY steps: more, over CHECK_EVERY steps, ends a phase
+DIVERGED = 10.0  # times the loss that a phase began with: more, in the mean of CHECK_EVERY steps, ends it
 SAVING_SHARE = 0.05  # of the time may go into checkpoints
 
 
@@ -126,7 +127,7 @@ def train_together(
     to every loss_of. on_step: called with (step, total steps). A model whose loss or gradient is not finite, or whose
     loss grows past DIVERGED, ends its own phase; nothing is raised. With a checkpoint on disk a phase goes on from it,
     and the others catch up with it or it waits for them; the caller deletes the files (`forget`) once the outcome is
-    safe elsewhere. Where a GPU's memory does not hold all, half of them go first and the rest waits on the CPU.
+    safe elsewhere. Where memory does not hold all, half of them go first and the rest waits, on the CPU.
 
     world: the processes that train these models, each with its part of the same batches as `plan_of`; the first of
     them writes the checkpoints, which all read. Dropout draws its own masks on each. There is no going by halves then:
@@ -191,8 +192,8 @@ class _Together:
                 self.record(group)
                 while running := [learner for learner in group if not learner.done]:
                     self.step(running, interrupts, on_step)
-            except torch.OutOfMemoryError:
-                if self.width == 1 or self.world.size > 1:
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or self.width == 1 or self.world.size > 1:
                     raise
                 self.width = max(1, len(group) // 2)
                 waiting = group + waiting
@@ -314,8 +315,8 @@ class _Learner:
     """A model in training: its position, optimiser, sums and records, and their checkpoint."""
 
     COUNTERS = (
-        "epoch", "position", "step", "tokens", "loss_sum", "window_sum", "window_steps", "first_window", "last_loss",
-        "records", "seconds",
+        "epoch", "position", "step", "tokens", "loss_sum", "window_sum", "window_steps", "first_loss", "first_window",
+        "last_loss", "records", "seconds",
     )  # fmt: skip
 
     def __init__(
@@ -328,7 +329,7 @@ class _Learner:
         self.total = self.steps * arguments.num_train_epochs
         self.optimizer = Optimizer(self.model, arguments, self.total)
         self.epoch = self.position = self.step = self.tokens = self.window_steps = 0
-        self.loss_sum = self.window_sum = self.pending = torch.zeros((), dtype=torch.float64)
+        self.loss_sum = self.window_sum = self.pending = self.first_loss = torch.zeros((), dtype=torch.float64)
         self.pending_tokens, self.pending_numbers = 0, []
         self.last_loss = float("nan")
         self.first_window: float | None = None
@@ -386,6 +387,8 @@ class _Learner:
             self.optimizer.set_rate(self.step)
             norm = self.recordings.run("update", self.optimizer.apply)
         mean = self.pending + 0 * norm.double()  # a gradient that is not finite shows in the sums
+        if self.step == 0:
+            self.first_loss = mean
         self.loss_sum = self.loss_sum.to(mean.device) + mean
         self.window_sum = self.window_sum.to(mean.device) + mean
         self.tokens += self.pending_tokens
@@ -423,19 +426,21 @@ class _Learner:
         self.pending, self.pending_tokens, self.pending_numbers = torch.zeros_like(self.pending), 0, []
 
     def check(self) -> None:
-        """Read the loss of the steps since the last check; end the phase where it diverges."""
-        window = float(self.window_sum) / max(1, self.window_steps)
-        if not math.isfinite(window):
+        """Read the loss of the steps since the last check; end the phase where it diverges: from the first step's loss
+        within the first CHECK_EVERY steps, from their mean later. Steps that the last of these windows lacks count as
+        what the phase began with, so that one odd batch is no divergence."""
+        total = float(self.window_sum)
+        if not math.isfinite(total):
             self.diverged = f"loss not finite at step {self.step}"
-        if self.window_steps < CHECK_EVERY:  # the end of an epoch: too few to judge by
+        if self.diverged or (self.window_steps < CHECK_EVERY and self.step < self.total):  # the end of an epoch
             return
+        begun = float(self.first_loss) if self.first_window is None else self.first_window
+        window = (total + (CHECK_EVERY - self.window_steps) * begun) / CHECK_EVERY
         self.window_sum, self.window_steps = torch.zeros_like(self.window_sum), 0
-        if self.diverged:
-            return
-        if self.first_window is None:
+        if window > DIVERGED * begun > 0:
+            self.diverged = f"loss grown from {begun:.3g} to {window:.3g} at step {self.step}"
+        elif self.first_window is None:
             self.first_window = window
-        elif window > DIVERGED * self.first_window > 0:
-            self.diverged = f"loss grown from {self.first_window:.3g} to {window:.3g} at step {self.step}"
 
     def end_epoch(self) -> None:
         """Evaluate and note the epoch's loss."""

@@ -6,7 +6,6 @@ answers rightly, and two candidates are compared row by row (effbert.search.agre
 """
 
 import functools
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from effbert.config import Budget, SearchStage
 from effbert.data.batches import Batch, subset
 from effbert.engine import Phase
 from effbert.evaluate import evaluate_rows
+from effbert.memory import free_memory
 from effbert.search.budget import cut
 from effbert.search.progress import Reporter
 from effbert.search.screen import Screen, make_screen
@@ -171,7 +171,7 @@ def outcome(result: Distillation, metric: str, costs: dict[str, int]) -> Outcome
 def population_size(workspace: Workspace, supernet: Supernet, architectures: Sequence[Architecture]) -> int:
     """How many of them train at once: --population, or as many as memory has room for; at least one.
 
-    Where a GPU's memory does not suffice after all, the training loop goes on with half of them.
+    Where memory does not suffice after all, the training loop goes on with half of them.
     """
     largest = max(count_parameters(a, supernet.config).total_with_projection for a in architectures)
     return min(len(architectures), room_for(workspace.device, largest, workspace.config.population))
@@ -187,16 +187,3 @@ def room_in(memory: float, parameters: int, wanted: int = 0) -> int:
     """The same for so many bytes of free memory."""
     room = max(1, int(MEMORY_SHARE * memory / (BYTES_A_PARAMETER * parameters)))
     return min(room, wanted or room)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a process may still take on the device."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = dict(line.split(":") for line in file)
-        return 1024 * int(found["MemAvailable"].split()[0])
-    except (OSError, KeyError):  # no Linux: what no process and no cache holds
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -30,7 +30,7 @@ from effbert.search.screen import DISCARDED, SCREENED, STAYS, Screen
 from effbert.search.space import Space
 from effbert.search.study import Evaluation, StageStudy, TakenOver
 from effbert.search.workers import SHARING, Workers
-from effbert.start import load_start
+from effbert.start import fresh_projection, load_start
 from effbert.student import distil_generally
 from effbert.supernet import Supernet, supernet_config
 from effbert.workspace import Workspace, keep, must_finish
@@ -90,7 +90,8 @@ def _why_none(evaluations: Sequence[Evaluation], name: str) -> str:
     reasons = [e.attrs[DISCARDED] for e in evaluations if DISCARDED in e.attrs]
     if len(reasons) == len(evaluations):
         return f"every candidate was discarded before it trained (the last {reasons[-1]}): raise the limits"
-    return f"every candidate that trained diverged (loss not finite): lower the learning rates of --{name}"
+    reasons = [e.attrs["reason"] for e in evaluations if "reason" in e.attrs]
+    return f"every candidate that trained diverged (the last: {reasons[-1]}): lower the learning rates of --{name}"
 
 
 def propose(
@@ -289,6 +290,9 @@ def warm_supernet(workspace: Workspace, reporter: Reporter) -> Supernet:
         results = []
         if config.start_from:
             load_start(supernet, config.start_from[0])
+            note = fresh_projection(supernet.config, config.start_from[0])
+            if note:
+                reporter.say(note)
             reporter.say(f"supernet: that of {config.start_from[0]}, {supernet.num_parameters():,} parameters")
         else:
             results = [distilled_supernet(workspace, supernet, phase, reporter)]

@@ -220,13 +220,22 @@ def test_one_that_diverges_stops_and_the_others_go_on():
         assert_same(models[2], alone)
 
 
-def test_where_memory_does_not_hold_all_half_of_them_go_first():
+def too_much():
+    torch.empty(2**60)
+
+
+def too_much_on_a_gpu():
+    raise torch.OutOfMemoryError("out of memory")
+
+
+@pytest.mark.parametrize("exhaust", [too_much, too_much_on_a_gpu])
+def test_where_memory_does_not_hold_all_half_of_them_go_first(exhaust):
     failed = []
 
     def spoil(name, number):
         if number == 5 and name == 3 and not failed:
             failed.append(number)
-            raise torch.OutOfMemoryError("out of memory")
+            exhaust()
         return 1.0
 
     models, results, shared = together([1, 2, 3, 4], spoil=spoil)
@@ -276,12 +285,28 @@ def test_memory_that_ends_while_moments_are_made_lets_the_step_be_tried_again(mo
         assert_same(model, run(Phase(("p", name), 3))[0])
 
 
-def test_one_odd_batch_at_the_end_of_an_epoch_is_no_divergence():
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_one_odd_batch_at_the_end_of_an_epoch_is_no_divergence(epochs):
     last = len(plan_of(0)) - 1
     assert (last + 1) % 10  # so that a window ends early
-    arguments = TrainingArguments(learning_rate=0.0, num_train_epochs=2)
+    arguments = TrainingArguments(learning_rate=0.0, num_train_epochs=epochs)
     _, results, _ = together([1], arguments, spoil=lambda name, number: 12.0 if number == last else 1.0)
     assert results[1].finished
+
+
+@pytest.mark.parametrize(("begin", "stopped"), [(3, 10), (10, 11)])
+def test_a_loss_that_explodes_in_a_short_phase_is_divergence(begin, stopped):
+    """Also among the first steps, after which it stays where it is, and among the last."""
+    assert len(plan_of(0)) == 11
+    arguments = TrainingArguments(learning_rate=0.0, num_train_epochs=1)
+    _, results, _ = together([1], arguments, spoil=lambda name, number: 1e9 if number >= begin else 1.0)
+    assert (results[1].finished, results[1].steps) == (False, stopped) and "loss grown from" in results[1].diverged
+
+
+def test_a_phase_of_few_steps_diverges_too():
+    arguments = TrainingArguments(learning_rate=0.0, num_train_epochs=1, gradient_accumulation_steps=4)
+    _, results, _ = together([1], arguments, spoil=lambda name, number: 1e9 if number >= 8 else 1.0)
+    assert (results[1].finished, results[1].steps) == (False, 3)
 
 
 def test_one_that_does_not_fit_alone_is_an_error():
