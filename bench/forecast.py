@@ -108,7 +108,7 @@ def of_preset(config: SearchConfig, gpu: Gpu, assumptions: Assumptions) -> tuple
     largest = forecast.largest_candidate(config, dims)
     together = room_in(gpu.memory, largest, config.population)
     parts = forecast.forecast(config, Declared(config), rates, together)
-    return parts, forecast.lines(parts, rates, together, largest)
+    return parts, forecast.lines(parts, rates, config, together, largest)
 
 
 def board_power(gpu: Gpu) -> forecast.Power:

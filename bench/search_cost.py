@@ -144,7 +144,8 @@ def _in_own_process(mode: str, folder: Path, arguments: Sequence[str], preset_na
         return
     more = ["--preset", preset_name] if preset_name else []
     command = [sys.executable, "-m", "effbert", "bench", "search-cost", "--mode", mode, *more, *arguments]
-    done = subprocess.run(command, env=os.environ, check=False)
+    alone = {**os.environ, "WORLD_SIZE": "1"}  # whatever started this process
+    done = subprocess.run(command, env=alone, check=False)
     if done.returncode:
         raise ValueError(f"mode {mode!r} ended with exit status {done.returncode}; what it printed stands above")
 

@@ -1,32 +1,70 @@
 """The command `effbert`: errors are one line and status 2, Ctrl-C exits with 130; EFFBERT_TRACEBACK=1 shows more. Of
-several processes that torchrun started, one says it."""
+several processes that torchrun started, one says it; what they do not do together the first does, and the others wait
+and end with its status."""
 
 import os
 import sys
+from collections.abc import Callable
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     from effbert import parallel
+    from effbert.cli import is_shared, run
+
+    given = sys.argv[1:] if arguments is None else arguments
+
+    def start() -> int:
+        with parallel.joined() as world:
+            if world.size == 1 or is_shared(given):
+                return run(given, world)
+            return world.on_first(_whole, given)
+
+    return _ended(start)
+
+
+def _whole(arguments: list[str]) -> int:
+    """A command from its start to its exit status, with what it says of its errors."""
     from effbert.cli import run
 
-    def tell(text: str) -> None:
-        if parallel.may_speak():
-            print(f"effbert: {text}", file=sys.stderr, flush=True)
+    try:
+        return _ended(lambda: run(arguments))
+    except SystemExit as stop:  # after --help
+        return stop.code or 0
+
+
+def _ended(function: Callable[[], int]) -> int:
+    """The exit status that function() returns, or that of the error it ends with, once that is told."""
+    from effbert.errors import first_line
 
     try:
-        with parallel.joined() as world:
-            return run(sys.argv[1:] if arguments is None else arguments, world)
+        return function()
     except KeyboardInterrupt:
-        tell("stopped; the same command goes on from here")
+        _tell("stopped; the same command goes on from here")
         return 130
     except BrokenPipeError:
         return 141
     except (ValueError, OSError) as error:
         if os.environ.get("EFFBERT_TRACEBACK"):
             raise
-        tell(" ".join(str(error).split()))
+        _tell(" ".join(str(error).split()))
         return 2
+    except (RuntimeError, MemoryError) as error:
+        from effbert.memory import out_of_memory
+
+        if os.environ.get("EFFBERT_TRACEBACK") or not out_of_memory(error):
+            raise
+        _tell(
+            f"out of memory ({first_line(error)}): nothing already written was lost; take a smaller batch or population"
+        )
+        return 2
+
+
+def _tell(text: str) -> None:
+    from effbert.parallel import may_speak
+
+    if may_speak():
+        print(f"effbert: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

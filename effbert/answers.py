@@ -9,6 +9,7 @@ thing that joins a model's columns to a task. Whatever can be refused is refused
 import json
 import shutil
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -115,7 +116,7 @@ class SavedModel:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if "token_type_ids" in self.tokenizer.model_input_names:
             inputs["token_type_ids"] = batch.token_type_ids
-        output = self._model(**inputs)
+        output = self._model(**inputs, return_dict=True)
         if self.spec.kind == "spans":
             return torch.stack((output.start_logits, output.end_logits), dim=-1)
         return output.logits if self.columns is None else output.logits[:, self.columns]
@@ -165,8 +166,10 @@ def evaluate_saved(
     reading: Reading = Reading(),
     null_threshold: float = 0.0,
     own: OwnRows = OwnRows(),
+    say: Say = print,
 ) -> dict[str, dict[str, float]]:
-    """The official metrics of a saved model on each whole validation split of a task, by split and name.
+    """The official metrics of a saved model on each whole validation split of a task, by split and name; `say` is told
+    which split is not there.
 
     All are fractions of 1 (the published ones are usually printed times 100). SQuAD 2.0 has all that its script prints
     (`effbert.metrics.squad2_scores`); `null_threshold` is how far no answer must be ahead. "rows" (there "total")
@@ -179,8 +182,10 @@ def evaluate_saved(
         model = open_model(folder, _own_spec(folder, task, own, reading), reading)
         splits = {"validation": _own_rows(model, own)}
     else:
-        spec, splits = load_validation(task, data_dir)
+        spec, splits, notes = load_validation(task, data_dir)
         model = open_model(folder, spec, reading)
+        for note in notes:
+            say(note)
     return {name: _scores(model, rows, name, null_threshold) for name, rows in splits.items()}
 
 
@@ -268,18 +273,23 @@ def predict_glue(
 ) -> Path:
     """The zip that the GLUE server takes, with the test rows of each task answered by its model; returns its path.
 
-    models: a folder by task ("ax" is the diagnostic set, for a model of MNLI; "mnli" gives both of its files). In the
-    zip each task has its official file: a header `index`, `prediction`, one row a test row, labels as the official
-    training files write them, STS-B's scores within 0 to 5. Tasks that are done are kept beside the output until all
-    are. Raises as `open_model`, `glue.load_split` and `check_output` do, before any model runs.
+    models: a folder by task ("ax" is the diagnostic set, for a model of MNLI; "mnli" gives both of its files, "mnli-m"
+    and "mnli-mm" give one). In the zip each task has its official file: a header `index`, `prediction`, one row a test
+    row, labels as the official training files write them, STS-B's scores within 0 to 5. Tasks that are done are kept
+    beside the output until all are. ValueError where two models give one file; raises as `open_model`,
+    `glue.load_split` and `check_output` do, before any model runs.
     """
     output = check_output(output)
     if output.suffix != ".zip":
         raise ValueError(f"--output {output}: the GLUE server takes a .zip")
     if reading.labels and len(set(models.values())) > 1:
         raise ValueError(f"--labels names the columns of one model, and there are {len(set(models.values()))}")
-    opened = {task: open_model(folder, glue.source_of(task).spec, reading) for task, folder in models.items()}
     splits = {task: glue.source_of(task).results for task in models}
+    counted = Counter(file for files in splits.values() for file in files.values())
+    twice = [file for file, count in counted.items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} has two models: give mnli, or mnli-m and mnli-mm")
+    opened = {task: open_model(folder, glue.source_of(task).spec, reading) for task, folder in models.items()}
     rows = {(task, split): glue.load_split(task, split, data_dir) for task in models for split in splits[task]}
     done, texts = Unfinished(output), {}
     for task in models:
@@ -416,7 +426,8 @@ def main_evaluate(arguments: list[str]) -> None:
 
         Attributes:
             model: Folder or name of a model with the task's head.
-            task: A task of GLUE, squad, squad2.0, a built-in one, or a name of your own with validation_file.
+            task: A task of GLUE (mnli-m and mnli-mm are MNLI's halves), squad, squad2.0, a built-in one, or a name of
+                your own with validation_file.
             data_dir: Folder with the official files; without it they come by name.
             null_threshold: For SQuAD 2.0, how far no answer must be ahead of the best span, in logits.
             output: JSON file to write the scores to.
@@ -456,7 +467,8 @@ def main_predict(arguments: list[str]) -> None:
         """The zip of test predictions that the GLUE server takes, or the JSON of answers that SQuAD's scripts take.
 
         Attributes:
-            models: TASK=FOLDER for each GLUE task (ax=FOLDER is the diagnostic set), or one FOLDER with --task.
+            models: TASK=FOLDER for each GLUE task, or one FOLDER with --task. mnli gives both of its files, mnli-m and
+                mnli-mm give one; ax is the diagnostic set.
             output: The .zip, or for SQuAD the JSON file, to write.
             task: What the one FOLDER is for.
             data_dir: Folder with the official files; without it they come by name.

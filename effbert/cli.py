@@ -18,7 +18,7 @@ USAGE = """usage: effbert COMMAND ...
            --teacher mrpc/model --task mrpc --data_dir GLUE --corpus TEXT --output_dir student
   paper    a search, then winner and rivals on every task, as a plan that goes on where it stopped: effbert paper
            --preset paper-fast --teacher BERT --corpus TEXT --data_dir GLUE --output_dir runs/paper; --show: its state
-  arch     parameters and FLOPs of an architecture: effbert arch "TEXT" --preset efficientbert
+  arch     parameters and FLOPs of an architecture or a named model: effbert arch efficientbert-tiny
   import   a checkpoint of the authors' as a transformers folder:
            effbert import ckpt_ep10.bin --architecture efficientbert --output_dir student
   report   one HTML page about a search or a plan, finished or under way: effbert report runs/demo
@@ -40,7 +40,7 @@ effbert COMMAND --help lists a command's flags. EFFBERT_TRACEBACK=1 shows where 
 def run(arguments: list[str], world: World = ALONE) -> int:
     """Run one command; returns the exit status. ValueError and OSError carry one line for the person.
 
-    world: the processes that all run it, those of SHARED only."""
+    world: the processes that all run it, where it `is_shared`."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -52,11 +52,14 @@ def run(arguments: list[str], world: World = ALONE) -> int:
     if arguments[0] not in COMMANDS:
         raise ValueError(f"unknown command {arguments[0]!r}: one of {', '.join(COMMANDS)}; effbert --help tells more")
     refuse_repeats(arguments[1:])
-    if arguments[0] in SHARED:
+    if is_shared(arguments):
         return COMMANDS[arguments[0]](arguments[1:], world)
-    if world.size > 1:
-        raise ValueError(f"effbert {arguments[0]} is for one process: start it without torchrun")
     return COMMANDS[arguments[0]](arguments[1:])
+
+
+def is_shared(arguments: list[str]) -> bool:
+    """Whether several processes run this command together; any other one of them does while the rest wait."""
+    return bool(arguments) and arguments[0] in SHARED and not PRINTING.intersection(arguments)
 
 
 def refuse_repeats(arguments: list[str]) -> None:
@@ -77,15 +80,14 @@ def search(arguments: list[str], world: World = ALONE) -> int:
     start = preset(name, PRESETS, SearchConfig(output_dir=""))
     about = (
         f"{SearchConfig.__doc__.splitlines()[0]} --preset NAME, one of {', '.join(PRESETS)}, sets the defaults below. "
-        "--dry_run forecasts what it costs, from a few real steps or at --flops_per_second, and starts nothing."
+        "--dry_run forecasts what it costs in one process, from a few real steps or at --flops_per_second, and starts "
+        "nothing."
     )
     config = parse(SearchConfig, arguments, "effbert search", default=start, description=about)
     check_search(config, name, kept=not dry)
     quiet_libraries()
     from effbert.search.run import dry_run, run_search
 
-    if dry and world.size > 1:
-        raise ValueError("--dry_run forecasts a search in one process: start it without torchrun")
     if dry:
         print("\n".join(dry_run(config, _rate(assumed))))
     elif assumed is not None:
@@ -136,7 +138,7 @@ def paper(arguments: list[str], world: World = ALONE) -> int:
 
         if not config.output_dir:
             raise ValueError("--output_dir is missing, the folder of the plan to show")
-        Console(quiet=not world.is_first).print(show_plan(config))
+        Console().print(show_plan(config))
         return 0
     check_search(config, name)
     quiet_libraries()
@@ -248,22 +250,31 @@ def arch(arguments: list[str]) -> int:
     import tyro
 
     from effbert.architecture import Dimensions
-    from effbert.models import architecture_of, dimensions
+    from effbert.models import architecture_of, dimensions, is_name
 
     name, arguments = take_flag(arguments, "preset")
-    sizes = dimensions(name) if name else Dimensions()
 
-    @dataclass(frozen=True)
-    class Arguments:
-        """Parameters and FLOPs of an architecture by part."""
+    def read(sizes: Dimensions):
+        @dataclass(frozen=True)
+        class Arguments:
+            """Parameters and FLOPs of an architecture by part.
 
-        text: tyro.conf.Positional[str]
-        length: int = 128
-        num_labels: int = 3
-        dims: tyro.conf.OmitArgPrefixes[Dimensions] = dataclasses.field(default=sizes)
+            text: an expression a layer, joined by ", ", or a model's name, such as efficientbert, which sets the sizes
+            below too. --preset NAME sets them to another model's.
+            """
 
-    given = parse(Arguments, arguments, "effbert arch")
-    print_costs(architecture_of(given.text), given.dims, given.length, given.num_labels)
+            text: tyro.conf.Positional[str]
+            length: int = 128
+            num_labels: int = 3
+            dims: tyro.conf.OmitArgPrefixes[Dimensions] = dataclasses.field(default=sizes)
+
+        return parse(Arguments, arguments, "effbert arch")
+
+    given = read(dimensions(name) if name else Dimensions())
+    architecture = architecture_of(given.text)
+    if name is None and is_name(given.text):
+        given = read(dimensions(given.text))
+    print_costs(architecture, given.dims, given.length, given.num_labels)
     return 0
 
 
@@ -276,8 +287,9 @@ def import_(arguments: list[str]) -> int:
         """A student or supernet in the authors' checkpoint format, as a folder that transformers loads.
 
         checkpoint: their file. architecture: an expression a layer, joined by ", ", or the name of a published model
-        such as efficientbert. output_dir: a new folder. num_attention_heads: which the file does not tell. task: whose
-        labels its head has, such as mnli; of several heads the one to keep. vocab: BERT's vocab.txt, for a tokenizer.
+        such as efficientbert, whose sizes the file must have. output_dir: a new folder. num_attention_heads: which the
+        file does not tell. task: whose labels its head has, such as mnli; of several heads the one to keep. vocab:
+        BERT's vocab.txt, for a tokenizer.
         """
 
         checkpoint: tyro.conf.Positional[str]
@@ -289,11 +301,9 @@ def import_(arguments: list[str]) -> int:
 
     given = parse(Arguments, arguments, "effbert import")
     quiet_libraries()
-    from effbert.models import architecture_of
     from effbert.released import import_checkpoint, save_imported
 
-    architecture = architecture_of(given.architecture)
-    model = import_checkpoint(given.checkpoint, architecture, given.num_attention_heads, given.task)
+    model = import_checkpoint(given.checkpoint, given.architecture, given.num_attention_heads, given.task)
     save_imported(model, given.output_dir, given.vocab)
     without = "" if given.vocab else ", without a tokenizer: --vocab adds one"
     print(f"{given.output_dir}: {type(model).__name__}, {model.num_parameters():,} parameters{without}")
@@ -406,7 +416,8 @@ def bench(arguments: list[str]) -> int:
     return importlib.import_module(f"effbert.bench.{module}").main(rest) or 0
 
 
-SHARED = ("search", "teacher", "pretrain", "distill", "paper")  # commands that several processes may run together
+SHARED = ("search", "teacher", "pretrain", "distill", "paper")  # commands that several processes run together
+PRINTING = {"-h", "--help", "--dry_run", "--show"}  # with which they only print
 
 COMMANDS = {
     "search": search,

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 from effbert.architecture import PUBLISHED, Architecture, Dimensions, count_parameters
 from effbert.distill import LossWeights
+from effbert.models import refuse_plus_without_start
 from effbert.optim import TrainingArguments
 
 
@@ -278,6 +279,7 @@ class PretrainConfig(TextConfig):
         self.at_least(params=0)
         if not self.model or ("supernet" in self.model and len(self.model) > 1):
             raise ValueError(f"model is {self.model}: give a supernet alone, or one or several models")
+        refuse_plus_without_start(self.model, self.start_from)
 
     @property
     def text_epochs(self) -> int:
@@ -313,6 +315,7 @@ class DistillConfig(TextConfig, TaskConfig):
         self.at_least(params=0, seeds=1, teacher_cache=0)
         if not self.model and not self.start_from:
             raise ValueError("nothing to distil: give --model, or --start_from with the folder of a student")
+        refuse_plus_without_start(self.model, self.start_from)
 
     @property
     def reads_text(self) -> bool:
@@ -391,6 +394,17 @@ class SearchConfig(TextConfig, TaskConfig):
             )
         if self.stage3.filter != "none":
             raise ValueError(f"stage3.filter is {self.stage3.filter}: its candidates cost a moment: leave it out")
+        if self.student.intermediate_size > self.student.hidden_size:
+            raise ValueError(
+                f"student.intermediate_size is {self.student.intermediate_size}, above the hidden_size of "
+                f"{self.student.hidden_size}: add, mul and max cut both to the narrower, which the second linear of an "
+                f"expression does not take: give at most {self.student.hidden_size}"
+            )
+        if self.agreement_candidates > self.stage3.num_candidates:
+            raise ValueError(
+                f"agreement_candidates is {self.agreement_candidates}: they are stage 3's, of which there are "
+                f"{self.stage3.num_candidates}: give no more than that, or more --stage3.num_candidates"
+            )
         if not self.task_temperature >= 1:
             raise ValueError(f"task_temperature is {self.task_temperature}: it must be at least 1")
         if not 0 < self.validation_share < 1:

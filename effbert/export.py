@@ -51,7 +51,7 @@ class ExportConfig:
             trust_remote_code=True where effbert is missing. onnx: model.onnx, checked with ONNX Runtime.
         opset: ONNX operator set, 18 or later; 23 by default, the first with an attention operator.
         int8: Also write model_int8.onnx: weights of 8 bits, activations rounded as they come.
-        task: Task whose validation split the ONNX files are scored on, as in effbert search.
+        task: Task whose validation splits the ONNX files are scored on, as effbert evaluate does.
         data_dir: Folder with the task's files, for GLUE and SQuAD.
         validation_file: Own rows to score on instead: CSV, TSV or JSON.
         text_columns: Columns of validation_file that hold the text, one or two.
@@ -102,7 +102,8 @@ def export(source: str | Path, config: ExportConfig) -> list[str]:
         onnx_export.check_installed()
         onnx_export.check_opset(config.opset)
     model = load_student(source)
-    rows = onnx_export.load_rows(source, config, model) if config.task or config.validation_file else None
+    scored = config.task or config.validation_file
+    splits, notes = onnx_export.load_rows(source, config, model) if scored else ({}, ())
     text = standalone.source(model.config)
     plain = standalone.plain_model(model, standalone.load(text))
     refuse_difference(largest_difference(model, plain), f"{standalone.FILE_NAME} for {source}", CODE_TOLERANCE)
@@ -110,7 +111,7 @@ def export(source: str | Path, config: ExportConfig) -> list[str]:
     with atomic_dir(target) as folder:
         copied = _copy_tokenizer(source, folder)
         if config.format == "onnx":
-            lines = onnx_export.write(folder, plain, config, rows)
+            lines = [*onnx_export.write(folder, plain, config, splits), *notes]
         else:
             lines = _write_transformers(folder, model, text)
     if not copied:

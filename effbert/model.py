@@ -20,6 +20,7 @@ from transformers.modeling_outputs import (
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
 )
+from transformers.utils import can_return_tuple
 
 from effbert import kernels, random
 from effbert.architecture import PUBLISHED, Architecture, attention_head_size
@@ -187,6 +188,11 @@ class EffBertPreTrainedModel(PreTrainedModel):
     base_model_prefix = "effbert"
     _supports_sdpa = True
 
+    def refuse_attentions(self, asked: bool | None) -> None:
+        """ValueError where attention probabilities are asked for, by `asked` or else by the config: none are kept."""
+        if self.config.output_attentions if asked is None else asked:
+            raise ValueError("output_attentions=True: attention is fused and keeps no probabilities: leave it out")
+
 
 class EffBertModel(EffBertPreTrainedModel):
     """The bare encoder, with an optional pooler and the training-only projection where the config has a fit_size."""
@@ -253,6 +259,7 @@ class EffBertModel(EffBertPreTrainedModel):
         """tanh(Linear(first token)) for x [B, L, C] -> [B, C]."""
         return torch.tanh(self.pooler(x[:, 0]))
 
+    @can_return_tuple
     def forward(
         self,
         input_ids,
@@ -260,9 +267,11 @@ class EffBertModel(EffBertPreTrainedModel):
         token_type_ids=None,
         position_ids=None,
         output_hidden_states=None,
+        output_attentions=None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """last_hidden_state [B, L, C], pooler_output [B, C] where there is a pooler."""
+        self.refuse_attentions(output_attentions)
         states = self.trace(input_ids, attention_mask, token_type_ids, position_ids=position_ids).hidden_states
         return BaseModelOutputWithPooling(
             last_hidden_state=states[-1],
@@ -306,6 +315,7 @@ class EffBertHeadModel(EffBertPreTrainedModel):
 class EffBertForSequenceClassification(EffBertHeadModel):
     """Classification with config.num_labels classes, or regression with one."""
 
+    @can_return_tuple
     def forward(
         self,
         input_ids,
@@ -314,9 +324,11 @@ class EffBertForSequenceClassification(EffBertHeadModel):
         position_ids=None,
         labels=None,
         output_hidden_states=None,
+        output_attentions=None,
         **kwargs,
     ) -> SequenceClassifierOutput:
         """logits [B, num_labels]; with labels [B] also the loss: cross entropy, or squared error for one label."""
+        self.refuse_attentions(output_attentions)
         logits, states = self._run(input_ids, attention_mask, token_type_ids, position_ids)
         loss = None
         if labels is not None and self.config.num_labels == 1:
@@ -333,6 +345,7 @@ class EffBertForQuestionAnswering(EffBertHeadModel):
 
     pooled = False
 
+    @can_return_tuple
     def forward(
         self,
         input_ids,
@@ -342,9 +355,11 @@ class EffBertForQuestionAnswering(EffBertHeadModel):
         start_positions=None,
         end_positions=None,
         output_hidden_states=None,
+        output_attentions=None,
         **kwargs,
     ) -> QuestionAnsweringModelOutput:
         """start_logits, end_logits [B, L]; with positions [B] also the mean of the two cross entropies."""
+        self.refuse_attentions(output_attentions)
         logits, states = self._run(input_ids, attention_mask, token_type_ids, position_ids)
         start, end = logits.unbind(dim=-1)
         loss = None

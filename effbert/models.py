@@ -5,11 +5,12 @@ published students from a supernet's slices, the narrow ones from its first chan
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from effbert.architecture import PUBLISHED, Architecture, Dimensions, count_parameters
 from effbert.kernels.expression import ExpressionError
 
+PLUS = "efficientbert-plus"
 _PUBLISHED = Architecture.parse(PUBLISHED)
 _NAME = re.compile(r"[a-z][a-z0-9-]+")
 _PLAIN = re.compile(r"bert-(\d+)x(\d+)(?:x(\d+))?")
@@ -33,7 +34,7 @@ def _published(hidden: int, times: int = 1) -> dict:
 MODELS: Mapping[str, dict] = {
     "efficientbert": _published(540),
     "efficientbert-tiny": _published(360),
-    "efficientbert-plus": _published(540),  # efficientbert, but begun from the weights that stage 3 shared among tasks
+    PLUS: _published(540),  # efficientbert, but begun from the weights that stage 3 shared among tasks
     "efficientbert-plusplus": _published(360, times=2),
     "efficientbert-tinybert6": _published(768) | {"embedding_size": None, "intermediate_size": 3072, "combine": "pad"},
     "tinybert4": _plain(4, 312, 1200),
@@ -55,9 +56,23 @@ def model_fields(name: str) -> dict:
     return _plain(layers, hidden, int(found[3] or 4 * hidden))
 
 
+def refuse_plus_without_start(models: Iterable[str], start_from: Sequence[str]) -> None:
+    """ValueError where efficientbert-plus is to begin with fresh weights, which would make it efficientbert."""
+    if PLUS in models and not start_from:
+        raise ValueError(
+            f"{PLUS} is efficientbert begun with the weights that a search's stage 3 shares: give --start_from "
+            "RUN/stage3/supernet"
+        )
+
+
+def is_name(text: str) -> bool:
+    """Whether a text is a name, of a model that is known or not, and spells out no architecture."""
+    return bool(_NAME.fullmatch(text))
+
+
 def architecture_of(text: str) -> Architecture:
     """The architecture of a named model, or that which the text spells out."""
-    if not _NAME.fullmatch(text):
+    if not is_name(text):
         return Architecture.parse(text)
     try:
         return Architecture.parse(model_fields(text)["architecture"])

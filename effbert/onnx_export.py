@@ -16,8 +16,8 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,15 +62,15 @@ def check_opset(opset: int | None) -> None:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows to score on. columns: for every label of the task its column in the logits, then those of other labels.
-    max_length: of a row, in tokens."""
+    """The rows of one split to score on, which `encoded` has as its validation split. columns: for every label of the
+    task its column in the logits, then those of other labels. max_length: of a row, in tokens."""
 
     encoded: "EncodedTask"
     columns: list[int] | None
     max_length: int
 
     def scores(self, model: "OnnxModel") -> dict[str, float]:
-        """The task's metrics on the validation split."""
+        """The task's metrics on these rows."""
 
         def logits(batch):
             outputs = model(batch.input_ids, batch.attention_mask, batch.token_type_ids)
@@ -83,13 +83,14 @@ class Rows:
         return len(self.encoded.raw.validation)
 
 
-def load_rows(source: Path, config: ExportConfig, model) -> Rows:
-    """The validation rows of `config`'s task as ids of the tokenizer in `source`; ValueError where they do not fit."""
-    from effbert.data.encode import encode_task
-    from effbert.data.tasks import load_task
+def load_rows(source: Path, config: ExportConfig, model) -> tuple[dict[str, Rows], tuple[str, ...]]:
+    """The validation splits of `config`'s task by name, as ids of the tokenizer in `source`, and a line for each that
+    is not there; ValueError where they do not fit."""
+    from effbert.data.encode import EncodedTask, encode_split
+    from effbert.data.tasks import Task, load_task, load_validation
     from effbert.data.tokenizer import load_tokenizer
 
-    kind = _kind(model)
+    kind, notes = _kind(model), ()
     if config.validation_file is not None:
         task = load_task(
             "own",
@@ -99,16 +100,21 @@ def load_rows(source: Path, config: ExportConfig, model) -> Rows:
             label_column=config.label_column,
             kind=kind if kind in ("classification", "regression") else None,
         )
+        spec, splits = task.spec, {"validation": task.validation}
     else:
-        task = load_task(config.task, config.data_dir)
-    if task.spec.kind != kind:
-        raise ValueError(f"task {task.spec.name} asks for {task.spec.kind}, but {source} is for {kind or 'no task'}")
-    columns = _columns(task.spec, model.config.id2label, source) if kind == "classification" else None
+        spec, splits, notes = load_validation(config.task, config.data_dir)
+    if spec.kind != kind:
+        raise ValueError(f"task {spec.name} asks for {spec.kind}, but {source} is for {kind or 'no task'}")
+    columns = _columns(spec, model.config.id2label, source) if kind == "classification" else None
     tokenizer = load_tokenizer(source)
     longest = config.max_length or usual_length(model.config, tokenizer, kind)
     check_texts(model.config, tokenizer, longest, "model")
-    alone = replace(task, train=task.validation)  # training rows are not scored on, so not encoded
-    return Rows(encode_task(alone, tokenizer, longest), columns, longest)
+    found = {}
+    for name, rows in splits.items():
+        encoded = encode_split(rows, spec, tokenizer, longest, name=name)
+        alone = EncodedTask(Task(spec, rows, rows), encoded, encoded)  # its training rows are not scored on
+        found[name] = Rows(alone, columns, longest)
+    return found, notes
 
 
 def _kind(model) -> str | None:
@@ -132,8 +138,9 @@ def _columns(spec, id2label: dict[int, str], source: Path) -> list[int]:
         ) from error
 
 
-def write(folder: Path, plain, config: ExportConfig, rows: Rows | None) -> list[str]:
-    """Write model.onnx, with int8 model_int8.onnx, the config and export.json; lines that say what was measured."""
+def write(folder: Path, plain, config: ExportConfig, splits: Mapping[str, Rows]) -> list[str]:
+    """Write model.onnx, with int8 model_int8.onnx, the config and export.json, where each split to score on has its
+    scores under its name; lines that say what was measured."""
     opset = config.opset or DEFAULT_OPSET
     to_onnx(plain, folder / "model.onnx", opset)
     models = {"fp32": _run(folder / "model.onnx", plain.config, opset)}
@@ -150,16 +157,16 @@ def write(folder: Path, plain, config: ExportConfig, rows: Rows | None) -> list[
     record["bytes"] = {path.name: path.stat().st_size for path in sorted(folder.glob("*.onnx"))}
     lines += [f"{name}: {size / 1e6:.1f} MB" for name, size in record["bytes"].items()]
     record["validation"] = None
-    if rows is not None:
+    for split, rows in splits.items():
         scores = {name: rows.scores(model) for name, model in models.items()}
         what = {"task": rows.encoded.spec.name, "rows": len(rows), "max_length": rows.max_length}
-        record["validation"] = {**what, **scores}
-        lines += [f"{name}: {_shown(values)} on {len(rows)} rows" for name, values in scores.items()]
+        record[split] = {**what, **scores}
+        lines += [f"{name}: {_shown(values)} on {len(rows)} {split} rows" for name, values in scores.items()]
         if config.int8:
             change = {name: scores["int8"][name] - value for name, value in scores["fp32"].items()}
-            record["validation"]["change"] = change
+            record[split]["change"] = change
             lines.append(f"int8 changes {', '.join(f'{name} by {value:+.4f}' for name, value in change.items())}")
-    else:
+    if not splits:
         lines.append("accuracy was not measured: --task or --validation_file says on which rows")
     plain.config.save_pretrained(folder)
     (folder / "export.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -186,7 +193,7 @@ class _Named(nn.Module):
         self.plain, self.names = plain, outputs(plain)
 
     def forward(self, input_ids, attention_mask, token_type_ids):
-        found = self.plain(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+        found = self.plain(input_ids, attention_mask, token_type_ids, return_dict=True)
         return tuple(found[name] for name in self.names)
 
 

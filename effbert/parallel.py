@@ -4,7 +4,7 @@ The one idea: every process runs the whole program on the same draws. In a data-
 the same batch, weighted by its share of what a loss averages over (effbert.data.batches.Shares), and between backward
 and optimiser the gradients are added up: so all hold the gradient of the whole batch, clip by its norm and stay equal.
 Nothing hangs on autograd's hooks, since the kernels add to `.grad` themselves. What must happen once, such as writing a
-file or training candidates, happens on rank 0 while the others wait.
+file, training candidates or a whole command that shares no batches, happens on rank 0 while the others wait.
 """
 
 import os
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from effbert.errors import first_line
+from effbert.memory import out_of_memory
 
 WAITING = timedelta(days=365)  # a rank waits that long for another; one that has died is noticed at once
 BUCKET = 2**23  # elements added up at once
@@ -165,9 +166,9 @@ def _others() -> Iterator[None]:
     """What the backends raise when a peer is gone, or was never reached, becomes one line."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         raise RankError(
             f"another process of this run has ended or cannot be reached ({first_line(error)}); "
             "the same command goes on from here"

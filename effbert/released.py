@@ -16,6 +16,7 @@ from effbert.data.tasks import plain_name
 from effbert.errors import first_line
 from effbert.files import atomic_dir
 from effbert.model import EffBertConfig, EffBertModel, EffBertPreTrainedModel, new_student, num_outputs
+from effbert.models import architecture_of, dimensions, is_name
 from effbert.supernet import used_slices
 
 STUDENT_NAMES = (
@@ -64,17 +65,21 @@ MLP = re.compile(r"encoder\.(\d+)\.all_ffn\.(\d+)\.")
 
 
 def import_checkpoint(
-    path: str | Path, architecture: Architecture, num_attention_heads: int = 12, task: str | None = None
+    path: str | Path, architecture: Architecture | str, num_attention_heads: int = 12, task: str | None = None
 ) -> EffBertPreTrainedModel:
     """A released student or supernet as a model of ours that runs `architecture`, in eval mode, with the head it has.
 
-    path: their file, read without running code. task: of GLUE or SQuAD, whose labels the head has; of several heads the
-    one to keep. The training-only projection stays. Masked neighbours are embedded as in the released code; a table
-    without neighbours (their 768-wide model) has its padding operations. ValueError, in one line, for missing or
-    surplus weights, sizes that do not go together, a head that is not the task's.
+    path: their file, read without running code. architecture: also as text, or by the name of a model, whose sizes the
+    checkpoint must have. task: of GLUE or SQuAD, whose labels the head has; of several heads the one to keep. The
+    training-only projection stays. Masked neighbours are embedded as in the released code; a table without neighbours
+    (their 768-wide model) has its padding operations. ValueError, in one line, for missing or surplus weights, sizes
+    that do not go together, a head that is not the task's.
     """
+    name = str(architecture)
+    architecture = architecture_of(name)
     state = read_state(path)
     config = config_of(state, architecture, num_attention_heads, path)
+    refuse_other_sizes(config, name, path)
     state = with_one_head(state, task, path)
     pooled = "cls_pooler.dense.weight" in state
     if "classifier.weight" in state:
@@ -94,14 +99,45 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path}: no such file")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(_Unread, name) for name in UNREAD]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling, zip and end-of-file errors share no better class
-        raise ValueError(f"checkpoint {path}: no file of tensors that torch.load reads: {first_line(error)}") from None
+        raise ValueError(f"checkpoint {path}: {why_not(error)}") from None
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f'checkpoint {path}: holds no weights: a state dict, or {{"state_dict": ...}}, belongs there')
     found = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     return {name: tensor for name, tensor in found.items() if not name.startswith("lm_head.")}
+
+
+UNREAD = (  # what their files hold beside tensors, scores and arguments, by the names in pickles of NumPy 1 and 2
+    "argparse.Namespace",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{maker}" for core in ("core", "_core") for maker in ("scalar", "_reconstruct")),
+)
+
+
+class _Unread:
+    """Stands for what no weight is made of: it takes whatever its pickle says, keeps nothing and runs nothing."""
+
+    def __new__(cls, *state, **more):
+        return super().__new__(cls)
+
+    def __init__(self, *state, **more):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def why_not(error: Exception) -> str:
+    """Why torch.load read no tensors, without its advice to run what a file holds."""
+    refused = re.search(r"\bGLOBAL (\S+)", str(error))
+    if refused:
+        return f"holds {refused[1]}, which is not read since it could run code: save its state dict alone"
+    reason = "" if "weights_only" in str(error) else f": {first_line(error)}"
+    return f"no file of tensors that torch.load reads{reason}"
 
 
 def config_of(
@@ -139,6 +175,20 @@ def config_of(
         neighbour_padding="released",
         combine="truncate" if neighbours else "pad_released",
     )
+
+
+def refuse_other_sizes(config: EffBertConfig, name: str, path: str | Path) -> None:
+    """ValueError where a checkpoint has other sizes than the model that `name` names; no name asks for none."""
+    if not is_name(name):
+        return
+    named = dimensions(name)
+    other = [
+        f"{size} {getattr(config, size)}, {name} has {getattr(named, size)}"
+        for size in ("hidden_size", "intermediate_size", "embedding_size")
+        if getattr(config, size) != getattr(named, size)
+    ]
+    if other:
+        raise ValueError(f"checkpoint {path}: {'; '.join(other)}: name the model that it is, or spell its layers out")
 
 
 def with_one_head(state: Mapping[str, torch.Tensor], task: str | None, path: str | Path) -> dict[str, torch.Tensor]:

@@ -334,6 +334,13 @@ class EffBertPreTrainedModel(PreTrainedModel):
     base_model_prefix = "effbert"
     _supports_sdpa = True
 
+    def refuse_attentions(self, asked):
+        if self.config.output_attentions if asked is None else asked:
+            raise ValueError("output_attentions=True: attention is fused and keeps no probabilities: leave it out")
+
+    def returned(self, output, as_dict):
+        return output if (self.config.return_dict if as_dict is None else as_dict) else output.to_tuple()
+
 
 class EffBertModel(EffBertPreTrainedModel):
     """The encoder, with a pooler: tanh(Linear(first token))."""
@@ -379,14 +386,18 @@ class EffBertModel(EffBertPreTrainedModel):
         token_type_ids=None,
         position_ids=None,
         output_hidden_states=None,
+        output_attentions=None,
+        return_dict=None,
         **kwargs,
     ):
+        self.refuse_attentions(output_attentions)
         states = self.states(input_ids, attention_mask, token_type_ids, position_ids)
-        return BaseModelOutputWithPooling(
+        output = BaseModelOutputWithPooling(
             last_hidden_state=states[-1],
             pooler_output=self.pool(states[-1]) if self.pooler is not None else None,
             hidden_states=states if output_hidden_states else None,
         )
+        return self.returned(output, return_dict)
 
 
 class EffBertForSequenceClassification(EffBertPreTrainedModel):
@@ -406,8 +417,11 @@ class EffBertForSequenceClassification(EffBertPreTrainedModel):
         position_ids=None,
         labels=None,
         output_hidden_states=None,
+        output_attentions=None,
+        return_dict=None,
         **kwargs,
     ):
+        self.refuse_attentions(output_attentions)
         states = self.effbert.states(input_ids, attention_mask, token_type_ids, position_ids)
         logits = self.classifier(self.effbert.pool(states[-1]))
         loss = None
@@ -415,9 +429,10 @@ class EffBertForSequenceClassification(EffBertPreTrainedModel):
             loss = F.mse_loss(logits[:, 0], labels.to(logits.dtype))
         elif labels is not None:
             loss = F.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(
+        output = SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=states if output_hidden_states else None
         )
+        return self.returned(output, return_dict)
 
 
 class EffBertForQuestionAnswering(EffBertPreTrainedModel):
@@ -438,14 +453,18 @@ class EffBertForQuestionAnswering(EffBertPreTrainedModel):
         start_positions=None,
         end_positions=None,
         output_hidden_states=None,
+        output_attentions=None,
+        return_dict=None,
         **kwargs,
     ):
+        self.refuse_attentions(output_attentions)
         states = self.effbert.states(input_ids, attention_mask, token_type_ids, position_ids)
         start, end = self.classifier(states[-1]).unbind(dim=-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = (F.cross_entropy(start, start_positions) + F.cross_entropy(end, end_positions)) / 2
-        return QuestionAnsweringModelOutput(
+        output = QuestionAnsweringModelOutput(
             loss=loss, start_logits=start, end_logits=end, hidden_states=states if output_hidden_states else None
         )
+        return self.returned(output, return_dict)
 '''

@@ -1,12 +1,15 @@
 """Where a student begins: with slices of a supernet, with another student's weights, or with fresh ones.
 
 What the folder holds decides: a supernet gives the slices that an architecture uses, of a narrower student the first
-channels and layers repeated (`Supernet.narrowed`); a student gives its own. Sizes are compared before weights are.
+channels and layers repeated (`Supernet.narrowed`); a student gives its own. Sizes are compared before weights are. The
+projection is training's alone, so one to another teacher's width is begun anew.
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+
+import torch
 
 from effbert.config import TextConfig
 from effbert.data.tokenizer import load_tokenizer
@@ -14,12 +17,15 @@ from effbert.errors import first_line
 from effbert.model import EffBertConfig, EffBertModel, EffBertPreTrainedModel, parse_architecture
 from effbert.models import architecture_of, model_fields, sized_down
 from effbert.supernet import Supernet, used_slices
+from effbert.teacher import check_weights
 
 SIZES = (
     "vocab_size", "embedding_size", "hidden_size", "intermediate_size", "num_attention_heads", "type_vocab_size",
     "max_position_embeddings", "position_offset", "combine", "neighbour_padding",
 )  # fmt: skip
-MAY_LACK = ("pooler.", "fit_dense.")  # a bare encoder has no pooler, a deployed one no projection
+PROJECTION = "fit_dense."
+MAY_LACK = ("pooler.", PROJECTION)  # a bare encoder has no pooler, a deployed one no projection
+HEADS = ("heads.", "classifier.")
 
 
 def model_config(
@@ -106,25 +112,65 @@ def narrows(supernet: EffBertConfig, config: EffBertConfig) -> bool:
     return config.hidden_size < supernet.hidden_size or config.num_hidden_layers > supernet.num_hidden_layers
 
 
+def fresh_projection(config: EffBertConfig, folder: str) -> str:
+    """What there is to say where a model begins with a projection of its own, since that of the folder goes to another
+    teacher's width; else ""."""
+    width = read_student(folder).fit_size
+    if width in (None, config.fit_size):
+        return ""
+    return (
+        f"--start_from {folder}: its projection (fit_dense) is for a teacher of width {width}, this one has "
+        f"{config.fit_size}: it begins with fresh weights"
+    )
+
+
 def load_start(model: EffBertPreTrainedModel, folder: str) -> None:
     """Give a student, with or without a head, or a supernet, the encoder weights that a folder has for it.
 
+    ValueError as `start_weights`.
+    """
+    encoder = model.effbert if hasattr(model, "effbert") else model
+    encoder.load_state_dict(start_weights(model.config, folder), strict=False)
+
+
+def start_weights(config: EffBertConfig, folder: str) -> dict[str, torch.Tensor]:
+    """The encoder weights that a folder has for a model with this config, without a projection to another width.
+
     ValueError, in one line, where sizes, vocabulary or architecture are others, or a weight is missing.
     """
-    check_start(model.config, folder)
-    path, encoder = Path(folder).expanduser(), model.effbert if hasattr(model, "effbert") else model
+    check_start(config, folder)
     if read_student(folder).architectures == ["Supernet"]:
-        supernet = Supernet.from_pretrained(path)
-        if narrows(supernet.config, model.config):
-            times = model.config.num_hidden_layers // supernet.config.num_hidden_layers
-            supernet = supernet.narrowed(model.config.hidden_size, times)
-        architecture = parse_architecture(model.config.architecture)
+        supernet, lacking = read_weights(Supernet, folder)
+        if narrows(supernet.config, config):
+            times = config.num_hidden_layers // supernet.config.num_hidden_layers
+            supernet = supernet.narrowed(config.hidden_size, times)
+        architecture = parse_architecture(config.architecture)
         state = used_slices(supernet.effbert.state_dict(), architecture, supernet.config.intermediate_size)
     else:
-        state = EffBertModel.from_pretrained(path).state_dict()
-    wanted = encoder.state_dict()
-    missing = sorted(name for name in wanted.keys() - state.keys() if not name.startswith(MAY_LACK))
-    resized = sorted(name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape)
+        student, lacking = read_weights(EffBertModel, folder)
+        state = student.state_dict()
+    with torch.device("meta"):
+        wanted = {name: tensor.shape for name, tensor in EffBertModel(config).state_dict().items()}
+    state = {name: tensor for name, tensor in state.items() if name in wanted and name not in lacking}
+    other = {name for name, tensor in state.items() if tensor.shape != wanted[name]}
+    resized = {name for name in other if not name.startswith(PROJECTION)}
+    missing = {name for name in wanted.keys() - state.keys() if not name.startswith(MAY_LACK)}
     if missing or resized:
-        raise ValueError(f"--start_from {folder}: weights missing or of another size: {', '.join(missing + resized)}")
-    encoder.load_state_dict({name: state[name] for name in wanted.keys() & state.keys()}, strict=False)
+        names = ", ".join(sorted(missing | resized))
+        raise ValueError(f"--start_from {folder}: weights missing or of another size: {names}")
+    return {name: tensor for name, tensor in state.items() if name not in other}
+
+
+def read_weights(kind: type[EffBertPreTrainedModel], folder: str) -> tuple[EffBertPreTrainedModel, set[str]]:
+    """The model that a folder holds, and the names of its encoder's weights that the folder lacks, which are drawn.
+
+    ValueError, in one line, where they cannot be read, or are not those that config.json asks for.
+    """
+    try:
+        model, found = kind.from_pretrained(
+            Path(folder).expanduser(), use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    except Exception as error:  # the layers below raise kinds of their own
+        raise ValueError(f"--start_from {folder}: its weights cannot be read: {first_line(error)}") from error
+    check_weights(f"--start_from {folder}", found, may_lack=(*MAY_LACK, *HEADS))
+    return model, {name.removeprefix("effbert.") for name in found["missing_keys"]}

@@ -226,7 +226,7 @@ def load_model(folder: str | Path, head: str | None = None, what: str = "teacher
         )
     except Exception as error:
         raise ValueError(f"{what} {folder}: its weights cannot be read: {first_line(error)}") from error
-    _check_weights(f"{what} {folder}", found, may_lack="pooler." if head is None else None)
+    check_weights(f"{what} {folder}", found, may_lack=("pooler.",) if head is None else ())
     return own_memory(model)
 
 
@@ -238,8 +238,10 @@ def _auto_class(head: str):
     return transformers.AutoModelForSequenceClassification
 
 
-def _check_weights(where: str, found: dict, may_lack: str | None) -> None:
-    missing = sorted(name for name in found["missing_keys"] if may_lack is None or may_lack not in name)
+def check_weights(where: str, found: dict, may_lack: Sequence[str]) -> None:
+    """ValueError where the weights of a folder are not those that its config.json asks for. found: what transformers
+    says of loading them. may_lack: parts of names that may be missing."""
+    missing = sorted(name for name in found["missing_keys"] if not any(part in name for part in may_lack))
     if missing:
         raise ValueError(f"{where}: its weights lack {_some(missing)}, which its config.json asks for")
     resized = sorted(name for name, *_ in found["mismatched_keys"])

@@ -30,7 +30,8 @@ from effbert.mlm import MaskedPlan, masked_lm_loss, new_bert
 from effbert.model import EffBertConfig
 from effbert.optim import TrainingArguments
 from effbert.parallel import ALONE, World
-from effbert.start import check_tokens
+from effbert.start import check_tokens, start_weights
+from effbert.supernet import supernet_config
 from effbert.teacher import (
     Teacher,
     check_family,
@@ -162,7 +163,10 @@ def open_workspace(config: RunConfig, folder: Path, say: Say, world: World = ALO
         ranking = f"{len(task.validation):,} to rank on, " if config.validation_share else ""
         say(f"task {name}: {len(task.train):,} rows to train on, {ranking}{len(held_out[name].validation):,} held out")
     teacher_config = given or own_teacher_config(config, tokenizer)
-    return Workspace(config, folder, device, tokenizer, corpus, tasks, held_out, teacher_config, world=world)
+    workspace = Workspace(config, folder, device, tokenizer, corpus, tasks, held_out, teacher_config, world=world)
+    for start in config.start_from if isinstance(config, SearchConfig) else ():
+        start_weights(supernet_config(workspace.student_config(), config.student.num_hidden_layers), start)
+    return workspace
 
 
 def open_corpus(config: TextConfig, tokenizer, say: Say) -> list:

@@ -1,5 +1,6 @@
 """How far two ways of ranking candidates agree, and how sure a difference between two candidates is."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ from effbert.evaluate import unpack_hits
 from effbert.search.study import Evaluation
 
 DRAWS = 1000
-LEVEL = 0.95
+LEVEL, NORMAL = 0.95, 1.96
+FEWEST = 6  # candidates for an interval: of fewer every order may be chance
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,10 @@ class Interval:
 def kendall(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Interval:
     """Kendall's tau-b between two scores of the same candidates; interval by bootstrap over candidates.
 
-    NaN where one side gives all the same score. ValueError for fewer than two candidates or different numbers.
+    Where every draw of the bootstrap is the same, as for a perfect order, the interval goes on that side to where it
+    would end by Fisher's transformation (Bonett and Wright 2000) with one pair of candidates the other way round. NaN
+    where one side gives all the same score, and an interval of NaN for fewer than FEWEST candidates. ValueError for
+    fewer than two candidates or different numbers.
     """
     if len(first) != len(second) or len(first) < 2:
         raise ValueError(
@@ -38,6 +43,9 @@ def kendall(first: Sequence[float], second: Sequence[float], seed: int = 0) -> I
     from scipy.stats import kendalltau
 
     a, b = np.asarray(first, float), np.asarray(second, float)
+    estimate = float(kendalltau(a, b).statistic)
+    if len(a) < FEWEST or not np.isfinite(estimate):
+        return Interval(estimate, float("nan"), float("nan"), len(a))
     rng = random.generator(seed, "kendall", len(a))
     drawn = []
     for _ in range(DRAWS):
@@ -45,37 +53,46 @@ def kendall(first: Sequence[float], second: Sequence[float], seed: int = 0) -> I
         tau = kendalltau(a[rows], b[rows]).statistic
         if np.isfinite(tau):
             drawn.append(tau)
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if drawn else (np.nan, np.nan)
-    return Interval(float(kendalltau(a, b).statistic), float(low), float(high), len(a))
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    if high - low < 1e-9:
+        least = math.tanh(math.atanh(1 - 4 / (len(a) * (len(a) - 1))) - NORMAL * math.sqrt(0.437 / (len(a) - 4)))
+        low, high = (min(low, least), high) if estimate > 0 else (low, max(high, -least))
+    return Interval(estimate, float(low), float(high), len(a))
 
 
 def paired_difference(first: str, second: str) -> Interval:
     """How much more often the first candidate is right, from the `hits` of both on the same rows.
 
-    Normal interval of the mean difference a row. ValueError where the rows are not the same number.
+    Normal interval of the mean difference a row, after two more rows that only the one and only the other gets right
+    by halves (Agresti and Min 2005), so that equal answers are not certainty. ValueError where the rows are not the
+    same number.
     """
     a, b = unpack_hits(first), unpack_hits(second)
     if len(a) != len(b):
         raise ValueError(f"hits on {len(a)} and on {len(b)} rows do not pair")
     difference = a.astype(float) - b
-    half = 1.96 * float(difference.std(ddof=1)) / len(a) ** 0.5 if len(a) > 1 else float("nan")
-    mean = float(difference.mean())
-    return Interval(mean, mean - half, mean + half, len(a))
+    rows, centre = len(a) + 2, float(difference.sum()) / (len(a) + 2)
+    unlike = float(np.abs(difference).sum()) + 1
+    half = NORMAL * math.sqrt(unlike - rows * centre**2) / rows
+    return Interval(float(difference.mean()), centre - half, centre + half, len(a))
 
 
-def of_rungs(evaluations: Sequence[Evaluation]) -> dict[int, Interval]:
-    """By rung, counted from 0: agreement of its values with those at full budget, among candidates that have both.
+def of_rungs(evaluations: Sequence[Evaluation]) -> dict[float, Interval]:
+    """By share of the budget, rising: agreement of its values with those at full budget, among candidates that have
+    both, where there are two.
 
     Only those that halving let through are among them, the better ones of each rung: their ranks agree less than those
-    of all candidates would. Where a cohort was too small for every rung, its candidates are left out.
+    of all candidates would.
     """
-    complete = [e.attrs["rungs"] for e in evaluations if e.state == "complete"]
-    longest = max(map(len, complete), default=0)
-    whole = [rungs for rungs in complete if len(rungs) == longest]
-    if len(whole) < 2:
-        return {}
-    full = [rungs[-1] for rungs in whole]
-    return {rung: kendall([rungs[rung] for rungs in whole], full) for rung in range(longest - 1)}
+    complete = [
+        dict(zip(e.attrs["shares"], e.attrs["rungs"], strict=True)) for e in evaluations if e.state == "complete"
+    ]
+    found = {}
+    for share in sorted({share for values in complete for share in values if share < 1}):
+        both = [(values[share], values[1.0]) for values in complete if share in values]
+        if len(both) > 1:
+            found[share] = kendall(*zip(*both, strict=True))
+    return found
 
 
 def of_filter(evaluations: Sequence[Evaluation], name: str) -> Interval | None:

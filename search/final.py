@@ -18,7 +18,7 @@ from effbert.architecture import Architecture, bert_flops, count_flops, count_pa
 from effbert.config import published
 from effbert.data.tasks import TaskSpec
 from effbert.engine import Phase, forget
-from effbert.evaluate import evaluate
+from effbert.evaluate import evaluate_rows
 from effbert.files import atomic_dir, write_atomic
 from effbert.model import EffBertConfig, EffBertHeadModel, new_student
 from effbert.search.latency import latency
@@ -118,13 +118,14 @@ def _keep(
     reporter: Reporter,
 ) -> None:
     """Score a row and write its file, for the first winner that has scores best/ too; a row that diverged has none."""
-    scores = None if diverged else held_out_scores(workspace, model)
+    scores, hits = (None, "") if diverged else held_out(workspace, model)
     result = {
         "row": row.name,
         "repeat": repeat,
         "architecture": str(row.architecture),
         "plain_width": row.plain_width,
         "scores": scores,
+        "hits": hits,
         "diverged": diverged,
         **costs(model, row.architecture, workspace.config.max_length),
         "seconds": seconds,
@@ -180,14 +181,17 @@ def fresh_head(model: EffBertHeadModel, key: int) -> None:
             linear.bias.zero_()
 
 
-def held_out_scores(workspace: Workspace, model) -> dict[str, float]:
-    """Metrics of the main task on its official validation rows, for a student or a teacher with a `trace`."""
-    return evaluate(
+def held_out(workspace: Workspace, model) -> tuple[dict[str, float], str]:
+    """Metrics of the main task on its official validation rows, for a student or a teacher with a `trace`; and for
+    classification which of them it answers rightly (`pack_hits`), else ""."""
+    scores = evaluate_rows(
         lambda batch: model.trace(*model_inputs(batch)).logits,
         workspace.held_out[workspace.main_task.spec.name],
         pad_token_id=workspace.pad_token_id,
         device=workspace.device,
     )
+    hits = scores.pop("hits", "")
+    return scores, hits
 
 
 def costs(model: EffBertHeadModel, architecture: Architecture, length: int) -> dict:
@@ -214,13 +218,14 @@ def teacher_row(workspace: Workspace) -> dict:
     """The teacher's line of the table: scores on the held-out rows and what it costs (FLOPs of the encoder)."""
     teacher = workspace.teachers[workspace.main_task.spec.name]
     config, length = teacher.config, workspace.config.max_length
-    scores = held_out_scores(workspace, teacher)
+    scores, hits = held_out(workspace, teacher)
     flops = bert_flops(length, config.hidden_size, config.intermediate_size, config.num_hidden_layers)
     return {
         "row": "teacher",
         "repeat": 0,
         "architecture": "",
         "scores": scores,
+        "hits": hits,
         "parameters": sum(parameter.numel() for parameter in teacher.model.parameters()),
         "flops": flops.total,
         **cpu_latency(teacher.model, config.vocab_size, length),

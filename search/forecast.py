@@ -304,10 +304,12 @@ def power_reader(device: torch.device) -> Callable[[], float] | None:
     return lambda: torch.cuda.power_draw(device) / 1000
 
 
-def lines(parts: Sequence[Part], rates: Rates, together: int, largest: int) -> list[str]:
-    """The forecast as text; hours of the final distillation stand apart from those of the search. largest: parameters
-    of the largest candidate."""
-    said = [f"{rates.source}; up to {together} candidates at once, {BYTES_A_PARAMETER * largest / 2**20:,.0f} MiB each"]
+def lines(parts: Sequence[Part], rates: Rates, config: SearchConfig, together: int, largest: int) -> list[str]:
+    """The forecast as text; hours of the final distillation stand apart from those of the search. together: candidates
+    that memory holds in training. largest: parameters of the largest candidate."""
+    most = min(together, max(config.stage1.cohort, config.stage2.cohort))
+    each = f"{BYTES_A_PARAMETER * largest / 2**20:,.0f} MiB each"
+    said = [f"{rates.source}; {most} candidates train at once, {each}, of {together} that memory holds"]
     said += _of_power(rates.power)
     for part in parts:
         cost = f"{part.tokens / 1e6:12,.2f} M tokens {part.seconds / 3600:10.3f} h"
@@ -339,4 +341,4 @@ def search_hours(parts: Sequence[Part]) -> float:
 def lines_of_workspace(workspace: Workspace, rates: Rates) -> list[str]:
     """The forecast for this data and this device, as text."""
     largest = largest_candidate(workspace.config, workspace.student_config())
-    return lines(of_workspace(workspace, rates), rates, _together(workspace), largest)
+    return lines(of_workspace(workspace, rates), rates, workspace.config, _together(workspace), largest)

@@ -31,12 +31,12 @@ from effbert.data import glue, squad
 from effbert.data.tasks import load_validation, task_key
 from effbert.export import ExportConfig, export
 from effbert.files import atomic_dir, write_atomic
-from effbert.models import architecture_of, model_fields, sized_down
+from effbert.models import PLUS, architecture_of, model_fields, sized_down
 from effbert.optim import TrainingArguments
 from effbert.parallel import ALONE, World
 from effbert.search.progress import Reporter
 from effbert.search.record import PLAN, WINNER, left_out, state_of
-from effbert.search.report import markdown, plan_rows, rich_table
+from effbert.search.report import markdown, plan_rows, print_table
 from effbert.search.report_html import write_report
 from effbert.search.run import Turn, claimed, run_search, surroundings
 from effbert.search.runs import MODEL, RESULTS, model_names, run_distillation, run_pretraining, run_teacher
@@ -54,6 +54,7 @@ PER_TASK = {  # what a task may have of its own: its type, and the least that it
 
 
 SIZED_LATER = ("published", "plain")  # the rivals that are no names of models
+SLICES_OF = {"slices": "supernet", "shared": "stage3/supernet"}  # where a model begins -> in the search's folder
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,10 @@ class PaperConfig(SearchConfig):
     Attributes:
         final_tasks: Tasks that the models are distilled on; empty for the search's own.
         rivals: Models beside the winner: "published", the published architecture at these sizes; "plain", the teacher
-            sized down to the winner's parameters; or any that effbert distill takes, of as many layers.
-        pretraining: General distillation of winner and rivals; what is not begun with the supernet's slices sees the
-            supernet's epochs first.
+            sized down to the winner's parameters; or any that effbert distill takes. Those that fit the search's
+            supernet begin with slices of it, efficientbert-plus with those of stage 3's.
+        pretraining: General distillation of winner and rivals; what is not begun with slices sees the supernet's epochs
+            first.
         distillation: Task distillation.
         predictions: Also write what those who score take: glue.zip, the winner's predictions for the GLUE tasks'
             official test files, and its answers to SQuAD's validation questions.
@@ -95,9 +97,14 @@ class PaperConfig(SearchConfig):
         if self.predictions and not scored:
             raise ValueError("predictions are for tasks of GLUE and SQuAD, and the plan has none")
         for name in self.rivals:
-            layers = self.student.num_hidden_layers
-            if name not in SIZED_LATER and len(architecture_of(name).layers) != layers:
-                raise ValueError(f"rivals: {name} has not {layers} layers, as the models that it learns together with")
+            if name not in SIZED_LATER:
+                architecture_of(name)  # says what is wrong with it
+            if name == PLUS and start_of(self, name) == "fresh":
+                raise ValueError(f"rivals: {name} is slices of stage 3's supernet, which --student makes too small")
+            if "(" in name and depth_of(self, name) != self.student.num_hidden_layers:
+                raise ValueError(f"rivals: {name} has not {self.student.num_hidden_layers} layers, as --student")
+        if not self.teacher:
+            check_depths(self, self.teacher_model.num_hidden_layers)
 
     @property
     def tasks_at_last(self) -> tuple[str, ...]:
@@ -161,7 +168,7 @@ def run_paper(config: PaperConfig, reporter: Reporter | None = None, world: Worl
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         if world.is_first:
             title = "scores on the official validation rows"
-            reporter.console.print(rich_table(title, plan_rows(results["tasks"])))
+            print_table(reporter.console, title, plan_rows(results["tasks"]))
             page = write_report(folder, storage=config.storage)
             reporter.say(f"the table is in {folder / TABLE}, a report in {page}")
         world.wait()
@@ -197,8 +204,12 @@ def plan(config: PaperConfig, world: World, reporter: Callable[[], Reporter], tu
     def teacher(task: str) -> None:
         run_teacher(teaching(config, task), reporter(), world)
 
-    def distill(task: str) -> None:
-        run_distillation(distillation(config, task), reporter(), world)
+    def distill(task: str, depth: int) -> None:
+        if starts_of(config, depth):
+            run_distillation(distillation(config, task, depth), reporter(), world)
+        else:
+            note = f"no model of {depth} layers is left of general distillation\n"
+            world.on_first(leave_out, distilled(config, task, depth) / RESULTS, note)
 
     def alone(make: Make, path: Path) -> None:
         with turn(path.name), reporter() as outer:
@@ -206,7 +217,7 @@ def plan(config: PaperConfig, world: World, reporter: Callable[[], Reporter], tu
                 make(config, path, outer.say)
             if state_of(path) == "left":
                 outer.say(f"{path.name} is left out: the winner diverged")
-                write_atomic(left_out(path), "the winner diverged\n")
+                leave_out(path, "the winner diverged\n")
 
     steps = [Step("search", folder / WINNER, search)]
     for name in groups(config):
@@ -216,11 +227,18 @@ def plan(config: PaperConfig, world: World, reporter: Callable[[], Reporter], tu
             name = of_teacher(task)
             steps.append(Step(name, folder / name / RESULTS, lambda task=task: teacher(task)))
     for task in config.tasks_at_last:
-        name = f"distil-{task_key(task)}"
-        steps.append(Step(name, folder / name / RESULTS, lambda task=task: distill(task)))
+        for depth in depths_of(config):
+            place = distilled(config, task, depth)
+            steps.append(Step(place.name, place / RESULTS, partial(distill, task, depth)))
     for name, make in last_files(config).items():
         steps.append(Step(name, folder / name, lambda make=make, name=name: world.on_first(alone, make, folder / name)))
     return steps
+
+
+def leave_out(result: Path, note: str) -> None:
+    """Say beside a step's result that there will be none, and why."""
+    result.parent.mkdir(exist_ok=True)
+    write_atomic(left_out(result), note)
 
 
 Make = Callable[[PaperConfig, Path, Callable[[str], None]], None]
@@ -260,16 +278,17 @@ def deploy(config: PaperConfig, folder: Path, say: Callable[[str], None]) -> Non
 
 
 def evaluate(config: PaperConfig, file: Path, say: Callable[[str], None]) -> None:
-    """Official metrics of teacher and students on the whole validation splits of every known task, both of MNLI's. What
-    is done of it is kept."""
+    """Official metrics of teacher and students on the whole validation splits of every known task, both of MNLI's where
+    they are there. What is done of it is kept."""
     found, done = {}, Unfinished(file)
     for task in known_tasks(config):
         found[task] = {}
         for name, place in {"teacher": teacher_of(config, task), **students(config, task)}.items():
             reading = reading_of(config, task) if name == "teacher" else Reading(device=config.device)
+            once = say if name == "teacher" else lambda line: None  # a split that is not there is so for all models
 
-            def scores(place=place, task=task, reading=reading) -> str:
-                return json.dumps(evaluate_saved(place, task, data_dir_of(config, task), reading))
+            def scores(place=place, task=task, reading=reading, once=once) -> str:
+                return json.dumps(evaluate_saved(place, task, data_dir_of(config, task), reading, say=once))
 
             text, _ = done.text(f"{task_key(task)}-{name}.json", f"{content_hash(place)} {reading}", scores)
             found[task][name] = json.loads(text)
@@ -305,9 +324,12 @@ def answer(task: str, config: PaperConfig, file: Path, say: Callable[[str], None
 
 def students(config: PaperConfig, task: str) -> dict[str, str]:
     """The folders of the models that were distilled on a task, by name; not of those that diverged."""
-    folder, names = Path(config.output_dir) / f"distil-{task_key(task)}", list(starts_of(config))
-    places = zip(names, model_names(len(names)), strict=True)
-    return {name: str(folder / place) for name, place in places if (folder / place).exists()}
+    found = {}
+    for depth in depths_of(config):
+        names, folder = list(starts_of(config, depth)), distilled(config, task, depth)
+        places = zip(names, model_names(len(names)), strict=True)
+        found |= {name: str(folder / place) for name, place in places if (folder / place).exists()}
+    return {name: found[name] for name in names_of(config) if name in found}
 
 
 def known_tasks(config: PaperConfig) -> list[str]:
@@ -328,6 +350,7 @@ def begin(config: PaperConfig, steps: list[Step]) -> None:
     given = read_config(config.teacher) if config.teacher else None
     heads = (given or config.teacher_model).num_attention_heads
     longest = longest_text(given) if given else max(64, config.max_length)
+    check_depths(config, (given or config.teacher_model).num_hidden_layers)
     for name in config.rivals:
         if "(" not in name and name not in SIZED_LATER:
             attention_head_size(model_fields(name)["hidden_size"], heads)
@@ -344,6 +367,14 @@ def begin(config: PaperConfig, steps: list[Step]) -> None:
         if of_teacher(task) in left:
             load_tasks(teaching(config, task))
     write_plan(Path(config.output_dir), steps)
+
+
+def check_depths(config: PaperConfig, layers: int) -> None:
+    """ValueError where a rival's layers cannot learn from those of a teacher with so many."""
+    for name in config.rivals:
+        depth = depth_of(config, name)
+        if layers % depth:
+            raise ValueError(f"rivals: {name} has {depth} layers, of which the teacher's {layers} are no multiple")
 
 
 def lines_of(folder: Path, steps: list[Step]) -> list[dict]:
@@ -379,8 +410,18 @@ def part(config: PaperConfig, kind: type, folder: Path, **changes):
 
 
 def groups(config: PaperConfig) -> list[str]:
-    """Pretraining runs: of the models that begin with the supernet's slices, and of the others."""
-    return ["text-slices", *(["text-fresh"] if len(of_space(config)) < len(names_of(config)) else [])]
+    """Pretraining runs: of the models that begin alike and have as many layers."""
+    return list(dict.fromkeys(group_of(config, name) for name in names_of(config)))
+
+
+def group_of(config: PaperConfig, name: str) -> str:
+    """The pretraining run that a model is part of."""
+    return f"text-{start_of(config, name)}{of_depth(config, depth_of(config, name))}"
+
+
+def of_depth(config: PaperConfig, depth: int) -> str:
+    """The end of a run's name whose models have so many layers: nothing for as many as the winner has."""
+    return "" if depth == config.student.num_hidden_layers else f"-{depth}"
 
 
 def names_of(config: PaperConfig) -> list[str]:
@@ -388,15 +429,35 @@ def names_of(config: PaperConfig) -> list[str]:
     return ["winner", *config.rivals]
 
 
-def of_space(config: PaperConfig) -> list[str]:
-    """The models that are slices of the supernet: architectures at the sizes of --student."""
-    return [name for name in names_of(config) if name in ("winner", "published") or "(" in name]
+def depth_of(config: PaperConfig, name: str) -> int:
+    """How many layers a model has."""
+    if name in ("winner", *SIZED_LATER):
+        return config.student.num_hidden_layers
+    return len(architecture_of(name).layers)
+
+
+def depths_of(config: PaperConfig) -> list[int]:
+    """The numbers of layers that models have; those of one learn tasks together."""
+    return list(dict.fromkeys(depth_of(config, name) for name in names_of(config)))
+
+
+def start_of(config: PaperConfig, name: str) -> str:
+    """Where a model begins: "slices" of the search's supernet, "shared", of stage 3's, or "fresh"."""
+    if name in ("winner", "published") or "(" in name:
+        return "slices"
+    fields, given = {} if name == "plain" else model_fields(name), config.student
+    of_supernet = (
+        name.startswith("efficientbert")
+        and fields["hidden_size"] == fields["intermediate_size"] <= given.hidden_size == given.intermediate_size
+        and fields.get("embedding_size", Dimensions.embedding_size) == given.embedding_size
+        and depth_of(config, name) % given.num_hidden_layers == 0
+    )
+    return ("shared" if name == PLUS else "slices") if of_supernet else "fresh"
 
 
 def members_of(config: PaperConfig, group: str) -> list[str]:
     """The models of a pretraining run."""
-    slices = of_space(config)
-    return [name for name in names_of(config) if (name in slices) == (group == "text-slices")]
+    return [name for name in names_of(config) if group_of(config, name) == group]
 
 
 def winner_of(folder: Path) -> str:
@@ -433,8 +494,9 @@ def pretraining(config: PaperConfig, group: str) -> PretrainConfig:
     models = tuple(model_of(config, name) for name in members_of(config, group))
     changes = {"model": models, "training": config.pretraining}
     changes |= {"params": 0, "start_from": ()}
-    if group == "text-slices":
-        changes["start_from"] = (str(folder / "search" / "supernet"),)
+    supernet = SLICES_OF.get(group.split("-")[1])
+    if supernet:
+        changes["start_from"] = (str(folder / "search" / supernet),)
     else:
         epochs = config.supernet.num_train_epochs + config.pretraining.num_train_epochs
         changes["training"] = dataclasses.replace(config.pretraining, num_train_epochs=epochs)
@@ -454,9 +516,14 @@ def teaching(config: PaperConfig, task: str) -> TeacherConfig:
     )
 
 
-def distillation(config: PaperConfig, task: str) -> DistillConfig:
-    """All models on one task that general distillation has left, from what it made of them."""
-    folder, own, starts = Path(config.output_dir), config.of_task(task), starts_of(config)
+def distilled(config: PaperConfig, task: str, depth: int) -> Path:
+    """The folder of the models of so many layers that learn a task together."""
+    return Path(config.output_dir) / f"distil-{task_key(task)}{of_depth(config, depth)}"
+
+
+def distillation(config: PaperConfig, task: str, depth: int) -> DistillConfig:
+    """The models of so many layers on one task that general distillation has left, from what it made of them."""
+    own, starts = config.of_task(task), starts_of(config, depth)
     changed = {"num_train_epochs": own.get("epochs"), "learning_rate": own.get("learning_rate")}
     task_phase = dataclasses.replace(
         config.distillation, **{name: value for name, value in changed.items() if value is not None}
@@ -464,7 +531,7 @@ def distillation(config: PaperConfig, task: str) -> DistillConfig:
     return part(
         config,
         DistillConfig,
-        folder / f"distil-{task_key(task)}",
+        distilled(config, task, depth),
         **of_one_task(config, task, own),
         teacher=teacher_of(config, task),
         model=tuple(model_of(config, name) for name in starts),
@@ -475,8 +542,9 @@ def distillation(config: PaperConfig, task: str) -> DistillConfig:
     )
 
 
-def starts_of(config: PaperConfig) -> dict[str, str]:
-    """The folders that general distillation made, by model, in the table's order; a model that diverged has none."""
+def starts_of(config: PaperConfig, depth: int) -> dict[str, str]:
+    """The folders that general distillation made, by model of so many layers, in the table's order; a model that
+    diverged has none. ValueError where all did."""
     folder, found = Path(config.output_dir), {}
     for group in groups(config):
         members = members_of(config, group)
@@ -487,7 +555,7 @@ def starts_of(config: PaperConfig) -> dict[str, str]:
             f"{folder}: no model is left of general distillation: lower --pretraining.learning_rate, in another "
             "--output_dir"
         )
-    return {name: found[name] for name in names_of(config) if name in found}
+    return {name: found[name] for name in names_of(config) if name in found and depth_of(config, name) == depth}
 
 
 def of_teacher(task: str) -> str:
@@ -522,12 +590,16 @@ def teacher_of(config: PaperConfig, task: str) -> str:
 
 def table_of(config: PaperConfig) -> list[dict]:
     """For each task its metric, the teacher's row and that of each model, in the order of the plan."""
-    folder, found = Path(config.output_dir), []
+    found = []
     for task in config.tasks_at_last:
-        results = json.loads((folder / f"distil-{task_key(task)}" / RESULTS).read_text(encoding="utf-8"))
-        there = dict(zip(starts_of(config), results["models"].values(), strict=True))
+        there, seen = {}, []
+        for depth in depths_of(config):
+            file = distilled(config, task, depth) / RESULTS
+            if file.exists():
+                seen.append(json.loads(file.read_text(encoding="utf-8")))
+                there |= zip(starts_of(config, depth), seen[-1]["models"].values(), strict=True)
         models = {name: there.get(name, {"score": None, "spread": None, "seeds": []}) for name in names_of(config)}
-        found.append({name: results[name] for name in ("task", "metric", "teacher")} | {"models": models})
+        found.append({name: seen[0][name] for name in ("task", "metric", "teacher")} | {"models": models})
     return found
 
 

@@ -2,7 +2,10 @@
 
 import statistics
 
+from rich.console import Console
 from rich.table import Table
+
+from effbert.search.agreement import paired_difference
 
 
 def summarise(results: list[dict], metric: str) -> list[dict]:
@@ -41,7 +44,29 @@ def score_text(score: float | None, spread: float | None, diverged: int) -> str:
     return f"{score:.4f}{'' if spread is None else f' ± {spread:.4f}'}{lost}"
 
 
+def verdict(table: list[dict], results: list[dict], metric: str) -> str:
+    """The winner against each other row, in a sentence, with an interval for the rows they are scored on where their
+    answers are known row by row; that leaves out what another seed would change. "" where there is nothing to compare.
+    """
+    scores = {line["row"]: line["score"] for line in table if line["score"] is not None}
+    if "winner" not in scores or len(scores) < 2:
+        return ""
+    hits = {} if metric != "accuracy" else {row["row"]: row["hits"] for row in results if row.get("hits")}
+    once = {line["row"] for line in table if line["repeats"] == 1}
+    told = []
+    for name in (name for name in scores if name != "winner"):
+        found = f"{scores['winner'] - scores[name]:+.4f} against {name}"
+        if {name, "winner"} <= hits.keys() & once:
+            interval = paired_difference(hits["winner"], hits[name])
+            found += f" ({interval.low:+.4f} to {interval.high:+.4f})"
+        told.append(found)
+    return f"The winner's {metric}: {', '.join(told)}."
+
+
 Rows = list[tuple[str, ...]]  # a table as text, its head first
+
+
+UNLIMITED = 10_000  # columns of a screen
 
 
 def table_rows(table: list[dict], metric: str) -> Rows:
@@ -82,14 +107,25 @@ def markdown(rows: Rows) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in [head, ("---",) * len(head), *lines])
 
 
-def rich_table(title: str, rows: Rows) -> Table:
-    """A table for the terminal."""
+def print_table(console: Console, title: str, rows: Rows) -> None:
+    """Print a table with every cell whole: off a terminal at its full width; on one that is too narrow with rows and
+    columns exchanged, if that is narrower."""
+    view = rich_table(console, title, rows)
+    if console.is_terminal and view.width > console.width:
+        turned = rich_table(console, title, list(zip(*rows, strict=True)))
+        view = min(view, turned, key=lambda table: table.width)
+    console.print(view, soft_wrap=True)
+
+
+def rich_table(console: Console, title: str, rows: Rows) -> Table:
+    """A table as wide as its cells are, whatever the console has."""
     head, *lines = rows
     view = Table(title=title)
     for column, name in enumerate(head):
         view.add_column(name, justify="right" if column else "left")
     for line in lines:
         view.add_row(*line)
+    view.width = console.measure(view, options=console.options.update(max_width=UNLIMITED)).maximum
     return view
 
 

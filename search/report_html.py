@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from effbert.architecture import Architecture, Dimensions, mlp_parameters
-from effbert.config import SearchStage
 from effbert.files import write_atomic
 from effbert.kernels.expression import ExpressionError
 from effbert.search import pareto, report
-from effbert.search.budget import ladder
 from effbert.search.figures import Chart, bars, best_so_far, escape, intervals, tag, tree
-from effbert.search.record import Plan, Record, read_record
+from effbert.search.record import AGREEMENT, STAGES, Plan, Record, read_record
+from effbert.search.screen import DISCARDED
 from effbert.search.study import Evaluation
 
 REPORT_FILE = "report.html"
@@ -35,8 +34,14 @@ _NOTES = {
     "rungs": "A cohort is trained on a share of the budget, its best then on a larger one.",
     "curves": "The curve of a candidate that stopped early is that of its last rung, over less data.",
 }
-_STATES = {"complete": "●", "pruned": "○", "failed": "×", "running": "◌"}
-_WORDS = {"complete": "whole budget", "pruned": "stopped early", "failed": "failed", "running": "under way"}
+_STATES = {"complete": "●", "pruned": "○", "discarded": "–", "failed": "×", "running": "◌"}
+_WORDS = {
+    "complete": "whole budget",
+    "pruned": "stopped early",
+    "discarded": "discarded before training",
+    "failed": "failed",
+    "running": "under way",
+}
 _COSTS = {"parameters": "parameters", "flops": "FLOPs of one sequence", "latency_ms": "latency, ms"}
 _COST_ORDER = ("teacher", "supernet", "stage1", "stage2", "stage3", "final")
 _TOP = 10
@@ -71,6 +76,11 @@ class Candidate:
     epochs: list[float]
 
     @property
+    def kind(self) -> str:
+        """What became of it: its state, or that it was discarded before it trained."""
+        return "discarded" if DISCARDED in self.evaluation.attrs else self.evaluation.state
+
+    @property
     def hint(self) -> str:
         """One line about it."""
         score = "no value" if self.score is None else f"{self.score:.4f}"
@@ -85,7 +95,7 @@ class Candidate:
 def page(record: Record) -> str:
     """The report as HTML."""
     metric = metric_of(record)
-    stages = {name: candidates(record, name, metric) for name in record.stages}
+    stages = {name: candidates(record, name, metric) for name in STAGES}
     sections: list[tuple[str, str, str]] = [
         ("final", "Final comparison", final_section(record, metric)),
         ("winner", "The winner, layer by layer", winner_section(record, stages)),
@@ -122,15 +132,9 @@ def metric_of(record: Record) -> str:
 
 def candidates(record: Record, stage: str, metric: str) -> list[Candidate]:
     """The candidates of a stage, with the share of the budget that each of their values was reached with."""
-    settings = record.config.get(stage) or {}
-    budget = SearchStage(cohort=settings.get("cohort", 1), rungs=tuple(settings.get("rungs") or (1.0,)))
-    evaluations = record.stages[stage]
-    sizes = Counter(evaluation.number // budget.cohort for evaluation in evaluations)
-    shares = {size: [rung.share for rung in ladder(budget, size)] for size in set(sizes.values())}
     found = []
-    for evaluation in evaluations:
-        own = shares[sizes[evaluation.number // budget.cohort]]
-        rungs = list(zip(own, evaluation.attrs.get("rungs") or [], strict=False))
+    for evaluation in record.stages[stage]:
+        rungs = list(zip(evaluation.attrs.get("shares") or [], evaluation.attrs.get("rungs") or [], strict=False))
         last = rungs[-1][1] if rungs else None
         epochs = [_finite(scores.get(metric)) for scores in evaluation.attrs.get("epochs") or []]
         score = last if evaluation.value is None else evaluation.value
@@ -171,6 +175,10 @@ def state(record: Record, stages: dict[str, list[Candidate]]) -> str:
         return f"The search is finished, {told}. Last change {at}."
     if record.final:
         return f"Not finished: {len(record.final)} rows of the final table are done. Last change {at}."
+    alone = record.stages.get(AGREEMENT)
+    if alone:
+        done, planned = sum(e.state != "running" for e in alone), record.config.get("agreement_candidates", "?")
+        return f"Not finished: of {planned} candidates of stage 3 that train alone {done} are done. Last change {at}."
     begun = [name for name, found in stages.items() if found]
     if not begun:
         return f"Not finished: no candidate has been proposed yet. Last change {at}."
@@ -187,9 +195,9 @@ def winner_of(record: Record, stages: dict[str, list[Candidate]]) -> tuple[str, 
     if record.plan is not None and record.plan.winner:
         return "winner of the search", record.plan.winner, None
     for name in reversed(stages):
-        complete = [candidate for candidate in stages[name] if candidate.evaluation.state == "complete"]
-        if complete:
-            best = max(complete, key=lambda candidate: candidate.score)
+        front = pareto.best_front([c.evaluation for c in stages[name]], record.config.get("minimize") or ())
+        if front:
+            best = next(candidate for candidate in stages[name] if candidate.evaluation is front[0])
             return f"best of {name} so far", best.evaluation.architecture, best
     return "", "", None
 
@@ -243,7 +251,7 @@ def final_section(record: Record, metric: str) -> str:
         + tag(
             "p",
             "Every student was distilled from the same teacher with the same budget. ",
-            escape(_verdict(rows, metric)),
+            escape(report.verdict(rows, (record.results or {}).get("results") or record.final, metric)),
         )
         + tag("div", picture, _table(caption, head, cells), class_="figures")
     )
@@ -255,15 +263,6 @@ def plan_section(plan: Plan) -> str:
         return _missing("The plan distils winner and rivals on every task: the table comes after the last of them.")
     head, *lines = report.plan_rows(plan.results["tasks"])
     return _table("scores on the official validation rows", head, lines)
-
-
-def _verdict(rows: Sequence[dict], metric: str) -> str:
-    """The winner against each kind of row, in a sentence."""
-    scores = {row["row"]: row["score"] for row in rows if row["score"] is not None}
-    if "winner" not in scores or len(scores) < 2:
-        return ""
-    others = [f"{scores['winner'] - score:+.4f} against {name}" for name, score in scores.items() if name != "winner"]
-    return f"The winner's {metric}: {', '.join(others)}."
 
 
 def winner_section(record: Record, stages: dict[str, list[Candidate]]) -> str:
@@ -322,11 +321,13 @@ def progress(name: str, stage: list[Candidate], record: Record, metric: str) -> 
         chart.label((best.evaluation.number, best.score), f"{best.score:.4f}")
         said = f"{len(stage)} candidates, best {best.score:.4f}, candidate {best.evaluation.number}"
     picture = chart.svg(f"{name}-progress", f"{_STAGE_NAMES.get(name, name)}: {metric} of every candidate", said)
-    counts = Counter(candidate.evaluation.state for candidate in stage)
+    counts = Counter(candidate.kind for candidate in stage)
     legend = "".join(_key(kind, f"{counts[kind]} {_WORDS[kind]}") for kind in _STATES if counts[kind])
     legend += _key("best", "best so far", "━") if complete else ""
-    reasons = Counter(str(candidate.evaluation.attrs.get("reason", "no reason given")) for candidate in failed)
-    told = "".join(tag("p", escape(f"{count} failed: {reason}")) for reason, count in reasons.most_common(3))
+    reasons = Counter(f"failed: {candidate.evaluation.attrs.get('reason', 'no reason given')}" for candidate in failed)
+    gone = [str(c.evaluation.attrs[DISCARDED]) for c in stage if c.kind == "discarded"]
+    reasons.update(f"discarded before training: {reason.rpartition(', ')[2]}" for reason in gone)
+    told = "".join(tag("p", escape(f"{count} {reason}")) for reason, count in reasons.most_common(4))
     return _figures([(picture, legend)]) + told + _best_table(complete, metric)
 
 
@@ -678,7 +679,7 @@ g.front circle,g.best circle{fill:var(--best)}g.dominated circle{fill:var(--dim)
 .sheet{fill:var(--bg);stroke:var(--line)}.edge{stroke:var(--soft);fill:none}
 .node rect{fill:var(--card);stroke:var(--soft)}.node.linear rect{stroke:var(--main);stroke-width:2}
 .node.leaf rect{stroke-dasharray:3 2}
-.key{color:var(--main)}.key.best,.key.front,.key.running{color:var(--best)}.key.pruned,.key.dominated{color:var(--dim)}
+.key{color:var(--main)}.key.best,.key.front,.key.running{color:var(--best)}.key.pruned,.key.dominated,.key.discarded{color:var(--dim)}
 .key.failed{color:var(--bad)}
 @media print{body{max-width:none}details{display:block}}
 """

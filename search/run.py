@@ -20,14 +20,13 @@ from effbert.files import remove_partial, write_atomic
 from effbert.parallel import ALONE, World
 from effbert.search import forecast, report
 from effbert.search.agreement import Interval, kendall, of_filter, of_rungs
-from effbert.search.budget import ladder
 from effbert.search.final import BEST, final_rows, rows, teacher_row
 from effbert.search.pareto import best_front
 from effbert.search.population import KEPT_TEACHER, Evaluator, remove_stale, trained_candidates
 from effbert.search.progress import Reporter
-from effbert.search.record import training_files
+from effbert.search.record import AGREEMENT, training_files
 from effbert.search.report_html import write_report
-from effbert.search.screen import FILTER, check_latency
+from effbert.search.screen import FILTER, STAYS, check_latency
 from effbert.search.shared import shared_candidates, shared_supernet
 from effbert.search.space import ArchitectureSpace
 from effbert.search.stages import run_cohort, search_stage, warm_supernet
@@ -204,23 +203,20 @@ def open_stage(study: Study, name: str) -> StageStudy:
     return stage
 
 
-ALONE = "agreement"  # the study and folder of stage 3's candidates trained alone
-
-
 def train_alone(workspace: Workspace, study: Study, space: ArchitectureSpace, reporter: Reporter) -> None:
     """Train the first --agreement_candidates of stage 3 by themselves, from the warm supernet with stage 1's budget."""
     settings = dataclasses.replace(workspace.config.stage1, rungs=(1.0,), filter="none")
     scored = [evaluation for evaluation in study.stage("stage3").evaluations() if evaluation.state == "complete"]
     chosen = scored[: workspace.config.agreement_candidates]
-    stage, members = open_stage(study, ALONE), [(e.number, Architecture.parse(e.architecture)) for e in chosen]
+    stage, members = open_stage(study, AGREEMENT), [(e.number, Architecture.parse(e.architecture)) for e in chosen]
     with study.workers.turn(SHARING):
         known = {evaluation.number for evaluation in stage.evaluations()}
         for number, architecture in members:
-            if number not in known:
-                stage.begin(number, str(architecture), space.key(architecture))
+            if number not in known:  # it was within the limits then, as measured
+                stage.begin(number, str(architecture), space.key(architecture), **{STAYS: True})
     finished = sum(evaluation.state != "running" for evaluation in stage.evaluations())
-    line = reporter.stage(ALONE, len(members), finished)
-    trained = trained_candidates(workspace, warm_supernet(workspace, reporter), ALONE, settings, reporter)
+    line = reporter.stage(AGREEMENT, len(members), finished)
+    trained = trained_candidates(workspace, warm_supernet(workspace, reporter), AGREEMENT, settings, reporter)
     run_cohort(stage, members, space, settings, trained, line, study.workers)
     line.close()
 
@@ -242,9 +238,8 @@ class Pages:
         entries = []
         for name in ("stage1", "stage2"):
             settings = getattr(self.config, name)
-            rungs = ladder(settings, settings.cohort)
-            for index, found in of_rungs(self.study.stage(name).evaluations()).items():
-                entry = {"stage": name, "what": f"rung {rungs[index].share:.2g} against full budget"}
+            for share, found in of_rungs(self.study.stage(name).evaluations()).items():
+                entry = {"stage": name, "what": f"rung {share:.2g} against full budget"}
                 entries.append(entry | _tau(found))
             found = of_filter(self.study.stage(name).evaluations(), FILTER)
             if found is not None:
@@ -261,7 +256,7 @@ class Pages:
         """Agreement of stage 3's scores with training alone, where candidates have both."""
         if not self.config.agreement_candidates:
             return None
-        alone = {e.number: e.value for e in self.study.stage(ALONE).evaluations() if e.state == "complete"}
+        alone = {e.number: e.value for e in self.study.stage(AGREEMENT).evaluations() if e.state == "complete"}
         shared = [e for e in self.study.stage("stage3").evaluations() if e.number in alone]
         return kendall([e.value for e in shared], [alone[e.number] for e in shared]) if len(shared) > 1 else None
 
@@ -312,7 +307,10 @@ def conclude(workspace: Workspace, winner: Architecture, study: Study, results: 
         write_atomic(best / "README.md", report.model_card(summary))
     write_report(workspace.folder, storage=study.url)
     title = f"{metric} on held-out rows; costs of the deployed model at length {config.max_length}"
-    reporter.console.print(report.rich_table(title, report.table_rows(table, metric)))
+    report.print_table(reporter.console, title, report.table_rows(table, metric))
+    compared = report.verdict(table, results, metric)
+    if compared:
+        reporter.say(compared)
     lost = "the winner diverged under every seed, so there is no best/: effbert distill takes other learning rates"
     where = f"the winner is in {best}" if found else lost
     reporter.say(f"{where}; a report is in {workspace.folder / 'report.html'}")
@@ -341,7 +339,7 @@ def training_seconds(folder: Path, study: Study, results: list[dict]) -> dict[st
     parts = {
         str(file.parent.relative_to(folder)): json.loads(file.read_text())["seconds"] for file in training_files(folder)
     }
-    for name in ("stage1", "stage2", *([ALONE] if (folder / ALONE).exists() else [])):
+    for name in ("stage1", "stage2", *([AGREEMENT] if (folder / AGREEMENT).exists() else [])):
         parts[f"{name} candidates"] = sum(e.attrs.get("seconds", 0.0) for e in study.stage(name).evaluations())
     parts["final rows"] = sum(result.get("seconds", 0.0) for result in results)
     return parts

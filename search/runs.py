@@ -29,12 +29,12 @@ from effbert.engine import Phase, forget
 from effbert.files import remove_partial, write_atomic
 from effbert.model import EffBertConfig, EffBertModel, new_student, parse_architecture
 from effbert.parallel import ALONE, World
-from effbert.search.final import costs, deployed, fresh_head, held_out_scores, teacher_row
+from effbert.search.final import costs, deployed, fresh_head, held_out, teacher_row
 from effbert.search.population import KEPT_TEACHER, kept_teacher
 from effbert.search.progress import Reporter
 from effbert.search.report import mean_and_spread, score_text
 from effbert.search.study import GIVEN_PATHS, RunFolder
-from effbert.start import check_start, load_start, model_config
+from effbert.start import check_start, fresh_projection, load_start, model_config, start_weights
 from effbert.student import Distillation, Student, distil, distil_generally
 from effbert.supernet import Supernet, supernet_config
 from effbert.teacher import Teacher, load_model, read_config, student_vocabulary
@@ -75,7 +75,10 @@ def run_pretraining(config: PretrainConfig, reporter: Reporter | None = None, wo
     """General distillation of a supernet, or of models, each kept with its projection unless it diverged. Returns
     results.json, which says who did."""
     config, plans = resolved(config)
+    notes = check_starts(config, plans)
     with opened(config, reporter, world) as (workspace, say, steps):
+        for note in notes:
+            say(note)
         targets = [workspace.folder / name for name in model_names(len(plans))]
         files = [target.with_name(f"training-{target.name}.pt") for target in targets]
         phases = [
@@ -119,7 +122,10 @@ def run_distillation(config: DistillConfig, reporter: Reporter | None = None, wo
     """Distil models, for each seed anew, and score them: of each the first student that did not diverge is kept, ready
     to deploy. Returns results.json, which says who diverged."""
     config, plans = resolved(config)
+    notes = check_starts(config, plans)
     with opened(config, reporter, world, check_head) as (workspace, say, steps):
+        for note in notes:
+            say(note)
         folder = workspace.folder
         for number in range(config.seeds):
             files = [folder / f"{name}-seed-{number}.json" for name in model_names(len(plans))]
@@ -182,7 +188,7 @@ def keep_student(workspace: Workspace, student: Student, file: Path, result: Dis
     config, model, seed = workspace.config, student.model, student.phase.seed
     own = {
         "seed": seed,
-        "scores": None if result.diverged else held_out_scores(workspace, model),
+        "scores": None if result.diverged else held_out(workspace, model)[0],
         "diverged": result.diverged,
         "seconds": result.seconds,
         "tokens": result.tokens,
@@ -232,6 +238,16 @@ def _reason(model: dict) -> str:
 def model_names(count: int) -> list[str]:
     """Folders of so many models, in the order of --model."""
     return [MODEL] if count == 1 else [f"{MODEL}-{number}" for number in range(1, count + 1)]
+
+
+def check_starts(config: TextConfig, plans: Sequence[EffBertConfig]) -> list[str]:
+    """ValueError where what the models begin with will not do; else what there is to say of it."""
+    notes = {}
+    for number, fields in enumerate(plans if config.start_from else ()):
+        folder = start_of(config, number)
+        start_weights(fields, folder)
+        notes[fresh_projection(fields, folder)] = None
+    return [note for note in notes if note]
 
 
 def start_of(config: TextConfig, number: int) -> str:
@@ -302,11 +318,17 @@ def resolved(config):
             model_config(config, name, start, config.params, teacher, vocabulary)
             for name, start in zip(names, starts, strict=True)
         ]
-    for number, fields in enumerate(plans):
+    for number, (label, fields) in enumerate(zip(labels(config, names), plans, strict=True)):
         if fields.num_hidden_layers != plans[0].num_hidden_layers:
             raise ValueError(
                 "models that learn together need as many layers: distil those of another depth by themselves"
             )
+        if names[number] not in SIZED_BY_FLAGS and teacher.num_hidden_layers % fields.num_hidden_layers:
+            raise ValueError(
+                f"{label} has {fields.num_hidden_layers} layers and needs a teacher with a multiple of them: "
+                f"{config.teacher} has {teacher.num_hidden_layers}"
+            )
+        check_widths(label, fields)
         if config.start_from:
             check_start(fields, start_of(config, number))
     student = dataclasses.replace(
@@ -317,19 +339,36 @@ def resolved(config):
     return dataclasses.replace(config, student=student, model=names), plans
 
 
+SIZED_BY_FLAGS = ("supernet", "teacher")  # models whose depth --student.num_hidden_layers is
+
+
+def labels(config: TextConfig, names: Sequence[str]) -> list[str]:
+    """What messages call the models of a run; names: those of --model, "" for what --start_from holds."""
+    return [
+        "the architecture" if "(" in name else f"--model {name}" if name else start_of(config, number)
+        for number, name in enumerate(names)
+    ]
+
+
+def check_widths(label: str, fields: EffBertConfig) -> None:
+    """ValueError where an expression does not run at the widths that the model has."""
+    combine = "truncate" if fields.combine == "truncate" else "pad"
+    for number, layer in enumerate(parse_architecture(fields.architecture).layers, start=1):
+        try:
+            layer.output_width(fields.hidden_size, layer.structure.inner_width(fields.intermediate_size), combine)
+        except ValueError as error:
+            raise ValueError(f"{label}, layer {number}: {error}") from None
+
+
 def check_sizes(config: PretrainConfig | DistillConfig) -> None:
     """ValueError where --student is given a size that no model of the run has. A supernet and an architecture's text
     take them; other models have their own, and the heads are the teacher's."""
     named, plans = resolved(config)
-    starts = config.start_from if len(config.start_from) > 1 else config.start_from * len(plans)
-    labels = [
-        "the architecture" if "(" in name else f"--model {name}" if name else starts[number]
-        for number, name in enumerate(named.model)
-    ]
     for size in dataclasses.fields(StudentArguments):
         given, found = getattr(config.student, size.name), [getattr(plan, size.name) for plan in plans]
         if given not in (size.default, *found):
-            have = ", ".join(f"{label} has {value or 'none'}" for label, value in zip(labels, found, strict=True))
+            pairs = zip(labels(named, named.model), found, strict=True)
+            have = ", ".join(f"{label} has {value or 'none'}" for label, value in pairs)
             whose = ", as the teacher" if size.name == "num_attention_heads" else ""
             raise ValueError(f"--student.{size.name} {given} would do nothing: {have}{whose}; leave it out")
 

@@ -42,7 +42,7 @@ class Screen:
         of those with a score at least one."""
         found = {number: attrs for number, attrs in found.items() if STAYS not in attrs}
         gone = {
-            number: f"takes {attrs[LATENCY]:.2f} ms, over {self.max_latency_ms:g}"
+            number: f"takes {attrs[LATENCY]:.2f} ms, over --max_latency_ms {self.max_latency_ms:g}"
             for number, attrs in found.items()
             if self.max_latency_ms and attrs[LATENCY] > self.max_latency_ms
         }

@@ -145,7 +145,7 @@ def run_cohort(
     architectures, rungs = dict(members), ladder(settings, len(members)) if members else []
     keys = {number: space.key(architecture) for number, architecture in members}
     for index, rung in enumerate(rungs):
-        last = rung is rungs[-1]
+        last = rung is rungs[-1]  # and its share 1
         while True:
             with workers.turn(SHARING):  # also to see what is due: outside, others may report it before it is taken
                 due = sorted(n for n, e in _running(stage, keys).items() if len(_rungs(e)) == index)
@@ -161,7 +161,7 @@ def run_cohort(
             before = _running(stage, taken)
             for number, outcome in evaluator.evaluate([(n, architectures[n]) for n in taken], rung.share):
                 with workers.turn(SHARING):
-                    counted = record(stage, before[number], index, last, outcome, line)
+                    counted = record(stage, before[number], index, rung.share, outcome, line)
                 if counted and (last or outcome.diverged):
                     _show(stage, line, outcome)
         if not last:
@@ -231,12 +231,15 @@ def _rungs(evaluation: Evaluation) -> list[float]:
     return evaluation.attrs.get("rungs", [])
 
 
-def record(stage: StageStudy, before: Evaluation, rung: int, last: bool, outcome: Outcome, line: StageLine) -> bool:
-    """Commit what a rung gave, its costs added to those of the rungs before, and only then let its checkpoints go.
+def record(stage: StageStudy, before: Evaluation, rung: int, share: float, outcome: Outcome, line: StageLine) -> bool:
+    """Commit what a rung gave, that share of the budget, its costs added to those of the rungs before, and only then
+    let its checkpoints go.
 
     False where another worker has the candidate by now: this outcome is not counted.
     """
     number, attrs = before.number, dict(outcome.attrs)
+    if outcome.value is not None:
+        attrs["shares"] = [*before.attrs.get("shares", [])[:rung], share]
     if "seconds" in attrs:
         here = {cost: attrs[cost] for cost in ("seconds", "tokens")}
         attrs["spent"] = [*before.attrs.get("spent", [])[:rung], here]  # a commit that was cut short may hold this rung
@@ -244,7 +247,7 @@ def record(stage: StageStudy, before: Evaluation, rung: int, last: bool, outcome
     try:
         if outcome.value is None:
             stage.fail(number, outcome.diverged, **attrs)
-        elif last:
+        elif share == 1:
             stage.complete(number, outcome.value, **attrs)
         else:
             stage.report(number, rung, outcome.value, **attrs)
@@ -270,6 +273,9 @@ def comparison(evaluations: Sequence[Evaluation], best: Evaluation) -> str:
     text = f"candidate {best.number} is best with {best.value:.4f}"
     if not others:
         return text
+    if all(other.value == best.value for other in others):
+        alike = f"and so are all {len(others)} others: their values tell nothing apart, more rows or epochs might"
+        return f"{text}, {alike}"
     second = max(others, key=lambda e: (e.value, -e.number))
     text += f", candidate {second.number} second with {second.value:.4f}"
     if "hits" in best.attrs and "hits" in second.attrs:

@@ -232,16 +232,20 @@ class StageStudy:
         return taken
 
     def free_abandoned(self) -> None:
-        """Let candidates wait again whose worker is dead."""
+        """Let candidates wait again whose worker is dead. One of this machine that lives keeps its own whatever its
+        heartbeats say: where the clock jumps, or the machine sleeps, they are old for all at once."""
         import optuna
 
         with _errors_in_one_line(self._where), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             for trial in self._newest().values():
-                if trial.state == optuna.trial.TrialState.RUNNING and self._workers.is_gone(
-                    trial.user_attrs.get(_WORKER, "")
-                ):
+                worker = trial.user_attrs.get(_WORKER, "")
+                if trial.state != optuna.trial.TrialState.RUNNING:
+                    continue
+                if self._workers.is_gone(worker):
                     self._storage.set_trial_state_values(trial._trial_id, optuna.trial.TrialState.WAITING)
+                elif self._workers.is_here(worker):
+                    self._storage.record_heartbeat(trial._trial_id)
             optuna.storages.fail_stale_trials(self._study)
             retry = self._storage.get_heartbeat_stale_trial_callback()
             for trial in self._newest().values():

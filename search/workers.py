@@ -63,9 +63,14 @@ class Workers:
 
         What a worker was that died elsewhere shows in the storage's heartbeats (effbert.search.study).
         """
-        if name == self.name or name.rsplit(".", 2)[0] != self.machine:
-            return False
-        return _is_free(self.folder / name)
+        return name != self.name and self._is_near(name) and _is_free(self.folder / name)
+
+    def is_here(self, name: str) -> bool:
+        """Whether a worker lives on this machine; False for one of another machine, as `is_gone`."""
+        return self._is_near(name) and not self.is_gone(name)
+
+    def _is_near(self, name: str) -> bool:
+        return name.rsplit(".", 2)[0] == self.machine
 
     @contextmanager
     def turn(self, what: str) -> Iterator[None]:

@@ -86,6 +86,14 @@ def test_an_architecture_that_is_none(capsys, text, words):
         (("search", "--output-dir", "x", "--output_dir", "y"), "--output_dir is given 2 times"),
         (("search", "--preset", "demo", "--output_dir", "x", "--loss.loss_mask", "all"), "loss_mask"),
         (("search", "--preset", "demo", "--output_dir", "x", "--supernet.learning_rate", "-1"), "learning_rate"),
+        (
+            ("search", "--preset", "smoke", "--output_dir", "x", "--agreement_candidates", "50"),
+            "agreement_candidates is 50: they are stage 3's, of which there are 4",
+        ),
+        (
+            ("search", "--preset", "smoke", "--output_dir", "x", "--student.intermediate_size", "64"),
+            "student.intermediate_size is 64, above the hidden_size of 32",
+        ),
     ],
 )
 def test_arguments_that_cannot_be_read(capsys, arguments, words):

@@ -13,10 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from effbert.data.files import class_index, inner, score, tab_separated, text_dataset, wrong_width
 from effbert.data.tasks import Task, TaskSpec, plain_name
+
+if TYPE_CHECKING:
+    import datasets
 
 HUB = "nyu-mll/glue"
 
@@ -130,18 +133,35 @@ AX = Source(
 )
 
 
+def _half(validation: str, test: str) -> Source:
+    mnli = TASKS["mnli"]
+    return replace(
+        mnli, splits={name: mnli.splits[name] for name in (validation, test)}, results={test: mnli.results[test]}
+    )
+
+
+# MNLI's halves as the GLUE server and the released students' authors call them: rows to answer, none to learn from.
+HALVES = {
+    "mnlim": _half("validation", "test"),
+    "mnlimm": _half("validation_mismatched", "test_mismatched"),
+}
+
+
 def source_of(name: str) -> Source:
-    """The source of a GLUE task or of the diagnostic set, "ax"; ValueError for an unknown name."""
+    """The source of a GLUE task, of MNLI's halves "mnli-m" and "mnli-mm", or of the diagnostic set, "ax"; ValueError
+    for an unknown name."""
     key = plain_name(name)
     if key == "ax":
         return AX
+    if key in HALVES:
+        return HALVES[key]
     if key not in TASKS:
         raise ValueError(f"unknown GLUE task {name!r}; choose from {', '.join(s.spec.name for s in TASKS.values())}")
     return TASKS[key]
 
 
 def load_split(name: str, split: str, data_dir: str | PathLike[str] | None = None):
-    """One split of a GLUE task, or of "ax", as rows text_a, text_b (where there are two), label; no other is read.
+    """One split of what `source_of` knows as rows text_a, text_b (where there are two), label; no other is read.
 
     split: "train", "validation", "test", for MNLI "validation_mismatched" and "test_mismatched" too. Test rows have
     label -1 and a column "index", the number under which the server knows them. Raises as `load_task` does.
@@ -152,6 +172,23 @@ def load_split(name: str, split: str, data_dir: str | PathLike[str] | None = Non
     if data_dir is None:
         return _hub_split(fetch(HUB, plain_name(source.spec.name)), split, source)
     return _file_split(_folder(Path(data_dir), source, split), split, source)
+
+
+def load_validation(
+    name: str, data_dir: str | PathLike[str] | None = None
+) -> tuple[dict[str, datasets.Dataset], tuple[str, ...]]:
+    """The validation splits of a task by name, of which MNLI has two: those that are there, and a line for each that is
+    not. Raises as `load_task` does, and where none is there."""
+    source = source_of(name)
+    splits = [split for split in source.splits if split.startswith("validation")]
+    absent = {}
+    if data_dir is not None:
+        folder = _folder(Path(data_dir), source, splits[0])
+        paths = {split: _path(folder, split, source) for split in splits}
+        absent = {split: path for split, path in paths.items() if not path.exists()}
+    there = [split for split in splits if split not in absent] or splits
+    notes = (f"task {name}: {split} is left out: there is no {path}" for split, path in absent.items())
+    return {split: load_split(name, split, data_dir) for split in there}, tuple(notes)
 
 
 def load_task(name: str, data_dir: str | PathLike[str] | None = None) -> Task:
@@ -198,8 +235,7 @@ def _hub_split(splits, split: str, source: Source):
 
 
 def _file_split(folder: Path, split: str, source: Source):
-    names = source.splits[split].files
-    path = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
+    path = _path(folder, split, source)
     if not split.startswith("test"):
         return text_dataset(source.spec, list(_rows(path, source)))
     texts, numbers = [], []
@@ -207,6 +243,11 @@ def _file_split(folder: Path, split: str, source: Source):
         texts.append(pair)
         numbers.append(number)
     return _unlabelled(source, texts, numbers)
+
+
+def _path(folder: Path, split: str, source: Source) -> Path:
+    names = source.splits[split].files
+    return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
 
 
 def _unlabelled(source: Source, texts: Sequence[Sequence[str]], numbers: Sequence[int]):

@@ -105,20 +105,19 @@ def load_task(
 
 def load_validation(
     name: str, data_dir: str | PathLike[str] | None = None
-) -> tuple[TaskSpec, dict[str, datasets.Dataset]]:
-    """What a known task asks, and its whole validation splits by name, MNLI's mismatched one too; no other rows are
-    read, so that none need be there. Raises as `load_task` does."""
+) -> tuple[TaskSpec, dict[str, datasets.Dataset], tuple[str, ...]]:
+    """What a known task asks, its whole validation splits by name, MNLI's mismatched one too, and a line for each that
+    is not in `data_dir`; no other rows are read, so that none need be there. "mnli-m" and "mnli-mm" have one split of
+    MNLI's. Raises as `load_task` does, and where no split is there."""
     from effbert.data import glue, squad
 
     wanted = plain_name(name)
-    if wanted in glue.TASKS:
-        source = glue.TASKS[wanted]
-        splits = [split for split in source.splits if split.startswith("validation")]
-        return source.spec, {split: glue.load_split(wanted, split, data_dir) for split in splits}
+    if wanted in glue.TASKS or wanted in glue.HALVES:
+        return glue.source_of(wanted).spec, *glue.load_validation(wanted, data_dir)
     if wanted in squad.VERSIONS:
-        return squad.spec_of(wanted), {"validation": squad.load_validation(wanted, data_dir)}
+        return squad.spec_of(wanted), {"validation": squad.load_validation(wanted, data_dir)}, ()
     task = load_task(name, data_dir)
-    return task.spec, {"validation": task.validation}
+    return task.spec, {"validation": task.validation}, ()
 
 
 def plain_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import pytest
 import torch
@@ -24,6 +25,18 @@ def test_backends_compute_what_eager_does(backend):
     expected = eager.distill_attention(query, key, value, teacher_query, teacher_key, mask, None, "real")
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_a_modes_process_is_one_alone_whoever_started_the_comparison(tmp_path, monkeypatch):
+    def run(command, env, check):
+        started.append(env["WORLD_SIZE"])
+        return types.SimpleNamespace(returncode=0)
+
+    started = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(search_cost.subprocess, "run", run)
+    search_cost._in_own_process("eager", tmp_path, [], None)
+    assert started == ["1"]
 
 
 def test_modes_change_the_settings_they_name():

@@ -150,11 +150,21 @@ def test_mnli_is_scored_on_both_validation_splits_by_a_student_of_ours(tmp_path,
     torch.manual_seed(0)
     new_student(config, "classification", spec_of("mnli").labels).save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
-    write_glue(tmp_path, "mnli", "validation", 9)
-    with pytest.raises(FileNotFoundError, match=r"dev_mismatched.tsv: no such file"):
+    write_glue(tmp_path, "mnli", "test")
+    with pytest.raises(FileNotFoundError, match=r"dev_matched.tsv: no such file"):
         evaluate_saved(tmp_path / "student", "mnli", tmp_path)
-    write_glue(tmp_path, "mnli", "validation_mismatched", 6)
-    scores = evaluate_saved(tmp_path / "student", "mnli", tmp_path)
+    said = []
+    matched = write_glue(tmp_path, "mnli", "validation", 9)
+    alone = evaluate_saved(tmp_path / "student", "mnli", tmp_path, say=said.append)
+    mismatched = write_glue(tmp_path, "mnli", "validation_mismatched", 6)
+    scores = evaluate_saved(tmp_path / "student", "mnli", tmp_path, say=said.append)
+    assert alone == {"validation": scores["validation"]}
+    assert said == [f"task mnli: validation_mismatched is left out: there is no {mismatched}"]
+    for task, split in (("mnli-m", "validation"), ("MNLI-mm", "validation_mismatched")):
+        assert evaluate_saved(tmp_path / "student", task, tmp_path) == {split: scores[split]}
+    matched.unlink()
+    assert list(evaluate_saved(tmp_path / "student", "mnli", tmp_path, say=said.append)) == ["validation_mismatched"]
+    assert said[1:] == [f"task mnli: validation is left out: there is no {matched}"]
     assert {split: values["rows"] for split, values in scores.items()} == {
         "validation": 9,
         "validation_mismatched": 6,
@@ -275,6 +285,31 @@ def test_the_zip_has_the_servers_files_and_spellings(tmp_path, tokenizer):
     again = predict_glue(models, tmp_path / "again.zip", tmp_path, say=lambda line: None)
     assert again.read_bytes() == output.read_bytes()
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_mnlis_halves_are_files_of_their_own(tmp_path, tokenizer, capsys):
+    folder = save_bert(tmp_path / "model", "mnli", tokenizer)
+    for split in ("test", "test_mismatched"):
+        write_glue(tmp_path, "mnli", split, 5)
+    files = {}
+    for name, task in (("whole", "mnli"), ("matched", "mnli-m"), ("mismatched", "MNLI-mm")):
+        arguments = ["predict", f"{task}={folder}", "--data_dir", str(tmp_path)]
+        assert main([*arguments, "--output", str(tmp_path / f"{name}.zip")]) == 0
+        with zipfile.ZipFile(tmp_path / f"{name}.zip") as archive:
+            files[name] = {file: archive.read(file) for file in archive.namelist()}
+    assert files["whole"] == files["matched"] | files["mismatched"]
+    assert (list(files["matched"]), list(files["mismatched"])) == (["MNLI-m.tsv"], ["MNLI-mm.tsv"])
+    twice = ("predict", f"mnli={folder}", f"mnli-mm={folder}", "--output", tmp_path / "twice.zip")
+    assert "MNLI-mm.tsv has two models: give mnli, or mnli-m and mnli-mm" in fails(capsys, *twice)
+
+
+def test_a_config_that_asks_for_tuples_changes_no_answer(tmp_path, tokenizer):
+    write_glue(tmp_path, "rte", "validation", 8)
+    folder = save_bert(tmp_path / "model", "rte", tokenizer)
+    scores = evaluate_saved(folder, "rte", tmp_path)
+    file = Path(folder) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"return_dict": False}))
+    assert evaluate_saved(folder, "rte", tmp_path) == scores
 
 
 def test_a_score_outside_the_scale_is_cut_to_it(tmp_path, tokenizer, monkeypatch):

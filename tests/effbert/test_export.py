@@ -386,7 +386,7 @@ def test_rows_that_lack_a_label_of_the_model_still_find_their_columns(tmp_path, 
     model = student(id2label=labels, label2id={name: index for index, name in labels.items()})
     folder = saved(tmp_path / "model", model)
     config = export.ExportConfig("", "onnx", validation_file=str(rows), text_columns=("text",))
-    found = onnx_export.load_rows(folder, config, model)
+    found = onnx_export.load_rows(folder, config, model)[0]["validation"]
     assert found.encoded.spec.labels == ("Heavy", "light") and found.columns == [2, 1, 0]
     questions = student(EffBertForQuestionAnswering)
     with pytest.raises(ValueError, match=r"asks for classification, but .* is for spans"):
@@ -410,20 +410,45 @@ def test_scores_are_those_that_effbert_gives(kind, tmp_path):
         answers = [{"text": "fast", "answer_start": 11}]
         question = {"id": "1", "question": "bad?", "answers": answers}
         text = json.dumps({"data": [{"paragraphs": [{"context": " ".join(WORDS), "qas": [question]}]}]})
-        for split in ("train", "dev"):
-            (tmp_path / f"{split}-v1.1.json").write_text(text)
+        (tmp_path / "dev-v1.1.json").write_text(text)
+        (tmp_path / "train-v1.1.json").write_text("not read")
         model, where = student(EffBertForQuestionAnswering), {"task": "squad", "data_dir": str(tmp_path)}
     else:
         (tmp_path / "dev.tsv").write_text("text\tlabel\ngood fast\t0.5\nbad\t1.5\nbig slow dark\t-2\n")
         model = student(num_labels=1)
         where = {"validation_file": str(tmp_path / "dev.tsv"), "text_columns": ("text",)}
     folder = saved(tmp_path / "model", model)
-    found = onnx_export.load_rows(folder, export.ExportConfig("", "onnx", **where), model)
+    found = onnx_export.load_rows(folder, export.ExportConfig("", "onnx", **where), model)[0]["validation"]
     own = evaluate(
         lambda batch: model.trace(batch.input_ids, batch.attention_mask, batch.token_type_ids).logits, found.encoded
     )
     scores = found.scores(InPlaceOfAFile(model))
     assert scores == pytest.approx(own) and set(scores) == set(found.encoded.spec.metrics)
+
+
+def test_both_validation_splits_of_mnli_are_scored_and_no_training_rows_needed(tmp_path, capsys):
+    labels = dict(enumerate(("contradiction", "entailment", "neutral")))
+    model = student(architecture=MIXED.split(", ")[1], id2label=labels, label2id={v: k for k, v in labels.items()})
+    folder, data = saved(tmp_path / "model", model), tmp_path / "MNLI"
+    data.mkdir()
+    rows = [f"good fast\tbad {word}\t{label}" for word in ("big", "small") for label in labels.values()]
+    for split, count in (("matched", 6), ("mismatched", 4)):
+        lines = ["sentence1\tsentence2\tgold_label", *rows[:count]]
+        (data / f"dev_{split}.tsv").write_text("\n".join(lines) + "\n")
+    scored = ("--format", "onnx", "--task", "mnli", "--data_dir", tmp_path)
+    run(folder, "--output_dir", tmp_path / "both", *scored)
+    record = json.loads((tmp_path / "both" / "export.json").read_text())
+    from effbert.answers import evaluate_saved
+
+    scores = evaluate_saved(folder, "mnli", tmp_path)
+    for split, count in (("validation", 6), ("validation_mismatched", 4)):
+        assert record[split]["rows"] == count and record[split]["task"] == "mnli"
+        assert record[split]["fp32"]["accuracy"] == pytest.approx(scores[split]["accuracy"])
+    (data / "dev_mismatched.tsv").unlink()
+    capsys.readouterr()
+    run(folder, "--output_dir", tmp_path / "one", *scored)
+    assert "validation_mismatched is left out: there is no " in capsys.readouterr().out
+    assert "validation_mismatched" not in json.loads((tmp_path / "one" / "export.json").read_text())
 
 
 def test_importing_effbert_imports_no_onnx():

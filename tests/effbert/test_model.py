@@ -63,6 +63,32 @@ def test_encoder_and_question_answering_load_through_their_auto_classes(tmp_path
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", [EffBertModel, EffBertForSequenceClassification, EffBertForQuestionAnswering])
+def test_a_tuple_comes_where_the_call_or_the_config_asks_for_one(kind):
+    model, inputs = kind(config(num_labels=2)).eval(), batch()
+    whole = model(*inputs, output_hidden_states=True)
+    for output in (
+        model(*inputs, output_hidden_states=True, return_dict=False),
+        kind.forward(model, *inputs, output_hidden_states=True, return_dict=False),
+    ):
+        assert type(output) is tuple and len(output) == len(whole)
+        torch.testing.assert_close(output, whole.to_tuple())
+    model.config.return_dict = False
+    assert type(model(*inputs)) is tuple and type(model(*inputs, return_dict=True)) is type(whole)
+
+
+@pytest.mark.parametrize("kind", [EffBertModel, EffBertForSequenceClassification, EffBertForQuestionAnswering])
+def test_attention_probabilities_are_refused(kind):
+    model = kind(config(num_labels=2)).eval()
+    with pytest.raises(ValueError, match=r"^output_attentions=True: .* leave it out$"):
+        model(*batch(), output_attentions=True)
+    model(*batch(), output_attentions=False)
+    asking = kind(config(num_labels=2, output_attentions=True, attn_implementation="eager")).eval()
+    with pytest.raises(ValueError, match="output_attentions=True"):
+        asking(*batch())
+    asking(*batch(), output_attentions=False)
+
+
 def test_losses_follow_the_labels():
     ids, mask = batch()
     classes = EffBertForSequenceClassification(config(num_labels=3)).eval()

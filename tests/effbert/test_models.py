@@ -102,8 +102,29 @@ def test_a_narrow_supernet_is_the_first_channels_of_a_wide_one_each_layer_twice(
         supernet.narrowed(16)
 
 
-def test_arch_takes_a_name(capsys):
-    assert main(["arch", "efficientbert-tiny", "--preset", "efficientbert-tiny"]) == 0
+@pytest.mark.parametrize(
+    ("name", "head", "parameters"),
+    [
+        ("efficientbert", "6 layers, hidden_size 540", "15,737,724"),
+        ("efficientbert-tiny", "6 layers, hidden_size 360", "9,375,144"),
+        ("efficientbert-plusplus", "12 layers, hidden_size 360", "14,241,864"),
+        ("tinybert4", "4 layers, hidden_size 312", "14,492,976"),
+    ],
+)
+def test_arch_takes_a_name_with_its_sizes(name, head, parameters, capsys):
+    for more in ((), ("--preset", name)):
+        assert main(["arch", name, *more]) == 0
+        shown = capsys.readouterr().out
+        assert head in shown and parameters in shown
+
+
+def test_arch_takes_other_sizes_for_a_named_architecture(capsys):
+    assert main(["arch", "efficientbert", "--preset", "efficientbert-tiny"]) == 0
     assert "9,375,144" in capsys.readouterr().out
+    assert main(["arch", "efficientbert-tiny", "--length", "64", "--hidden_size", "240"]) == 0
+    assert "6 layers, hidden_size 240, length 64" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["arch", "--help"])
+    assert "--preset NAME" in capsys.readouterr().out
     assert main(["arch", "efficientbert", "--preset", "small"]) == 2
     assert "unknown model 'small'" in capsys.readouterr().err

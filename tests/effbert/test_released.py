@@ -1,5 +1,10 @@
 """The authors' checkpoints become folders that transformers loads, with the recorded outputs."""
 
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -7,7 +12,7 @@ import transformers
 from commands import killed_before
 from effbert.__main__ import main
 from effbert.architecture import Architecture
-from effbert.released import MULTI_TASK, import_checkpoint
+from effbert.released import MULTI_TASK, STUDENT_NAMES, import_checkpoint, read_state
 
 
 def student(parity, task="mnli"):
@@ -23,6 +28,16 @@ def saved(tmp_path, state, module=False, bare=False):
     path = tmp_path / "best_model.bin"
     torch.save(state if bare else {"state_dict": state, "epoch": 3}, path)
     return path
+
+
+def authors_names(model):
+    """The weights of a student of ours under the authors' names."""
+    theirs = {}
+    for name, tensor in model.state_dict().items():
+        for pattern, ours in reversed(STUDENT_NAMES[:4]):
+            name = name.replace(ours, pattern.replace(r"\b", "").replace("^", "").replace("\\.", "."))
+        theirs[name] = tensor
+    return theirs
 
 
 def logits(parity, folder, kind="SequenceClassification"):
@@ -46,6 +61,79 @@ def test_an_imported_student_gives_the_recorded_outputs(parity, tmp_path, name, 
     close(model.effbert(*parity.inputs).last_hidden_state, parity.outputs[f"{name}/last_hidden"])
     assert model.config.neighbour_padding == "released" and model.config.fit_size == 96
     assert list(model.config.id2label.values()) == ["contradiction", "entailment", "neutral"]
+
+
+@pytest.mark.parametrize("core", ["numpy._core", "numpy.core"])
+def test_scores_and_arguments_beside_the_weights_are_no_hindrance(parity, tmp_path, core):
+    """core: the module that NumPy 2, and 1, name in a pickle."""
+    values = {"acc": np.float64(0.5), "all": np.arange(4.0).reshape(2, 2), "best": np.bool_(True), "of": np.str_("rte")}
+    values |= {"kind": np.dtype("f4"), "rows": np.array([1, None], dtype=object)}
+    arguments = argparse.Namespace(lr=np.float32(1e-4), seed=np.int64(3), device=torch.device("cpu"), vars={"a": [1]})
+    state, path = student(parity), tmp_path / "best_model.bin"
+    content = {"state_dict": state, "metrics": values, "epoch": 3, "args": arguments}
+    torch.save(content, path, _use_new_zipfile_serialization=False)  # bare pickles, whose names can be changed
+    path.write_bytes(path.read_bytes().replace(b"numpy._core.", core.encode() + b"."))
+    found = read_state(path)
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+    torch.save(content, path)
+    whole = torch.serialization.get_safe_globals()
+    assert read_state(path).keys() == state.keys() and torch.serialization.get_safe_globals() == whole
+    model = import_checkpoint(path, parity.architectures["released_head"], task="mnli")
+    with torch.no_grad():
+        close(model(*parity.inputs).logits, parity.outputs["released_head/logits"])
+
+
+class Runs:
+    """Runs a command when a pickle of it is read."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def test_what_could_run_code_is_named_and_not_read(parity, tmp_path, capsys):
+    path, mark = tmp_path / "best_model.bin", tmp_path / "mark"
+    given = ["import", str(path), "--architecture", "efficientbert", "--output_dir", str(tmp_path / "out")]
+    for value, name in (
+        (Path("data"), "pathlib.PosixPath"),
+        (argparse.Namespace(place=Path("data")), "pathlib.PosixPath"),
+        (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+        (Runs(f"touch {mark}"), "posix.system"),
+    ):
+        torch.save({"state_dict": student(parity), "args": value}, path)
+        assert main(given) == 2
+        error = capsys.readouterr().err
+        assert error == (
+            f"effbert: checkpoint {path}: holds {name}, which is not read since it could run code: "
+            "save its state dict alone\n"
+        )
+    assert not mark.exists()
+    for content in (b"not a checkpoint", b""):
+        path.write_bytes(content)
+        assert main(given) == 2
+        error = capsys.readouterr().err
+        assert "no file of tensors that torch.load reads" in error and "weights_only" not in error
+
+
+def test_a_named_model_has_its_own_sizes(tmp_path, capsys):
+    from effbert.model import EffBertConfig, EffBertModel
+
+    architecture = str(Architecture.uniform("1_1", 2))
+    sizes = {"vocab_size": 20, "hidden_size": 24, "intermediate_size": 96, "max_position_embeddings": 9}
+    config = EffBertConfig(architecture=architecture, embedding_size=None, num_attention_heads=4, **sizes)
+    path = saved(tmp_path, authors_names(EffBertModel(config, add_pooling_layer=False)))
+    for text in ("bert-2x24", "bert-2x24x96", architecture):
+        model = import_checkpoint(path, text, num_attention_heads=4)
+        assert (model.config.hidden_size, model.config.architecture) == (24, architecture)
+    for name, said in (
+        ("bert-2x48", "hidden_size 24, bert-2x48 has 48; intermediate_size 96, bert-2x48 has 192: name the model"),
+        ("bert-2x24x24", "intermediate_size 96, bert-2x24x24 has 24: name the model that it is, or spell its layers"),
+    ):
+        assert main(["import", str(path), "--architecture", name, "--output_dir", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_a_killed_import_leaves_no_folder_and_the_same_command_makes_it(parity, tmp_path):
@@ -93,7 +181,6 @@ def test_a_student_for_spans(parity, tmp_path):
 
 def test_a_table_without_neighbours_is_the_768_wide_kind(tmp_path):
     from effbert.model import EffBertConfig, EffBertModel
-    from effbert.released import STUDENT_NAMES
 
     architecture = Architecture.parse("linear1_2(relu(mul(linear1_2(x,wb1),x)),wb2)")
     config = EffBertConfig(
@@ -101,12 +188,7 @@ def test_a_table_without_neighbours_is_the_768_wide_kind(tmp_path):
         intermediate_size=48, max_position_embeddings=9, num_attention_heads=2, combine="pad_released",
     )  # fmt: skip
     whole = EffBertModel(config, add_pooling_layer=False)
-    theirs = {}
-    for name, tensor in whole.state_dict().items():
-        for pattern, ours in reversed(STUDENT_NAMES[:4]):
-            name = name.replace(ours, pattern.replace(r"\b", "").replace("^", "").replace("\\.", "."))
-        theirs[name] = tensor
-    model = import_checkpoint(saved(tmp_path, theirs), architecture, num_attention_heads=2)
+    model = import_checkpoint(saved(tmp_path, authors_names(whole)), architecture, num_attention_heads=2)
     assert (model.config.combine, model.config.embedding_size, model.config.intermediate_size) == (
         "pad_released", None, 48,
     )  # fmt: skip

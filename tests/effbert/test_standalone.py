@@ -83,6 +83,19 @@ def test_the_encoder_and_question_answering(kind):
     assert_same(student(kind, architecture=PUBLISHED, num_labels=2))
 
 
+@pytest.mark.parametrize("kind", [EffBertModel, EffBertForSequenceClassification, EffBertForQuestionAnswering])
+def test_tuples_and_attention_probabilities_as_in_the_student(kind):
+    model = student(kind, architecture=PUBLISHED, num_labels=2)
+    plain = plain_model(model, load(source(model.config)))
+    whole, output = plain(*batch()), plain(*batch(), return_dict=False)
+    assert type(output) is tuple
+    torch.testing.assert_close(output, whole.to_tuple())
+    with pytest.raises(ValueError, match=r"^output_attentions=True: .* leave it out$"):
+        plain(*batch(), output_attentions=True)
+    plain.config.return_dict = False
+    assert type(plain(*batch())) is tuple and type(plain(*batch(), return_dict=True)) is type(whole)
+
+
 def test_a_padded_maximum_of_released_students_differs_from_the_right_one():
     text = "linear1_2(max(linear1_2(x,wb1),x),wb2)"
     outputs = []

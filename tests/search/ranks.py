@@ -176,7 +176,7 @@ def main(folder: Path, parts: list[str]) -> int:
             torch.save(globals()[part](workspace), folder / f"{part}-{world.rank}.pt")
         return 0
 
-    cli.run = run
+    cli.run, cli.is_shared = run, lambda arguments: True
     return __main__.main(parts)
 
 

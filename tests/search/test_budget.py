@@ -52,8 +52,10 @@ def test_survivors_do_not_depend_on_the_order_of_reporting(order, scores):
             assert keys[number] > min(keys[other] for other in kept if scores[other] == worst)
 
 
-def evaluation(number, state, rungs):
-    return Evaluation(number, "text", rungs[-1] if state == "complete" else None, state, {"rungs": rungs})
+def evaluation(number, state, rungs, shares=None):
+    shares = shares or list(NINTHS.rungs[-len(rungs) :] if state == "complete" else NINTHS.rungs[: len(rungs)])
+    attrs = {"rungs": rungs, "shares": shares}
+    return Evaluation(number, "text", rungs[-1] if state == "complete" else None, state, attrs)
 
 
 def test_a_stopped_candidate_is_told_with_the_mean_gain_of_those_that_went_on():
@@ -97,11 +99,12 @@ def test_costs_of_a_rung_are_counted_once_though_a_commit_was_cut_short(tmp_path
     with monkeypatch.context() as patched:
         patched.setattr(stage._study._storage, "set_trial_intermediate_value", die)
         with pytest.raises(Killed):
-            record(stage, stage.evaluations()[0], 0, False, outcomes[0], line)
-    record(stage, stage.evaluations()[0], 0, False, outcomes[0], line)
-    record(stage, stage.evaluations()[0], 1, True, outcomes[1], line)
+            record(stage, stage.evaluations()[0], 0, 0.5, outcomes[0], line)
+    record(stage, stage.evaluations()[0], 0, 0.5, outcomes[0], line)
+    record(stage, stage.evaluations()[0], 1, 1.0, outcomes[1], line)
     (found,) = stage.evaluations()
     assert found.state == "complete" and (found.attrs["seconds"], found.attrs["tokens"]) == (30.0, 300)
+    assert (found.attrs["shares"], found.attrs["rungs"]) == ([0.5, 1.0], [0.5, 0.6])
 
 
 def test_an_empty_cohort_is_refused():
@@ -118,6 +121,22 @@ def test_agreement_is_one_for_equal_ranks_and_its_interval_holds_the_estimate():
     assert noisy == kendall(scores, scores + np.random.default_rng(1).normal(size=20))
 
 
+@pytest.mark.parametrize(("count", "low"), [(6, 0.38), (12, 0.93), (100, 0.99)])
+def test_a_perfect_order_of_few_candidates_is_not_certain(count, low):
+    scores = list(range(count))
+    same, reverse = kendall(scores, scores), kendall(scores, scores[::-1])
+    assert (same.estimate, same.high) == (pytest.approx(1), pytest.approx(1)) and low - 0.02 < same.low < low + 0.02
+    assert (reverse.low, reverse.high) == (pytest.approx(-1), pytest.approx(-same.low))
+    few = kendall(scores[:5], scores[:5])
+    assert few.estimate == pytest.approx(1) and np.isnan([few.low, few.high]).all()
+
+
+def test_equal_answers_are_no_certainty():
+    same = pack_hits(np.arange(100) % 3 == 0)
+    difference = paired_difference(same, same)
+    assert difference.estimate == 0 and difference.high == -difference.low == pytest.approx(1.96 / 102)
+
+
 def test_agreement_of_one_candidate_is_refused():
     with pytest.raises(ValueError, match="at least 2 candidates, not 1 and 1"):
         kendall([1.0], [1.0])
@@ -127,9 +146,11 @@ def test_rungs_agree_with_the_full_budget_among_those_that_reached_it():
     reached = [[0.1, 0.3, 0.5], [0.2, 0.2, 0.6], [0.3, 0.1, 0.7]]
     cohort = [evaluation(number, "complete", rungs) for number, rungs in enumerate(reached)]
     cohort += [evaluation(3, "pruned", [0.0, 0.1]), evaluation(4, "complete", [0.9]), evaluation(5, "failed", [])]
+    cohort.append(evaluation(6, "complete", [0.4, 0.8], shares=[1 / 3, 1.0]))  # of a cohort too small for every rung
     found = of_rungs(cohort)
-    assert {rung: interval.estimate for rung, interval in found.items()} == {0: pytest.approx(1), 1: pytest.approx(-1)}
-    assert found[0].count == 3 and of_rungs(cohort[:1]) == {} and of_rungs([]) == {}
+    estimates = {share: interval.estimate for share, interval in found.items()}
+    assert estimates == {1 / 9: pytest.approx(1), 1 / 3: pytest.approx(0)}
+    assert (found[1 / 9].count, found[1 / 3].count) == (3, 4) and of_rungs(cohort[:1]) == {} and of_rungs([]) == {}
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=50))

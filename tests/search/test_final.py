@@ -47,7 +47,7 @@ def test_a_row_that_diverges_is_said_and_best_is_the_first_winner_with_scores(
     assert lost["scores"] is None and lost["diverged"].startswith("loss not finite at step")
     assert published["scores"] and winner["scores"] and (published["diverged"], winner["diverged"]) == ("", "")
     best = AutoModelForSequenceClassification.from_pretrained(small.folder / "best").eval()
-    assert final.held_out_scores(small, Traced(best)) == winner["scores"]
+    assert final.held_out(small, Traced(best)) == (winner["scores"], winner["hits"]) and lost["hits"] == ""
 
     table = report.summarise(results, "accuracy")
     assert [(line["row"], line["repeats"], line["diverged"]) for line in table] == [
@@ -69,7 +69,7 @@ def test_a_row_that_diverges_is_said_and_best_is_the_first_winner_with_scores(
 
 
 class Traced:
-    """A loaded student, asked as held_out_scores asks."""
+    """A loaded student, asked as held_out asks."""
 
     def __init__(self, model):
         self.model = model

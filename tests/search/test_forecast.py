@@ -46,6 +46,13 @@ def test_halving_is_forecast_rung_by_rung_and_a_small_last_cohort_too(workspace)
     assert parts(halved)["stage1"].tokens == 8 * tokens[0.25] + 2 * tokens[1.0] + tokens[1.0]
 
 
+@pytest.mark.parametrize(("cohort", "memory", "most"), [(4, 10, 4), (8, 3, 3)])
+def test_no_more_train_at_once_than_a_cohort_has_and_memory_holds(workspace, cohort, memory, most):
+    config = stage(workspace, cohort=cohort).config
+    said = forecast.lines(list(parts(workspace).values()), TRAINING, config, memory, 2**16)
+    assert said[0] == f"test; {most} candidates train at once, 1 MiB each, of {memory} that memory holds"
+
+
 def test_the_teacher_reads_once_for_all_that_train_together(workspace):
     teacher_only = Rates(1.0, 0.0, 0.0, 0.0, "test")
     base = stage(workspace, num_candidates=6, cohort=6, rungs=(1.0,))

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
+from transformers import BertConfig
 
 from commands import Command, finished
 from effbert.__main__ import main
-from effbert.config import GLUE_TASKS, PRESETS
+from effbert.config import GLUE_TASKS, PRESETS, StudentArguments
 from effbert.parallel import World
 from effbert.search import paper, report
 from effbert.search.paper import PAPERS, PaperConfig, distillation, plan, pretraining, teacher_of
@@ -119,7 +120,7 @@ def test_what_a_step_is_given(killed):
     assert len(slices.model) == 2 and slices.start_from == (str(killed[0] / "search" / "supernet"),)
     assert len(fresh.model) == 1 and fresh.model[0].startswith("bert-6x") and fresh.start_from == ()
     assert fresh.training.num_train_epochs == config.supernet.num_train_epochs + slices.training.num_train_epochs
-    own, main_task = distillation(config, "builtin-next"), distillation(config, "builtin-topic")
+    own, main_task = distillation(config, "builtin-next", 6), distillation(config, "builtin-topic", 6)
     assert (own.max_train_rows, own.budget.task_phase.num_train_epochs) == (50, 3)
     assert own.budget.task_phase.learning_rate == 0.5 and own.budget.general_phase.num_train_epochs == 0
     assert main_task.max_train_rows == config.max_train_rows and own.teacher.endswith("tasks/builtin-next")
@@ -177,9 +178,10 @@ def test_predictions_are_the_winners_and_the_diagnostic_set_its_mnli_students(tm
     assert capsys.readouterr().out.count("left out") == 3
 
 
-def test_every_known_task_is_scored_on_whole_splits_for_teacher_and_students(tmp_path, monkeypatch):
-    def scores(place, task, data_dir, reading):
+def test_every_known_task_is_scored_on_whole_splits_for_teacher_and_students(tmp_path, monkeypatch, capsys):
+    def scores(place, task, data_dir, reading, say):
         asked.append(place)
+        say(f"{place} lacks a split")
         if len(asked) == 3:
             raise KeyboardInterrupt
         return {"validation": {"place": place, "data": data_dir, "length": reading.max_length}}
@@ -199,6 +201,7 @@ def test_every_known_task_is_scored_on_whole_splits_for_teacher_and_students(tmp
     with pytest.raises(KeyboardInterrupt):
         step(config, "evaluate.json").start()
     step(config, "evaluate.json").start()
+    assert capsys.readouterr().out.count("lacks a split") == 1  # the teacher's, of all models
     assert len(asked) == len(set(asked)) + 1 == 4  # what was done before was kept
     assert not (tmp_path / "evaluate.json.unfinished").exists()
     found = json.loads((tmp_path / "evaluate.json").read_text())
@@ -245,7 +248,7 @@ def test_a_model_that_general_distillation_lost_is_left_out_of_the_tasks(tmp_pat
     (tmp_path / "winner.json").write_text(json.dumps({"winner": architecture}))
     distilled(tmp_path, "rte", models=("model-1", "model-2"))
     (tmp_path / "text-slices" / "model-2").rmdir()  # the published architecture diverged
-    own = distillation(dataclasses.replace(config, rivals=("published",)), "rte")
+    own = distillation(dataclasses.replace(config, rivals=("published",)), "rte", 6)
     assert own.model == (architecture,) and own.start_from == (str(tmp_path / "text-slices" / "model-1"),)
     assert list(paper.students(config, "rte")) == ["winner", "plain"]
     scored = {"score": 0.5, "spread": None, "diverged": 0, "seeds": [{"parameters": 5, "flops": 7e6}]}
@@ -262,7 +265,51 @@ def test_a_model_that_general_distillation_lost_is_left_out_of_the_tasks(tmp_pat
     shutil.rmtree(tmp_path / "text-slices")
     shutil.rmtree(tmp_path / "text-fresh")
     with pytest.raises(ValueError, match="no model is left of general distillation"):
-        distillation(config, "rte")
+        distillation(config, "rte", 6)
+
+
+RIVALS = ("tinybert4", "efficientbert-plus", "efficientbert-tiny", "efficientbert-plusplus", "efficientbert-tinybert6")
+
+
+def test_rivals_begin_as_published_and_learn_with_those_of_their_depth(tmp_path):
+    config = PaperConfig(output_dir=str(tmp_path), teacher="BERT", task="rte", rivals=RIVALS)
+    names = [step.name for step in plan(config, *ALONE)]
+    assert names[:6] == ["search", "text-slices", "text-fresh-4", "text-shared", "text-slices-12", "text-fresh"]
+    assert names[6:9] == ["distil-rte", "distil-rte-4", "distil-rte-12"]
+    architecture = ", ".join(["linear1_2(gelu(linear1_2(x,wb1)),wb2)"] * 6)
+    (tmp_path / "winner.json").write_text(json.dumps({"winner": architecture}))
+    members = {group: paper.members_of(config, group) for group in names[1:6]}
+    assert members["text-slices"] == ["winner", "efficientbert-tiny"] and members["text-slices-12"] == [RIVALS[3]]
+    shared = pretraining(config, "text-shared")
+    assert shared.start_from == (str(tmp_path / "search" / "stage3" / "supernet"),) and shared.model == (RIVALS[1],)
+    assert pretraining(config, "text-slices-12").start_from == (str(tmp_path / "search" / "supernet"),)
+    assert pretraining(config, "text-fresh-4").start_from == ()
+    for place in ("text-slices/model-1", "text-slices/model-2", "text-shared/model", "text-slices-12/model"):
+        (tmp_path / place).mkdir(parents=True)
+    twelve = distillation(config, "rte", 12)
+    assert (twelve.model, twelve.output_dir) == ((RIVALS[3],), str(tmp_path / "distil-rte-12"))
+    assert distillation(config, "rte", 6).model == (architecture, RIVALS[1], RIVALS[2])
+    for place in ("distil-rte/model-1", "distil-rte/model-3", "distil-rte-12/model"):
+        (tmp_path / place).mkdir(parents=True)
+    assert {name: path.rpartition("/")[2] for name, path in paper.students(config, "rte").items()} == {
+        "winner": "model-1",
+        "efficientbert-tiny": "model-3",
+        "efficientbert-plusplus": "model",
+    }
+    step(config, "distil-rte-4").start()  # its only model diverged
+    assert step(config, "distil-rte-4").done
+    assert "no model of 4 layers" in (tmp_path / "distil-rte-4" / "results.json.left-out").read_text()
+
+
+def test_rivals_that_cannot_be_are_refused(tmp_path):
+    small = StudentArguments(hidden_size=192, intermediate_size=192)
+    with pytest.raises(ValueError, match=r"rivals: efficientbert-plus is slices of .* --student makes too small"):
+        PaperConfig(output_dir="", rivals=("efficientbert-plus",), student=small)
+    with pytest.raises(ValueError, match="has not 6 layers, as --student"):
+        PaperConfig(output_dir="", rivals=("linear1_2(gelu(linear1_2(x,wb1)),wb2)",))
+    BertConfig(num_hidden_layers=6).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="rivals: tinybert4 has 4 layers, of which the teacher's 6 are no multiple"):
+        paper.begin(PaperConfig(output_dir="", rivals=("tinybert4",), teacher=str(tmp_path / "teacher")), [])
 
 
 def test_a_model_that_diverged_has_its_place_in_the_table():
@@ -303,7 +350,9 @@ def test_what_a_last_step_reads_is_looked_for_at_the_beginning(tmp_path):
         (folder / f"{name}.tsv").write_text("\n".join([head, *rows]) + "\n")
     config = PaperConfig(output_dir=str(tmp_path / "run"), task="mnli", data_dir=str(tmp_path))
     (tmp_path / "run").mkdir()
-    with pytest.raises(FileNotFoundError, match="dev_mismatched"):
+    paper.begin(config, plan(config, *ALONE))  # the matched rows alone will do
+    (folder / "dev_matched.tsv").unlink()
+    with pytest.raises(FileNotFoundError, match="dev_matched"):
         paper.begin(config, plan(config, *ALONE))
 
 
@@ -321,7 +370,7 @@ def test_what_a_last_step_reads_is_looked_for_at_the_beginning(tmp_path):
         (("--rivals", "plain", "plain"), "name each once"),
         (("--rivals", "winner"), "the winner not at all"),
         (("--rivals", "tinybert-6"), "unknown model 'tinybert-6'"),
-        (("--rivals", "tinybert4"), "tinybert4 has not 6 layers"),
+        (("--rivals", "tinybert4"), "tinybert4 has 4 layers, of which the teacher's 6 are no multiple"),
         (("--preset", "small"), "--preset is given 2 times"),
     ],
 )

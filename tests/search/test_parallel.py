@@ -215,18 +215,3 @@ def test_a_search_under_torchrun_stops_goes_on_and_finds_what_one_process_finds(
     capsys.readouterr()
     assert main([*SHORT, "--output_dir", str(two)]) == 2
     assert "processes: 2 there, not set here" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "arguments,words",
-    [
-        (["arch", "x"], "effbert arch is for one process: start it without torchrun"),
-        (["search", "--preset", "smoke", "--dry_run"], "--dry_run forecasts a search in one process"),
-    ],
-)
-def test_what_several_processes_do_not_run_is_refused(capsys, monkeypatch, arguments, words):
-    from effbert import cli
-    from effbert.parallel import World
-
-    with pytest.raises(ValueError, match=words):
-        cli.run(arguments, World(1, 2, 1))

@@ -43,11 +43,12 @@ def make_study(folder):
         stage.begin(number, PUBLISHED, f"key {number}")
     for number, low in enumerate((0.50, 0.40, None, 0.55, 0.45, 0.60)):
         if low is not None:
-            stage.report(number, 0, low, parameters=1000 + number, seconds=1.0, tokens=10)
+            stage.report(number, 0, low, parameters=1000 + number, seconds=1.0, tokens=10, shares=[1 / 3])
     for number, value in ((0, 0.70), (3, 0.65)):
         epochs = [{"loss": 3.0, "accuracy": value - 0.2}, {"loss": 2.0, "accuracy": value}]
         costs = {"parameters": 1000 + number, "flops": 2000 - number, "seconds": 4.0, "tokens": 40}
-        stage.complete(number, value, scores=epochs[-1], epochs=epochs, best_epoch=1, hits="0101", **costs)
+        shares = {"shares": [1 / 3, 1.0]}
+        stage.complete(number, value, scores=epochs[-1], epochs=epochs, best_epoch=1, hits="0101", **costs, **shares)
     stage.prune(1)
     stage.prune(4)
     stage.fail(2, NASTY.replace("\ud800", ""), seconds=0.5)
@@ -189,14 +190,46 @@ def test_rungs_count_who_reached_them(whole):
     assert "This stage has not begun." in page.words["rungs"]
 
 
-def test_a_rung_that_a_small_cohort_leaves_out_keeps_its_share(tmp_path):
-    make_config(tmp_path, stage1={"num_candidates": 4, "cohort": 3, "rungs": [1 / 3, 1.0]})
+def test_what_a_filter_or_a_limit_discarded_is_told_and_reached_no_rung(tmp_path):
+    make_config(tmp_path, stage1={"num_candidates": 4, "cohort": 4, "rungs": [1 / 3, 1.0]})
     stage = Study(tmp_path).stage("stage1")
     for number in range(4):
         stage.begin(number, PUBLISHED, str(number))
-    stage.complete(3, 0.5)  # alone in its cohort: trained on the whole budget at once
-    found = report_html.candidates(read_record(tmp_path), "stage1", "value")
-    assert [candidate.rungs for candidate in found] == [[], [], [], [(1.0, 0.5)]]
+    stage.prune(0, discarded="among the worst by the filter")
+    for number in (1, 2):
+        stage.prune(number, discarded=f"takes {number}1.00 ms, over --max_latency_ms 10")
+    stage.complete(3, 0.5, shares=[1.0])  # left alone: trained on the whole budget at once
+    page = read(tmp_path)
+    assert "3 discarded before training" in page.words["progress"] and "stopped early" not in page.words["progress"]
+    assert "2 discarded before training: over --max_latency_ms 10" in page.words["progress"]
+    assert "1 discarded before training: among the worst by the filter" in page.words["progress"]
+    assert labels(page.figures["stage1-rungs"], "name") == ["100%"]
+    assert "1 reached it" in labels(page.figures["stage1-rungs"], "tick")[0]
+
+
+def test_candidates_that_train_alone_are_no_stage_of_the_search(tmp_path):
+    make_config(tmp_path, agreement_candidates=2, stage3={"num_candidates": 2})
+    study = Study(tmp_path)
+    for name, values in (("stage3", (0.6, 0.7)), ("agreement", (0.9, None))):
+        stage = study.stage(name)
+        for number, value in enumerate(values):
+            stage.begin(number, PUBLISHED, str(number))
+            if value is not None:
+                stage.complete(number, value, shares=[1.0], parameters=1000, seconds=2.0)
+    page = read(tmp_path)
+    assert "of 2 candidates of stage 3 that train alone 1 are done" in page.words["header"]
+    for said in ("best of stage3 so far 0.7000", "candidates evaluated 2 of 14"):
+        assert said in page.words["header"]
+    assert "agreement candidates" in page.words["cost"]
+
+
+def test_where_costs_count_the_best_so_far_is_that_of_the_front(tmp_path):
+    make_config(tmp_path, minimize=["flops"])
+    stage = Study(tmp_path).stage("stage1")
+    for number, flops in enumerate((9, 5)):
+        stage.begin(number, PUBLISHED, str(number))
+        stage.complete(number, 0.5, shares=[1.0], flops=flops, parameters=1000)
+    assert "Best of stage1 so far, candidate 1." in read(tmp_path).words["winner"]
 
 
 def test_agreement_has_intervals_and_a_table(whole):

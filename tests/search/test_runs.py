@@ -34,6 +34,7 @@ WORDS = "the small model reads long words about trees and rivers in every quiet 
 MLP = "linear1_2(gelu(linear1_2(x,wb1)),wb2)"
 SIZES = ("--student.hidden_size", "24", "--student.intermediate_size", "24", "--student.embedding_size", "8")
 LAYERS = ("--student.num_hidden_layers", "2")
+THREE = ("--student.num_hidden_layers", "3")
 SIZES += (*LAYERS, "--student.num_attention_heads", "4")
 
 
@@ -287,7 +288,11 @@ def test_two_processes_distil_a_supernet_on_text_as_one_with_the_double_batch(gi
     agree(tmp_path / "two" / "model", tmp_path / "one" / "model")
 
 
-@pytest.mark.parametrize("command", ["search", "teacher", "pretrain", "distill", "paper"])
+COMMANDS = ["search", "teacher", "pretrain", "distill", "paper", "arch", "import", "report", "evaluate", "predict"]
+COMMANDS += ["export"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_torchrun_takes_no_flag_for_its_own(command, capsys):
     """It reads the whole command line, and abbreviations of its options as these."""
     from torch.distributed.run import get_args_parser
@@ -295,7 +300,7 @@ def test_torchrun_takes_no_flag_for_its_own(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     flags = set(re.findall(r"--[a-z0-9_.]+", capsys.readouterr().out))
-    assert "--output_dir" in flags
+    assert len(flags) > 1
     theirs = get_args_parser()._option_string_actions
     assert not {flag for flag in flags for other in theirs if other.startswith(flag) and flag != "--help"}
 
@@ -519,7 +524,10 @@ def test_what_does_not_go_together_is_one_line_and_leaves_nothing(given, made, t
         (pretrain_command(given, run, "--params", "9"), "--params is for --model teacher"),
         ([*distill, "--model", "bert-2x16", "bert-4x16"], "need as many layers"),
         ([*distill, "--model", "bert-2x16", "--start_from", "a", "b"], "--start_from names 2 folders for 1 models"),
-        ([*distill, "--model", "bert-3x16"], "a teacher of 4 layers cannot be divided among 3"),
+        ([*distill, "--model", "bert-3x16"], "--model bert-3x16 has 3 layers and needs a teacher with a multiple of"),
+        ([*distill, "--model", "efficientbert-plusplus"], "has 12 layers and needs a teacher with a multiple of them"),
+        ([*distill, "--model", f"{text}, {MLP}"], "the architecture has 3 layers and needs a teacher with a multiple"),
+        ([*distill, "--model", "teacher", "--params", "9", *THREE], "num_hidden_layers should be one of 1, 2, 4"),
         ([*distill, "--model", "bert-2x18"], "does not divide into 4 attention heads"),
         ([*distill, "--model", "bert-2x16", "--start_from", net], "does not fit the teacher and the model"),
         ([*no_head, "--model", "bert-2x16"], "has no head for mine (classification): make one with effbert teacher"),
@@ -537,3 +545,94 @@ def test_what_does_not_go_together_is_one_line_and_leaves_nothing(given, made, t
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
         assert not run.exists() or not [entry for entry in run.iterdir() if not entry.name.startswith(".")], said
+
+
+def without(folder, other, *names):
+    """A copy of a saved model that lacks the weights with these names, and has no tokenizer."""
+    shutil.copytree(folder, other, ignore=shutil.ignore_patterns("tokenizer*"))
+    state = load_file(other / "model.safetensors")
+    kept = {name: tensor for name, tensor in state.items() if not name.endswith(names)}
+    save_file(kept, other / "model.safetensors", {"format": "pt"})
+    return other
+
+
+def of_another_teacher(folder, other, width=20):
+    """A copy of a saved model as another teacher's width leaves it."""
+    shutil.copytree(folder, other)
+    state = load_file(other / "model.safetensors")
+    for name in [name for name in state if "fit_dense" in name]:
+        state[name] = torch.ones(width, *state[name].shape[1:])
+    save_file(state, other / "model.safetensors", {"format": "pt"})
+    config = json.loads((other / "config.json").read_text()) | {"fit_size": width}
+    (other / "config.json").write_text(json.dumps(config))
+    return other
+
+
+def test_a_projection_to_another_teachers_width_is_begun_anew(given, made, tmp_path, capsys):
+    net, still = made / "net" / "model", ("--training.learning_rate", "0")
+    more = ("--model", f"{MLP}, {MLP}", *still, "--start_from")
+    for number, start in enumerate((net, of_another_teacher(net, tmp_path / "other"))):
+        capsys.readouterr()
+        assert main(pretrain_command(given, tmp_path / f"run-{number}", *more, str(start))) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "fit_dense" in line]
+    assert len(said) == 1 and f"{start}: its projection (fit_dense) is for a teacher of width 20, this one" in said[0]
+    same, other = (load_file(tmp_path / f"run-{number}" / "model" / "model.safetensors") for number in range(2))
+    assert same.keys() == other.keys() and other["fit_dense.weight"].shape == (32, 24)
+    for name, tensor in same.items():
+        assert torch.equal(tensor, other[name]) == ("fit_dense" not in name), name
+    student = of_another_teacher(tmp_path / "run-0" / "model", tmp_path / "student")
+    more = ("--start_from", str(student), "--seeds", "2")
+    assert main(distill_command(given, made, tmp_path / "run", *more)) == 0
+    assert capsys.readouterr().out.count("this one has 32: it begins with fresh weights") == 1
+
+
+def test_weights_that_a_start_lacks_are_told_before_a_folder_is_taken(given, made, tmp_path, capsys):
+    net, run = made / "net" / "model", tmp_path / "run"
+    broken = shutil.copytree(net, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{trunc")
+    lacking = without(net, tmp_path / "lacking", "layers.1.mlps.0.dense2.weight")
+    resized = shutil.copytree(net, tmp_path / "resized")
+    config = json.loads((net / "config.json").read_text()) | {"embedding_size": 6}
+    (resized / "config.json").write_text(json.dumps(config))
+    other = ("--student.embedding_size", "6")
+    for start, said, sizes in (
+        (broken, "its weights cannot be read", SIZES),
+        (lacking, "its weights lack effbert.layers.1.mlps.0.dense2.weight, which its config.json asks for", SIZES),
+        (resized, "has another size than its config.json says", (*SIZES[:4], *other, *SIZES[6:])),
+    ):
+        more = ["--model", f"{MLP}, {MLP}", "--start_from", str(start), "--corpus", str(given / "text.txt")]
+        assert main(["pretrain", *common(given, given / "bert"), *sizes, *more, "--output_dir", str(run)]) == 2
+        error = capsys.readouterr().err
+        assert f"--start_from {start}" in error and said in error and error.count("\n") == 1 and not run.exists()
+    more = ("--model", f"{MLP}, {MLP}", "--start_from", str(without(net, tmp_path / "fewer", "fit_dense.bias")))
+    assert main(pretrain_command(given, run, *more)) == 0
+
+
+def test_a_search_empties_its_folder_where_the_supernet_it_begins_with_will_not_do(given, made, tmp_path, capsys):
+    start = without(made / "net" / "model", tmp_path / "lacking", "position_embeddings.weight")
+    run, files = tmp_path / "run", ["--corpus", str(given / "text.txt"), *task(given), "--tasks"]
+    more = ["--preset", "smoke", *common(given, given / "bert"), *SIZES, *files, "--output_dir", str(run)]
+    assert main(["search", *more, "--start_from", str(start)]) == 2
+    assert "its weights lack effbert.embeddings.position_embeddings.weight" in capsys.readouterr().err
+    assert [entry.name for entry in run.iterdir()] == [".workers"]
+
+
+@pytest.mark.parametrize("command", ["pretrain", "distill"])
+def test_widths_at_which_an_expression_does_not_run_are_refused(given, tmp_path, capsys, command):
+    mixed = "linear1_1(relu(mul(linear1_1(x,wb1),x)),wb2)"
+    wide = [("48" if SIZES[place - 1] == "--student.intermediate_size" else word) for place, word in enumerate(SIZES)]
+    run = [*common(given, given / "bert"), *wide, "--output_dir", str(tmp_path / "run")]
+    assert main([command, *run, "--model", f"{MLP}, {mixed}"]) == 2
+    error = capsys.readouterr().err
+    assert "the architecture, layer 2: " in error and "takes 48 channels and gets 24" in error
+    assert error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("model", ["tinybert6", "efficientbert-tinybert6", "efficientbert", "bert-6x312"])
+def test_named_models_with_wide_inner_layers_go_on(tmp_path, model):
+    sizes = {"hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 3072}
+    if model == "bert-6x312":
+        sizes |= {"hidden_size": 312}
+    transformers.BertConfig(**sizes).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()  # of which nothing is read
+    check_sizes(PretrainConfig(output_dir="", teacher=str(tmp_path), model=(model,)))

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import time
 from contextlib import contextmanager
@@ -227,15 +228,21 @@ def test_a_death_between_failing_a_stale_candidate_and_its_retry_loses_nothing(t
         assert read_candidates(tmp_path) == [(0, "running", None)]
 
 
-def test_a_clock_that_jumps_in_a_worker_changes_nothing(tmp_path, monkeypatch):
-    """Heartbeats are stamped and judged by the database, never by the worker's clock."""
-    monkeypatch.setattr(time, "time", lambda: 4e9)
+def test_a_clock_that_jumps_takes_no_candidate_from_a_worker_that_lives(tmp_path):
+    """An hour forward, as after a sleep of the machine: all heartbeats are old at once."""
     with Workers(tmp_path) as first, Workers(tmp_path) as second:
-        one = opened(tmp_path, first)
-        one.begin(0, "text", "key")
+        one, two = opened(tmp_path, first), opened(tmp_path, second)
+        for number in range(2):
+            one.begin(number, "text", f"key {number}")
         one.take([0], 1)
-        assert opened(tmp_path, second).take([0], 1) == []
+        two.take([1], 1)
+        with sqlite3.connect(tmp_path / "study.db") as database:
+            changed = database.execute("UPDATE trial_heartbeats SET heartbeat = datetime(heartbeat, '-1 hour')")
+            assert changed.rowcount == 2
+        assert opened(tmp_path, second).take([0, 1], 2) == []
         one.complete(0, 0.5)
+        two.complete(1, 0.25)
+        assert [found.value for found in one.evaluations()] == [0.5, 0.25]
 
 
 def test_a_storage_that_cannot_be_reached_is_one_line_without_the_password(tmp_path):
