@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
-from transformers import BertConfig
+from transformers import BertConfig, BertModel
 
 from commands import Command, finished
 from effbert.__main__ import main
@@ -307,7 +307,8 @@ def test_rivals_that_cannot_be_are_refused(tmp_path):
         PaperConfig(output_dir="", rivals=("efficientbert-plus",), student=small)
     with pytest.raises(ValueError, match="has not 6 layers, as --student"):
         PaperConfig(output_dir="", rivals=("linear1_2(gelu(linear1_2(x,wb1)),wb2)",))
-    BertConfig(num_hidden_layers=6).save_pretrained(tmp_path / "teacher")
+    six = BertConfig(num_hidden_layers=6, hidden_size=12, intermediate_size=12, vocab_size=20)
+    BertModel(six).save_pretrained(tmp_path / "teacher")
     with pytest.raises(ValueError, match="rivals: tinybert4 has 4 layers, of which the teacher's 6 are no multiple"):
         paper.begin(PaperConfig(output_dir="", rivals=("tinybert4",), teacher=str(tmp_path / "teacher")), [])
 
