@@ -188,7 +188,7 @@ def run_mode(config: SearchConfig, name: str) -> None:
         seconds = time.perf_counter() - begun
     result = {
         "mode": name,
-        **asdict(mode),
+        **asdict(mode) | {"bf16": mode.bf16 and on_gpu(config)},
         "seconds": seconds,
         "seconds_each": seconds / len(candidates),
         "peak_memory": peak_memory(config),
