@@ -299,6 +299,7 @@ def test_mnlis_halves_are_files_of_their_own(tmp_path, tokenizer, capsys):
             files[name] = {file: archive.read(file) for file in archive.namelist()}
     assert files["whole"] == files["matched"] | files["mismatched"]
     assert (list(files["matched"]), list(files["mismatched"])) == (["MNLI-m.tsv"], ["MNLI-mm.tsv"])
+    capsys.readouterr()
     twice = ("predict", f"mnli={folder}", f"mnli-mm={folder}", "--output", tmp_path / "twice.zip")
     assert "MNLI-mm.tsv has two models: give mnli, or mnli-m and mnli-mm" in fails(capsys, *twice)
 
