@@ -5,12 +5,14 @@
 The one idea: all procedures are modes of the same engine, run on one list of candidates from one warm supernet, with
 one teacher, data and machine, scored on the whole official validation split; each in a process of its own, for its
 memory. Cost is the wall time for the list over its length. The settings are those of `effbert search`, the budget that
-of --stage1. Agreement is Kendall's tau of the values at full budget: first the published procedure against itself at
-another seed, which is the ceiling, then ours against it. A mode that is done is not run again.
+of --stage1. Agreement is Kendall's tau with the published values at full budget: first of the published procedure at
+another seed, which is the ceiling, then of ours; with halving of what a sampler is told of each candidate. The place of
+a procedure's best candidate is that among the published values. A mode that is done is not run again.
 """
 
 import dataclasses
 import json
+import math
 import os
 import resource
 import shutil
@@ -34,12 +36,13 @@ from effbert.flags import parse, preset, quiet_libraries, take_flag
 from effbert.graphs import launches
 from effbert.kernels import dispatch, use_backend
 from effbert.search.agreement import kendall
+from effbert.search.budget import fitness
 from effbert.search.population import trained_candidates
 from effbert.search.progress import Reporter
 from effbert.search.run import coarse_space
 from effbert.search.space import ArchitectureSpace
 from effbert.search.stages import run_cohort, warm_supernet
-from effbert.search.study import Study
+from effbert.search.study import Evaluation, Study
 from effbert.search.workers import Workers
 from effbert.workspace import Workspace, open_teachers, open_workspace, pick_device
 
@@ -246,8 +249,8 @@ def summarise(folder: Path, config: SearchConfig) -> dict:
     base = modes["published"]
     agreement = {}
     for name, mode in modes.items():
-        if name != "published" and not mode["halving"]:
-            agreement[name] = _agreement(base["values"], mode["values"])
+        if name != "published":
+            agreement[name] = _agreement(base["values"], told(mode))
     first = [rungs[0] for rungs in modes["ours"]["rungs"] if rungs]
     if len(first) == len(base["values"]):
         agreement["ours, first rung"] = _agreement(base["values"], first)
@@ -259,24 +262,51 @@ def summarise(folder: Path, config: SearchConfig) -> dict:
         "modes": modes,
         "ratios": {name: base["seconds"] / mode["seconds"] for name, mode in modes.items()},
         "agreement": agreement,
+        "places": {name: place_of_best(base["values"], told(mode)) for name, mode in modes.items()},
     }
+
+
+def told(mode: dict) -> list[float | None]:
+    """What a sampler is told of each candidate: its value at full budget, or what halving makes of its last rung."""
+    cohort = [
+        Evaluation(number, "", value, "pruned" if value is None else "complete", {"rungs": rungs})
+        for number, (value, rungs) in enumerate(zip(mode["values"], mode["rungs"], strict=True))
+    ]
+    return list(fitness(cohort, max(map(len, mode["rungs"]), default=0)).values())
+
+
+def place_of_best(base: list, values: list) -> int | None:
+    """The place, from 1, that the first of the highest `values` has among those of `base`; None where it has none."""
+    best = max((number for number, value in enumerate(values) if value is not None), key=values.__getitem__, default=0)
+    if base[best] is None:
+        return None
+    return 1 + sum(value is not None and value > base[best] for value in base)
 
 
 def _agreement(first: list, second: list) -> dict | None:
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
-    return asdict(kendall(*zip(*pairs, strict=True))) if len(pairs) > 1 else None
+    if len(pairs) < 2:
+        return None
+    found = asdict(kendall(*zip(*pairs, strict=True)))
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def table(result: dict) -> list[str]:
-    """Seconds a candidate, ratio to the published procedure, memory, agreement."""
-    lines = [f"{'mode':28}{'s each':>9}{'times':>8}{'MiB':>8}  agreement with the published values"]
+    """Seconds a candidate, ratio to the published procedure, memory, place of the best, agreement."""
+    heads = f"{'mode':28}{'s each':>9}{'times':>8}{'MiB':>8}{'place':>7}"
+    lines = [f"{heads}  agreement with the published values"]
     for name, mode in result["modes"].items():
-        agreement = result["agreement"].get(name)
-        lines.append(
-            f"{name:28}{mode['seconds_each']:9.2f}{result['ratios'][name]:8.1f}{mode['peak_memory'] / 2**20:8.0f}  "
-            + ("" if agreement is None else "{estimate:.2f} ({low:.2f} to {high:.2f})".format(**agreement))
-        )
+        cost = f"{mode['seconds_each']:9.2f}{result['ratios'][name]:8.1f}{mode['peak_memory'] / 2**20:8.0f}"
+        place, tau = result["places"][name] or "-", _tau_text(result["agreement"].get(name))
+        lines.append(f"{name:28}{cost}{place:>7}  {tau}".rstrip())
     for name in ("ours, first rung", "first rung against our full budget"):
         if result["agreement"].get(name):
-            lines.append(f"{name}: {'{estimate:.2f} ({low:.2f} to {high:.2f})'.format(**result['agreement'][name])}")
+            lines.append(f"{name}: {_tau_text(result['agreement'][name])}")
     return lines
+
+
+def _tau_text(found: dict | None) -> str:
+    if found is None:
+        return ""
+    estimate, *ends = ("-" if found[name] is None else f"{found[name]:.2f}" for name in ("estimate", "low", "high"))
+    return f"{estimate} ({' to '.join(ends)})"

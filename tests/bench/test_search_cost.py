@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from effbert.bench import modern, published, search_cost
-from effbert.bench.search_cost import MODES, configured
+from effbert.bench.search_cost import MODES, configured, place_of_best, told
 from effbert.config import PRESETS
 from effbert.kernels import eager
 
@@ -83,13 +83,21 @@ def test_it_runs_to_its_table_and_runs_nothing_twice(quick, tmp_path, capsys):
         assert halved is None or halved == full  # what reaches the last rung is trained as without halving
     assert [len(rungs) for rungs in result["modes"]["ours full"]["rungs"]] == [1, 1, 1]
     assert sorted(len(rungs) for rungs in result["modes"]["ours"]["rungs"]) == [1, 2, 2]
-    assert result["ratios"]["published"] == 1 and set(result["agreement"]) >= {"ours full"}
+    assert result["ratios"]["published"] == 1 and set(result["agreement"]) >= {"ours", "ours full"}
+    assert result["agreement"]["ours full"]["count"] == 3 and result["agreement"]["ours full"]["low"] is None
+    assert result["places"]["published"] == 1 and 1 <= result["places"]["ours"] <= 3
     assert "agreement with the published values" in capsys.readouterr().out
     before = path.stat().st_mtime_ns, (tmp_path / "run" / "modes" / "ours.json").stat().st_mtime_ns
     assert search_cost.main(command) == 0
     assert (tmp_path / "run" / "modes" / "ours.json").stat().st_mtime_ns == before[1]
     with pytest.raises(ValueError, match="holds a comparison with other settings"):
         search_cost.main([*command, "--seed", "3"])
+
+
+def test_a_halved_list_is_ranked_by_what_a_sampler_is_told():
+    mode = {"values": [0.9, None, None, None], "rungs": [[0.5, 0.9], [0.4], [0.45], []]}
+    assert told(mode) == [0.9, pytest.approx(0.8), pytest.approx(0.85), None]
+    assert place_of_best([0.1, 0.3, 0.2, 0.4], told(mode)) == 4 and place_of_best([None, 0.3], [0.5, None]) is None
 
 
 @pytest.mark.parametrize("count", ["1", "x", "-3"])
