@@ -197,6 +197,7 @@ def run_mode(config: SearchConfig, name: str) -> None:
         "peak_memory": peak_memory(config),
         "values": [evaluation.value for evaluation in stage.evaluations()],
         "rungs": [evaluation.attrs["rungs"] for evaluation in stage.evaluations()],
+        "states": [evaluation.state for evaluation in stage.evaluations()],
         "tokens": sum(evaluation.attrs["tokens"] for evaluation in stage.evaluations()),
     }
     write_atomic(target, json.dumps(result, indent=1))
@@ -268,17 +269,18 @@ def summarise(folder: Path, config: SearchConfig) -> dict:
 
 def told(mode: dict) -> list[float | None]:
     """What a sampler is told of each candidate: its value at full budget, or what halving makes of its last rung."""
+    each = zip(mode["values"], mode["states"], mode["rungs"], strict=True)
     cohort = [
-        Evaluation(number, "", value, "pruned" if value is None else "complete", {"rungs": rungs})
-        for number, (value, rungs) in enumerate(zip(mode["values"], mode["rungs"], strict=True))
+        Evaluation(number, "", value, state, {"rungs": rungs}) for number, (value, state, rungs) in enumerate(each)
     ]
     return list(fitness(cohort, max(map(len, mode["rungs"]), default=0)).values())
 
 
 def place_of_best(base: list, values: list) -> int | None:
     """The place, from 1, that the first of the highest `values` has among those of `base`; None where it has none."""
-    best = max((number for number, value in enumerate(values) if value is not None), key=values.__getitem__, default=0)
-    if base[best] is None:
+    scored = [number for number, value in enumerate(values) if value is not None]
+    best = max(scored, key=values.__getitem__, default=None)
+    if best is None or base[best] is None:
         return None
     return 1 + sum(value is not None and value > base[best] for value in base)
 

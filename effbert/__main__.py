@@ -3,6 +3,7 @@ several processes that torchrun started, one says it; what they do not do togeth
 and end with its status."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -18,6 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
         with parallel.joined() as world:
             if world.size == 1 or is_shared(given):
                 return run(given, world)
+            if not world.is_first:  # Ctrl-C is for the process that works: its status ends all
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
             return world.on_first(_whole, given)
 
     return _ended(start)

@@ -316,7 +316,7 @@ class _Learner:
 
     COUNTERS = (
         "epoch", "position", "step", "tokens", "loss_sum", "window_sum", "window_steps", "first_loss", "first_window",
-        "last_loss", "records", "seconds",
+        "late_loss", "last_loss", "records", "seconds",
     )  # fmt: skip
 
     def __init__(
@@ -330,6 +330,7 @@ class _Learner:
         self.optimizer = Optimizer(self.model, arguments, self.total)
         self.epoch = self.position = self.step = self.tokens = self.window_steps = 0
         self.loss_sum = self.window_sum = self.pending = self.first_loss = torch.zeros((), dtype=torch.float64)
+        self.late_loss = torch.full((), math.inf, dtype=torch.float64)
         self.pending_tokens, self.pending_numbers = 0, []
         self.last_loss = float("nan")
         self.first_window: float | None = None
@@ -389,6 +390,8 @@ class _Learner:
         mean = self.pending + 0 * norm.double()  # a gradient that is not finite shows in the sums
         if self.step == 0:
             self.first_loss = mean
+        elif self.first_window is None and self.step >= min(CHECK_EVERY, self.total) // 2:
+            self.late_loss = torch.minimum(self.late_loss.to(mean.device), mean)
         self.loss_sum = self.loss_sum.to(mean.device) + mean
         self.window_sum = self.window_sum.to(mean.device) + mean
         self.tokens += self.pending_tokens
@@ -426,21 +429,24 @@ class _Learner:
         self.pending, self.pending_tokens, self.pending_numbers = torch.zeros_like(self.pending), 0, []
 
     def check(self) -> None:
-        """Read the loss of the steps since the last check; end the phase where it diverges: from the first step's loss
-        within the first CHECK_EVERY steps, from their mean later. Steps that the last of these windows lacks count as
-        what the phase began with, so that one odd batch is no divergence."""
+        """Read the loss of the steps since the last check; end the phase where it diverges from the mean of its first
+        CHECK_EVERY steps. Steps that the last of these windows lacks count as that mean, so that one odd batch is no
+        divergence. The first window itself is judged by the phase's first loss, where steps compare: all of its second
+        half are above. They do not where a step uses a part of a supernet, or another task than the one before."""
         total = float(self.window_sum)
         if not math.isfinite(total):
             self.diverged = f"loss not finite at step {self.step}"
         if self.diverged or (self.window_steps < CHECK_EVERY and self.step < self.total):  # the end of an epoch
             return
-        begun = float(self.first_loss) if self.first_window is None else self.first_window
-        window = (total + (CHECK_EVERY - self.window_steps) * begun) / CHECK_EVERY
+        if self.first_window is None:
+            begun, now = float(self.first_loss), float(self.late_loss) if self.partly_used is None else 0.0
+            self.first_window = total / self.window_steps
+        else:
+            begun = self.first_window
+            now = (total + (CHECK_EVERY - self.window_steps) * begun) / CHECK_EVERY
         self.window_sum, self.window_steps = torch.zeros_like(self.window_sum), 0
-        if window > DIVERGED * begun > 0:
-            self.diverged = f"loss grown from {begun:.3g} to {window:.3g} at step {self.step}"
-        elif self.first_window is None:
-            self.first_window = window
+        if math.inf > now > DIVERGED * begun > 0:
+            self.diverged = f"loss grown from {begun:.3g} to {now:.3g} at step {self.step}"
 
     def end_epoch(self) -> None:
         """Evaluate and note the epoch's loss."""

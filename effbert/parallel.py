@@ -140,6 +140,8 @@ def joined() -> Iterator[World]:
     except (OSError, ValueError):
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         text = f"rank {os.environ.get('RANK')}: {type(error).__name__}: {error}"
         raise RankError(f"{text} (EFFBERT_TRACEBACK=1 shows where)") from error
     _group_for.cache_clear()

@@ -12,7 +12,7 @@ from effbert.search.study import Evaluation
 
 DRAWS = 1000
 LEVEL, NORMAL = 0.95, 1.96
-FEWEST = 6  # candidates for an interval: of fewer every order may be chance
+FEWEST = 6  # candidates for an interval: of fewer it would hold nearly everything
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def paired_difference(first: str, second: str) -> Interval:
     rows, centre = len(a) + 2, float(difference.sum()) / (len(a) + 2)
     unlike = float(np.abs(difference).sum()) + 1
     half = NORMAL * math.sqrt(unlike - rows * centre**2) / rows
-    return Interval(float(difference.mean()), centre - half, centre + half, len(a))
+    return Interval(float(difference.mean()), max(-1.0, centre - half), min(1.0, centre + half), len(a))
 
 
 def of_rungs(evaluations: Sequence[Evaluation]) -> dict[float, Interval]:
@@ -85,7 +85,9 @@ def of_rungs(evaluations: Sequence[Evaluation]) -> dict[float, Interval]:
     of all candidates would.
     """
     complete = [
-        dict(zip(e.attrs["shares"], e.attrs["rungs"], strict=True)) for e in evaluations if e.state == "complete"
+        dict(zip(e.attrs.get("shares", ()), e.attrs["rungs"], strict=False))
+        for e in evaluations
+        if e.state == "complete" and len(e.attrs.get("shares", ())) == len(e.attrs["rungs"])  # older runs kept none
     ]
     found = {}
     for share in sorted({share for values in complete for share in values if share < 1}):

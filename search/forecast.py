@@ -306,10 +306,11 @@ def power_reader(device: torch.device) -> Callable[[], float] | None:
 
 def lines(parts: Sequence[Part], rates: Rates, config: SearchConfig, together: int, largest: int) -> list[str]:
     """The forecast as text; hours of the final distillation stand apart from those of the search. together: candidates
-    that memory holds in training. largest: parameters of the largest candidate."""
+    that memory holds in training, or --population. largest: parameters of the largest candidate."""
     most = min(together, max(config.stage1.cohort, config.stage2.cohort))
     each = f"{BYTES_A_PARAMETER * largest / 2**20:,.0f} MiB each"
-    said = [f"{rates.source}; {most} candidates train at once, {each}, of {together} that memory holds"]
+    limit = f"--population {config.population}" if config.population else f"memory holds {together}"
+    said = [f"{rates.source}; {most} candidates train at once, {each}; {limit}"]
     said += _of_power(rates.power)
     for part in parts:
         cost = f"{part.tokens / 1e6:12,.2f} M tokens {part.seconds / 3600:10.3f} h"

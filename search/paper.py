@@ -64,8 +64,8 @@ class PaperConfig(SearchConfig):
     Attributes:
         final_tasks: Tasks that the models are distilled on; empty for the search's own.
         rivals: Models beside the winner: "published", the published architecture at these sizes; "plain", the teacher
-            sized down to the winner's parameters; or any that effbert distill takes. Those that fit the search's
-            supernet begin with slices of it, efficientbert-plus with those of stage 3's.
+            sized down to the winner's parameters; a named model; or an architecture of as many layers as --student.
+            Those that fit the search's supernet begin with slices of it, efficientbert-plus with those of stage 3's.
         pretraining: General distillation of winner and rivals; what is not begun with slices sees the supernet's epochs
             first.
         distillation: Task distillation.
@@ -100,7 +100,7 @@ class PaperConfig(SearchConfig):
             if name not in SIZED_LATER:
                 architecture_of(name)  # says what is wrong with it
             if name == PLUS and start_of(self, name) == "fresh":
-                raise ValueError(f"rivals: {name} is slices of stage 3's supernet, which --student makes too small")
+                raise ValueError(f"rivals: {name} is slices of stage 3's supernet, which --student gives other sizes")
             if "(" in name and depth_of(self, name) != self.student.num_hidden_layers:
                 raise ValueError(f"rivals: {name} has not {self.student.num_hidden_layers} layers, as --student")
         if not self.teacher:
@@ -154,7 +154,7 @@ def run_paper(config: PaperConfig, reporter: Reporter | None = None, world: Worl
     with reporter or Reporter(shown=world.is_first) as reporter, claimed(config, world, reporter) as claim:
         steps = plan(config, world, lambda: Quiet(reporter), nullcontext if claim is None else claim.workers.turn)
         try:
-            world.on_first(begin, config, steps)
+            world.on_first(begin, config, steps, reporter.say)
         except Exception:
             if claim is not None:
                 claim.abandon()
@@ -344,9 +344,9 @@ def zip_tasks(config: PaperConfig) -> list[str]:
     return [*tasks, "ax"] if "mnli" in tasks else tasks
 
 
-def begin(config: PaperConfig, steps: list[Step]) -> None:
-    """Write the plan into its folder. ValueError or FileNotFoundError where a step to come would refuse what it is
-    given: before anything is computed, and not after days."""
+def begin(config: PaperConfig, steps: list[Step], say: Callable[[str], None]) -> None:
+    """Write the plan into its folder, and say what will be missing at its end. ValueError or FileNotFoundError where a
+    step to come would refuse what it is given: before anything is computed, and not after days."""
     given = read_config(config.teacher) if config.teacher else None
     heads = (given or config.teacher_model).num_attention_heads
     longest = longest_text(given) if given else max(64, config.max_length)
@@ -359,7 +359,9 @@ def begin(config: PaperConfig, steps: list[Step]) -> None:
         for split in glue.source_of(task).results:
             glue.load_split(task, split, config.data_dir or None)
     for task in known_tasks(config) if "evaluate.json" in left else ():
-        load_validation(task, data_dir_of(config, task))
+        _, _, notes = load_validation(task, data_dir_of(config, task))
+        for note in notes:
+            say(note)
     for task in config.tasks_at_last:
         length = config.of_task(task).get("max_length", 0)
         if length > longest:
@@ -548,6 +550,7 @@ def starts_of(config: PaperConfig, depth: int) -> dict[str, str]:
     folder, found = Path(config.output_dir), {}
     for group in groups(config):
         members = members_of(config, group)
+        check_members(config, group)
         places = (folder / group / place for place in model_names(len(members)))
         found |= {name: str(place) for name, place in zip(members, places, strict=True) if place.exists()}
     if not found:
@@ -556,6 +559,16 @@ def starts_of(config: PaperConfig, depth: int) -> dict[str, str]:
             "--output_dir"
         )
     return {name: found[name] for name in names_of(config) if name in found and depth_of(config, name) == depth}
+
+
+def check_members(config: PaperConfig, group: str) -> None:
+    """ValueError where a pretraining run that is done holds other models than its part of the plan has."""
+    file = Path(config.output_dir) / group / RESULTS
+    if file.exists():
+        there = json.loads(file.read_text(encoding="utf-8"))["models"].values()
+        wanted = [str(architecture_of(model_of(config, name))) for name in members_of(config, group)]
+        if [model["architecture"] for model in there] != wanted:
+            raise ValueError(f"{file.parent} holds other models than this plan's: use another --output_dir")
 
 
 def of_teacher(task: str) -> str:

@@ -262,7 +262,7 @@ class Pages:
 
 
 def _tau(found: Interval) -> dict:
-    """An entry of agreement.json, null where it is undefined: all values equal."""
+    """An entry of agreement.json, null where it is undefined: all values equal, or too few for an interval."""
     numbers = {"kendall": found.estimate, "low": found.low, "high": found.high}
     return {name: number if math.isfinite(number) else None for name, number in numbers.items()} | {
         "candidates": found.count

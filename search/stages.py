@@ -274,8 +274,7 @@ def comparison(evaluations: Sequence[Evaluation], best: Evaluation) -> str:
     if not others:
         return text
     if all(other.value == best.value for other in others):
-        alike = f"and so are all {len(others)} others: their values tell nothing apart, more rows or epochs might"
-        return f"{text}, {alike}"
+        return f"{text}, as are all others ({len(others)}): their values tell nothing apart, more rows or epochs might"
     second = max(others, key=lambda e: (e.value, -e.number))
     text += f", candidate {second.number} second with {second.value:.4f}"
     if "hits" in best.attrs and "hits" in second.attrs:

@@ -238,13 +238,14 @@ class StageStudy:
 
         with _errors_in_one_line(self._where), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            stale = set(self._storage._get_stale_trial_ids(self._study._study_id))
             for trial in self._newest().values():
                 worker = trial.user_attrs.get(_WORKER, "")
                 if trial.state != optuna.trial.TrialState.RUNNING:
                     continue
                 if self._workers.is_gone(worker):
                     self._storage.set_trial_state_values(trial._trial_id, optuna.trial.TrialState.WAITING)
-                elif self._workers.is_here(worker):
+                elif trial._trial_id in stale and self._workers.is_here(worker):
                     self._storage.record_heartbeat(trial._trial_id)
             optuna.storages.fail_stale_trials(self._study)
             retry = self._storage.get_heartbeat_stale_trial_callback()

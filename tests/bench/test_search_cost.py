@@ -95,9 +95,11 @@ def test_it_runs_to_its_table_and_runs_nothing_twice(quick, tmp_path, capsys):
 
 
 def test_a_halved_list_is_ranked_by_what_a_sampler_is_told():
-    mode = {"values": [0.9, None, None, None], "rungs": [[0.5, 0.9], [0.4], [0.45], []]}
-    assert told(mode) == [0.9, pytest.approx(0.8), pytest.approx(0.85), None]
-    assert place_of_best([0.1, 0.3, 0.2, 0.4], told(mode)) == 4 and place_of_best([None, 0.3], [0.5, None]) is None
+    states = ["complete", "pruned", "pruned", "failed", "failed"]
+    mode = {"values": [0.9, *[None] * 4], "rungs": [[0.5, 0.9], [0.4], [0.45], [], [0.6]], "states": states}
+    assert told(mode) == [0.9, pytest.approx(0.8), pytest.approx(0.85), None, None]
+    assert place_of_best([0.1, 0.3, 0.2, 0.4, 0.5], told(mode)) == 5
+    assert place_of_best([None, 0.3], [0.5, None]) is None is place_of_best([0.1], [None])
 
 
 @pytest.mark.parametrize("count", ["1", "x", "-3"])

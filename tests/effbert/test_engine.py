@@ -294,7 +294,7 @@ def test_one_odd_batch_at_the_end_of_an_epoch_is_no_divergence(epochs):
     assert results[1].finished
 
 
-@pytest.mark.parametrize(("begin", "stopped"), [(3, 10), (10, 11)])
+@pytest.mark.parametrize(("begin", "stopped"), [(3, 10), (5, 10), (10, 11)])
 def test_a_loss_that_explodes_in_a_short_phase_is_divergence(begin, stopped):
     """Also among the first steps, after which it stays where it is, and among the last."""
     assert len(plan_of(0)) == 11
@@ -305,8 +305,23 @@ def test_a_loss_that_explodes_in_a_short_phase_is_divergence(begin, stopped):
 
 def test_a_phase_of_few_steps_diverges_too():
     arguments = TrainingArguments(learning_rate=0.0, num_train_epochs=1, gradient_accumulation_steps=4)
-    _, results, _ = together([1], arguments, spoil=lambda name, number: 1e9 if number >= 8 else 1.0)
+    _, results, _ = together([1], arguments, spoil=lambda name, number: 1e9 if number >= 4 else 1.0)
     assert (results[1].finished, results[1].steps) == (False, 3)
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_small_first_loss_and_large_ones_after_it_are_no_divergence(epochs):
+    """As of a regression on few rows; and where a step uses a part of a supernet, or another task, none compares."""
+    arguments = TrainingArguments(learning_rate=0.0, num_train_epochs=epochs)
+
+    def run(factor, partly_used=None):
+        model = Tiny()
+        loss_of = lambda batch, number: model(batch) * 0 + factor(number)  # noqa: E731
+        return train(model, plan_of, loss_of, arguments, Phase(("p", 1), 3), partly_used=partly_used)
+
+    assert run(lambda number: 1.0 if number % 7 == 0 else 2500.0).finished
+    assert run(lambda number: 1.0 if number == 0 else 2500.0, lambda numbers: {}).finished
+    assert not run(lambda number: 1.0 if number == 0 else 2500.0).finished
 
 
 def test_one_that_does_not_fit_alone_is_an_error():

@@ -50,7 +50,7 @@ def test_halving_is_forecast_rung_by_rung_and_a_small_last_cohort_too(workspace)
 def test_no_more_train_at_once_than_a_cohort_has_and_memory_holds(workspace, cohort, memory, most):
     config = stage(workspace, cohort=cohort).config
     said = forecast.lines(list(parts(workspace).values()), TRAINING, config, memory, 2**16)
-    assert said[0] == f"test; {most} candidates train at once, 1 MiB each, of {memory} that memory holds"
+    assert said[0] == f"test; {most} candidates train at once, 1 MiB each; memory holds {memory}"
 
 
 def test_the_teacher_reads_once_for_all_that_train_together(workspace):

@@ -286,6 +286,11 @@ def test_rivals_begin_as_published_and_learn_with_those_of_their_depth(tmp_path)
     assert pretraining(config, "text-fresh-4").start_from == ()
     for place in ("text-slices/model-1", "text-slices/model-2", "text-shared/model", "text-slices-12/model"):
         (tmp_path / place).mkdir(parents=True)
+    results = tmp_path / "text-slices-12" / "results.json"
+    results.write_text(json.dumps({"models": {"model": {"architecture": architecture}}}))
+    with pytest.raises(ValueError, match="text-slices-12 holds other models than this plan's"):
+        distillation(config, "rte", 12)
+    results.unlink()
     twelve = distillation(config, "rte", 12)
     assert (twelve.model, twelve.output_dir) == ((RIVALS[3],), str(tmp_path / "distil-rte-12"))
     assert distillation(config, "rte", 6).model == (architecture, RIVALS[1], RIVALS[2])
@@ -303,14 +308,14 @@ def test_rivals_begin_as_published_and_learn_with_those_of_their_depth(tmp_path)
 
 def test_rivals_that_cannot_be_are_refused(tmp_path):
     small = StudentArguments(hidden_size=192, intermediate_size=192)
-    with pytest.raises(ValueError, match=r"rivals: efficientbert-plus is slices of .* --student makes too small"):
+    with pytest.raises(ValueError, match=r"rivals: efficientbert-plus is slices of .* --student gives other sizes"):
         PaperConfig(output_dir="", rivals=("efficientbert-plus",), student=small)
     with pytest.raises(ValueError, match="has not 6 layers, as --student"):
         PaperConfig(output_dir="", rivals=("linear1_2(gelu(linear1_2(x,wb1)),wb2)",))
     six = BertConfig(num_hidden_layers=6, hidden_size=12, intermediate_size=12, vocab_size=20)
     BertModel(six).save_pretrained(tmp_path / "teacher")
     with pytest.raises(ValueError, match="rivals: tinybert4 has 4 layers, of which the teacher's 6 are no multiple"):
-        paper.begin(PaperConfig(output_dir="", rivals=("tinybert4",), teacher=str(tmp_path / "teacher")), [])
+        paper.begin(PaperConfig(output_dir="", rivals=("tinybert4",), teacher=str(tmp_path / "teacher")), [], print)
 
 
 def test_a_model_that_diverged_has_its_place_in_the_table():
@@ -351,10 +356,12 @@ def test_what_a_last_step_reads_is_looked_for_at_the_beginning(tmp_path):
         (folder / f"{name}.tsv").write_text("\n".join([head, *rows]) + "\n")
     config = PaperConfig(output_dir=str(tmp_path / "run"), task="mnli", data_dir=str(tmp_path))
     (tmp_path / "run").mkdir()
-    paper.begin(config, plan(config, *ALONE))  # the matched rows alone will do
+    said = []
+    paper.begin(config, plan(config, *ALONE), said.append)  # the matched rows alone will do
+    assert len(said) == 1 and "validation_mismatched is left out" in said[0]
     (folder / "dev_matched.tsv").unlink()
     with pytest.raises(FileNotFoundError, match="dev_matched"):
-        paper.begin(config, plan(config, *ALONE))
+        paper.begin(config, plan(config, *ALONE), said.append)
 
 
 @pytest.mark.parametrize(
