@@ -40,8 +40,9 @@ from effbert.search.report import markdown, plan_rows, print_table
 from effbert.search.report_html import write_report
 from effbert.search.run import Turn, claimed, run_search, surroundings
 from effbert.search.runs import MODEL, RESULTS, model_names, run_distillation, run_pretraining, run_teacher
+from effbert.start import read_student
 from effbert.teacher import content_hash, longest_text, read_config
-from effbert.workspace import data_dir_of, load_tasks, show
+from effbert.workspace import check_teacher, data_dir_of, load_tasks, show
 
 TABLE = "table.md"
 PER_TASK = {  # what a task may have of its own: its type, and the least that it can be
@@ -348,6 +349,10 @@ def begin(config: PaperConfig, steps: list[Step], say: Callable[[str], None]) ->
     """Write the plan into its folder, and say what will be missing at its end. ValueError or FileNotFoundError where a
     step to come would refuse what it is given: before anything is computed, and not after days."""
     given = read_config(config.teacher) if config.teacher else None
+    check_teacher(given, config, None)
+    for start in config.start_from:
+        if read_student(start).architectures != ["Supernet"]:
+            raise ValueError(f"--start_from {start} is no supernet, which a search begins with")
     heads = (given or config.teacher_model).num_attention_heads
     longest = longest_text(given) if given else max(64, config.max_length)
     check_depths(config, (given or config.teacher_model).num_hidden_layers)

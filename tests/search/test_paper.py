@@ -318,6 +318,19 @@ def test_rivals_that_cannot_be_are_refused(tmp_path):
         paper.begin(PaperConfig(output_dir="", rivals=("tinybert4",), teacher=str(tmp_path / "teacher")), [], print)
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--student.num_attention_heads", "2"), "the teacher has 4 attention heads and the student 2"),
+        (("--start_from", "nowhere"), "--start_from nowhere: no such folder"),
+    ],
+)
+def test_what_the_search_would_refuse_is_refused_before_the_plan_has_begun(tmp_path, capsys, more, said):
+    run = tmp_path / "run"
+    assert main(smoke(run, *more)) == 2
+    assert said in capsys.readouterr().err and not (run / "config.json").exists() and not (run / "plan.json").exists()
+
+
 def test_a_model_that_diverged_has_its_place_in_the_table():
     costs = {"parameters": 5, "flops": 7e6}
     teacher = {"scores": {"accuracy": 0.9}, **costs}
