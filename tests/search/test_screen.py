@@ -167,6 +167,18 @@ def test_of_equal_candidates_the_one_that_costs_less_wins_where_costs_count(tmp_
         assert str(best) == found[number].architecture
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_rung_that_tells_nothing_apart_says_so(tmp_path, space, capsys, apart):
+    settings = SearchStage(num_candidates=4, cohort=4, sampler="random", rungs=(0.5, 1.0))
+
+    def evaluate(members, share):
+        return [(number, Outcome(0.5 + apart * number / 10, {"parameters": 1})) for number, _ in members]
+
+    run_stage(tmp_path, space, settings, Evaluator(len, evaluate))
+    said = "0.5 of the budget tells none of 4 candidates apart: 2 go on by their names alone"
+    assert (said in " ".join(capsys.readouterr().out.split())) != apart
+
+
 def test_where_costs_count_a_sampler_hears_anew_of_those_that_later_ones_beat(tmp_path, space, monkeypatch):
     settings = SearchStage(num_candidates=4, cohort=1, sampler="random")
     values, heard = [0.1, 0.2, 0.15, 0.4], []
