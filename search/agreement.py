@@ -85,7 +85,7 @@ def of_rungs(evaluations: Sequence[Evaluation]) -> dict[float, Interval]:
     of all candidates would.
     """
     complete = [
-        dict(zip(e.attrs.get("shares", ()), e.attrs["rungs"], strict=False))
+        dict(zip(e.attrs["shares"], e.attrs["rungs"], strict=True))
         for e in evaluations
         if e.state == "complete" and len(e.attrs.get("shares", ())) == len(e.attrs["rungs"])  # older runs kept none
     ]

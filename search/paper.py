@@ -498,10 +498,11 @@ def base_of(config: PaperConfig) -> str:
 def pretraining(config: PaperConfig, group: str) -> PretrainConfig:
     """General distillation of a group of models."""
     folder = Path(config.output_dir)
-    models = tuple(model_of(config, name) for name in members_of(config, group))
+    members = members_of(config, group)
+    models = tuple(model_of(config, name) for name in members)
     changes = {"model": models, "training": config.pretraining}
     changes |= {"params": 0, "start_from": ()}
-    supernet = SLICES_OF.get(group.split("-")[1])
+    supernet = SLICES_OF.get(start_of(config, members[0]))
     if supernet:
         changes["start_from"] = (str(folder / "search" / supernet),)
     else:

@@ -66,11 +66,11 @@ def search_stage(
         trained = run_cohort(stage, members, space, settings, evaluator, line, workers)
         cohort = [evaluation for evaluation in stage.evaluations() if evaluation.number in numbers]
         told = fitness(cohort, len(ladder(settings, len(trained))))
-        scored = [evaluation for evaluation in cohort if told[evaluation.number] is not None]
-        points += [point(told[evaluation.number], evaluation, evaluator.minimize) for evaluation in scored]
         for number, architecture in members:
             sampler.tell(architecture, told[number])
         if evaluator.minimize:  # what counts is how many fronts lie before a candidate, and later ones change that
+            scored = [evaluation for evaluation in cohort if told[evaluation.number] is not None]
+            points += [point(told[evaluation.number], evaluation, evaluator.minimize) for evaluation in scored]
             sampler.revise([-float(front) for front in fronts(points)])
         after_cohort()
         if len(members) < len(numbers):
@@ -145,7 +145,7 @@ def run_cohort(
     architectures, rungs = dict(members), ladder(settings, len(members)) if members else []
     keys = {number: space.key(architecture) for number, architecture in members}
     for index, rung in enumerate(rungs):
-        last = rung is rungs[-1]  # and its share 1
+        last = rung.share == 1
         while True:
             with workers.turn(SHARING):  # also to see what is due: outside, others may report it before it is taken
                 due = sorted(n for n, e in _running(stage, keys).items() if len(_rungs(e)) == index)
@@ -216,7 +216,7 @@ def _drop(
     stay = survivors(values, keys, places, dict(zip(there, ranks, strict=True)) if minimize else None)
     if len(stay) < len(values) and len(set(ranks)) == 1:
         told = f"{share:.2g} of the budget tells none of {len(values)} candidates apart"
-        line.reporter.say(f"{told}: {len(stay)} go on by their names alone; larger --rungs might")
+        line.reporter.say(f"{told}: {len(stay)} go on by their names alone; a larger share might")
     for number in sorted(values.keys() - set(stay)):
         stage.prune(number)
         line.done_one(f"candidate {number} stops at {values[number]:.4f}, {share:.2g} of the budget", _ended(stage))
