@@ -40,8 +40,9 @@ def half_is_native() -> bool:
 class InferenceModel(nn.Module):
     """A trained student for inference only, with copies of its weights; `config` is the student's.
 
-    Called as the student is: input_ids [B, L], attention_mask [B, L] with 1 = keep, token_type_ids, position_ids. It
-    returns the student's own kind of output in the student's dtype, without a loss. Where a token is masked
+    Called as the student is: input_ids [B, L], attention_mask [B, L] with 1 = keep, token_type_ids, position_ids and
+    return_dict; ValueError for labels, hidden states or attentions. It returns the student's own kind of output in the
+    student's dtype, without a loss. Where a token is masked
     last_hidden_state is zero, and a span's logits are those of a zero vector; the student has other numbers there,
     which nobody reads. Make it on the device it runs on: weights in bf16 or fp16 are kept in fp32 on a CPU without
     products for them. ValueError for a model that is no student.
@@ -67,7 +68,12 @@ class InferenceModel(nn.Module):
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()
-    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, **ignored):
+    def forward(
+        self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, return_dict=True, **others
+    ):
+        asked = [name for name, value in others.items() if value is not None and value is not False]
+        if asked:
+            raise ValueError(f"InferenceModel has no {', '.join(asked)}: call the student that it was made from")
         keep = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
         tokens = _Tokens(input_ids, keep, first=self.pooler is not None)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -79,7 +85,8 @@ class InferenceModel(nn.Module):
         first_alone = self.classifier is not None and self.pooler is not None
         for index, layer in enumerate(self.layers):
             x = layer(x, tokens, first_alone and index == len(self.layers) - 1)
-        return self._output(x, tokens)
+        output = self._output(x, tokens)
+        return output if return_dict or return_dict is None else output.to_tuple()
 
     def _typed(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.narrowed is None else x.to(self.narrowed)

@@ -204,3 +204,14 @@ def test_on_a_gpu(dtype):
     found = InferenceModel(model.to("cuda", dtype))(*(tensor.cuda() for tensor in batch())).logits
     tolerance = 1e-4 if dtype == torch.float32 else 0.3
     torch.testing.assert_close(found.float().cpu(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", [EffBertModel, EffBertForSequenceClassification, EffBertForQuestionAnswering])
+def test_a_tuple_where_it_is_asked_for_and_what_there_is_none_of_is_refused(kind):
+    model = student(kind, **({"num_labels": 2} if kind is EffBertForQuestionAnswering else {}))
+    fast, inputs = InferenceModel(model), batch()
+    found = fast(*inputs, return_dict=False, labels=None, output_attentions=False)
+    assert isinstance(found, tuple) and torch.equal(found[0], fast(*inputs).to_tuple()[0])
+    for name, value in {"labels": torch.zeros(3).long(), "output_hidden_states": True}.items():
+        with pytest.raises(ValueError, match=f"has no {name}: call the student"):
+            fast(*inputs, **{name: value})
