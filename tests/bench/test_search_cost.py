@@ -54,13 +54,16 @@ def test_modes_change_the_settings_they_name():
     )
 
 
+ALL = ("published", "ours", "ours full", "ours full again")
+
+
 @pytest.fixture
 def quick(monkeypatch):
-    """Three modes, in this process, at the smallest sizes."""
+    """Four modes, in this process, at the smallest sizes."""
     base = PRESETS["smoke"]()
     stage = dataclasses.replace(base.stage1, general_share=0.1, task_share=0.2)
     monkeypatch.setitem(PRESETS, "quick", lambda: dataclasses.replace(base, tasks=(), stage1=stage))
-    monkeypatch.setattr(search_cost, "MODES", {name: MODES[name] for name in ("published", "ours", "ours full")})
+    monkeypatch.setattr(search_cost, "MODES", {name: MODES[name] for name in ALL})
 
     def here(mode, folder, arguments, preset):
         if not search_cost._file(folder, mode).exists():
@@ -74,7 +77,8 @@ def test_it_runs_to_its_table_and_runs_nothing_twice(quick, tmp_path, capsys):
     assert search_cost.main(command) == 0
     path = tmp_path / "run" / "search-cost.json"
     result = json.loads(path.read_text())
-    assert list(result["modes"]) == ["published", "ours", "ours full"] and len(result["candidates"]) == 3
+    assert tuple(result["modes"]) == ALL and len(result["candidates"]) == 3
+    assert result["agreement"]["ours against ours at another seed"]["count"] == 3
     for mode in result["modes"].values():
         assert mode["seconds_each"] == pytest.approx(mode["seconds"] / 3) and mode["peak_memory"] > 0
     values = {name: mode["values"] for name, mode in result["modes"].items()}
@@ -86,7 +90,8 @@ def test_it_runs_to_its_table_and_runs_nothing_twice(quick, tmp_path, capsys):
     assert result["ratios"]["published"] == 1 and set(result["agreement"]) >= {"ours", "ours full"}
     assert result["agreement"]["ours full"]["count"] == 3 and result["agreement"]["ours full"]["low"] is None
     assert result["places"]["published"] == 1 and 1 <= result["places"]["ours"] <= 3
-    assert "agreement with the published values" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "agreement with the published values" in shown and "ours against ours at another seed: " in shown
     before = path.stat().st_mtime_ns, (tmp_path / "run" / "modes" / "ours.json").stat().st_mtime_ns
     assert search_cost.main(command) == 0
     assert (tmp_path / "run" / "modes" / "ours.json").stat().st_mtime_ns == before[1]
