@@ -34,6 +34,8 @@ GLUE = {
     "mrpc": (3_668, 60.1),
     "rte": (2_490, 73.6),
 }
+MNLI_VALIDATION = 9_815  # rows of the matched half
+WIKIPEDIA_SHARE = 2_500 / 3_300  # of the corpus, as of its words (Devlin et al. 2018, section 3.1)
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,26 @@ class Declared:
     def __init__(self, config: SearchConfig):
         self.config = config
 
-    def general(self, share: float, batch_size: int) -> int:
-        """A share of the corpus."""
-        return round(share * PAPER_CORPUS_TOKENS)
+    def general(self, share: float, batch_size: int, of_candidates: bool = False) -> int:
+        """A share of the corpus, or of the one that candidates learn from: Wikipedia where that is another."""
+        own = of_candidates and self.config.candidate_corpus
+        return round(share * PAPER_CORPUS_TOKENS * (WIKIPEDIA_SHARE if own else 1))
 
     def task(self, share: float, batch_size: int) -> int:
         """A share of the main task's training rows that do not rank."""
         return round(share * (1 - self.config.validation_share) * self._tokens(self.config.task))
 
-    def ranking(self) -> int:
-        """The rows that rank candidates."""
-        return round(self.config.validation_share * self._tokens(self.config.task))
+    def batches(self, share: float, batch_size: int) -> int:
+        """Batches of a share of the main task's training rows that do not rank."""
+        return -(-round(share * (1 - self.config.validation_share) * GLUE[self.config.task][0]) // batch_size)
+
+    def ranking(self, share: float) -> int:
+        """A share of the rows that rank candidates."""
+        return round(share * self.config.validation_share * self._tokens(self.config.task))
+
+    def held_out(self) -> int:
+        """The matched validation rows of MNLI, the main task of the presets."""
+        return round(MNLI_VALIDATION / GLUE["mnli"][0] * self._tokens("mnli"))
 
     def mixed(self, settings: SearchStage) -> float:
         """Stage 3's pass over all tasks."""
@@ -84,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     gpu, assumptions, found = gpu_named(options.gpu), Assumptions(), {}
     print(f"Forecast, not measured: {gpu.name}, {assumptions}, {PAPER_CORPUS_TOKENS:.3g} tokens of text, all of GLUE")
     for name in ("paper", "paper-fast"):
-        parts, text = of_preset(PRESETS[name](), gpu, assumptions)
+        parts, text = of_preset(declared(name), gpu, assumptions)
         print(f"\n{name}\n" + "\n".join(text))
         hours = forecast.search_hours(parts)
         kwh = board_power(gpu).kwh(3600 * hours)
@@ -95,6 +106,12 @@ def main(arguments: list[str] | None = None) -> int:
         result = {"gpu": gpu.name, "assumptions": asdict(assumptions), "presets": found}
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def declared(name: str) -> SearchConfig:
+    """A preset with the corpora that it is meant for: the published candidates learn from Wikipedia alone."""
+    first = {"candidate_corpus": ("Wikipedia",)} if name == "paper" else {}
+    return replace(PRESETS[name](), corpus=("Wikipedia", "BooksCorpus"), **first)
 
 
 def of_preset(config: SearchConfig, gpu: Gpu, assumptions: Assumptions) -> tuple[list[forecast.Part], list[str]]:

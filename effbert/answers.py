@@ -45,7 +45,10 @@ class Reading:
     Attributes:
         max_length: Longest text in tokens; 0 for what our students learnt with, as their tokenizer says, and for other
             models 128, or 384 for SQuAD, and no more than tokenizer and positions allow.
-        doc_stride: Tokens shared by neighbouring windows of a long SQuAD context; 0 for 128, or a third of max_length.
+        doc_stride: Tokens of context by which the windows of a long SQuAD context move on; 0 for windows that share
+            128, or a third of max_length.
+        max_query_length: Tokens kept of a SQuAD question, special ones not counted; 0 for 64, or a quarter of
+            max_length.
         per_device_eval_batch_size: Rows at once.
         labels: Names for the columns of the model's logits, in their order, where its config has none.
         device: "auto" (the GPU where there is one), "cpu", "cuda" or "cuda:N".
@@ -53,14 +56,21 @@ class Reading:
 
     max_length: int = 0
     doc_stride: int = 0
+    max_query_length: int = 0
     per_device_eval_batch_size: int = 64
     labels: tuple[str, ...] = ()
     device: str = "auto"
 
     def __post_init__(self):
-        for name, least in (("max_length", 0), ("doc_stride", 0), ("per_device_eval_batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} {getattr(self, name)}: it must be at least {least}")
+        least = {"max_length": 0, "doc_stride": 0, "max_query_length": 0, "per_device_eval_batch_size": 1}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"--{name} {getattr(self, name)}: it must be at least {minimum}")
+
+    def windows(self, kind: str) -> dict[str, int]:
+        """How `effbert.data.encode` is to cut a task of this kind into windows: nothing where it has none."""
+        named = {"doc_stride": self.doc_stride, "max_query_length": self.max_query_length}
+        return named if kind == "spans" else {}
 
 
 @dataclass(frozen=True)
@@ -103,9 +113,8 @@ class SavedModel:
     def logits(self, rows: "Dataset", name: str) -> tuple["Dataset", list[np.ndarray]]:
         """The split called `name` in ids, and float32 logits for each of its rows: [num_labels] in the order of the
         task's labels, for spans [length, 2] a window."""
-        encoded = encode_split(
-            rows, self.spec, self.tokenizer, self.max_length, stride=self.reading.doc_stride or None, name=name
-        )
+        windows = self.reading.windows(self.spec.kind)
+        encoded = encode_split(rows, self.spec, self.tokenizer, self.max_length, **windows, name=name)
         device = pick_device(self.reading.device)
         if self._model is None:
             self._model = load_model(self.folder, self.spec.kind, "model").to(device).eval()
@@ -124,7 +133,7 @@ class SavedModel:
     def fingerprint(self) -> str:
         """A hash of all that decides its answers to a row."""
         parts = [content_hash(self.folder), tokenizer_fingerprint(self.tokenizer), self.max_length, self.columns]
-        return json.dumps([*parts, self.reading.doc_stride])
+        return json.dumps([*parts, self.reading.windows(self.spec.kind)])
 
 
 def open_model(folder: str | Path, spec: TaskSpec, reading: Reading) -> SavedModel:

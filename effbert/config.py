@@ -50,6 +50,16 @@ class TeacherArguments:
         default_factory=lambda: TrainingArguments(learning_rate=5e-5, num_train_epochs=3)
     )
 
+    def __post_init__(self):
+        refuse_best(pretraining=self.pretraining)
+
+
+def refuse_best(**phases: TrainingArguments) -> None:
+    """ValueError where a phase is to end with its best step though no score tells which that is."""
+    for name, arguments in phases.items():
+        if arguments.load_best_model_at_end:
+            raise ValueError(f"{name}.load_best_model_at_end: nothing scores the steps of that phase: leave it out")
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -66,6 +76,7 @@ class Budget:
         for name in ("general_share", "task_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0 and at most 1")
+        refuse_best(general_phase=self.general_phase)
         if self.task_phase.num_train_epochs < 1:
             raise ValueError("task_phase.num_train_epochs is 0: a student without task distillation has no score")
 
@@ -80,6 +91,7 @@ class SearchStage(Budget):
     any of them has a value, so a whole first cohort is random. rungs: rising shares of the budget, the last one 1; a
     cohort is trained on the first, its best on the next, so many that every rung costs the same. filter: a score before
     any training by which filter_share of a cohort, all but one at the most, is discarded (effbert.search.proxies).
+    ranking_share: of the rows that rank candidates, those that this stage scores on.
     """
 
     num_candidates: int = 80
@@ -90,9 +102,17 @@ class SearchStage(Budget):
     rungs: tuple[float, ...] = (1.0,)
     filter: Literal["none", "parameters", "w-pca", "supernet"] = "none"
     filter_share: float = 0.5
+    ranking_share: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
+        if not 0 < self.ranking_share <= 1:
+            raise ValueError(f"ranking_share is {self.ranking_share}: it must be above 0 and at most 1")
+        if self.task_phase.load_best_model_at_end:
+            raise ValueError(
+                "task_phase.load_best_model_at_end: a candidate's best epoch counts anyway, and stage 3's supernet has "
+                "no score: leave it out"
+            )
         if not 0 < self.filter_share < 1:
             raise ValueError(f"filter_share is {self.filter_share}: it must be above 0 and below 1")
         for name, least in {"num_candidates": 1, "cohort": 1, "initial_samples": 2, "refit_every": 1}.items():
@@ -183,6 +203,10 @@ class TaskConfig(RunConfig):
         task_kind: "regression" where the labels of your own task are scores.
         max_train_rows: Use at most so many training rows of each task; 0 for all.
         teacher_labels: Names for the columns of the teacher's logits, in their order.
+        doc_stride: Tokens of context by which the windows of a long SQuAD context move on; 0 for windows that share
+            128, or a third of max_length.
+        max_query_length: Tokens kept of a SQuAD question, special ones not counted (the published 64 count two: 62); 0
+            for 64, or a quarter of max_length.
     """
 
     task: str = "mnli"
@@ -194,13 +218,15 @@ class TaskConfig(RunConfig):
     task_kind: Literal["", "classification", "regression"] = ""
     max_train_rows: int = 0
     teacher_labels: tuple[str, ...] = ()
+    doc_stride: int = 0
+    max_query_length: int = 0
 
     tasks: ClassVar[tuple[str, ...]] = ()
     validation_share: ClassVar[float] = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(max_train_rows=0)
+        self.at_least(max_train_rows=0, doc_stride=0, max_query_length=0)
 
 
 @dataclass(frozen=True)
@@ -277,6 +303,7 @@ class PretrainConfig(TextConfig):
     def __post_init__(self):
         super().__post_init__()
         self.at_least(params=0)
+        refuse_best(training=self.training)
         if not self.model or ("supernet" in self.model and len(self.model) > 1):
             raise ValueError(f"model is {self.model}: give a supernet alone, or one or several models")
         refuse_plus_without_start(self.model, self.start_from)
@@ -333,6 +360,8 @@ class SearchConfig(TextConfig, TaskConfig):
     """A progressive search with warm-up distillation, from text to a small model.
 
     Attributes:
+        candidate_corpus: Text that the candidates of stages 1 and 2 learn from, and a supernet of their own, where that
+            is not --corpus; stage 3 and the final rows then begin with a second supernet, of --corpus.
         tasks: Further tasks that stage 3 learns beside it.
         validation_share: Share of the task's training rows on which candidates are ranked.
         min_params: Fewest parameters of a candidate, with the projection, without pooler and head; 0 for the published
@@ -360,6 +389,7 @@ class SearchConfig(TextConfig, TaskConfig):
         seeds: Repeat the rows of the final table so often, for mean and spread.
     """
 
+    candidate_corpus: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     validation_share: float = 0.1
     min_params: int = 0
@@ -386,8 +416,14 @@ class SearchConfig(TextConfig, TaskConfig):
         super().__post_init__()
         self.at_least(seeds=1, population=0, params=0, max_flops=0, max_latency_ms=0)
         self.at_least(teacher_cache=0, agreement_candidates=0)
+        refuse_best(supernet=self.supernet)
         if len(self.start_from) > 1:
             raise ValueError(f"start_from is {self.start_from}: a search begins with one supernet")
+        if self.start_from and self.candidate_corpus:
+            raise ValueError(
+                f"candidate_corpus is {self.candidate_corpus}, for a supernet of its own, and start_from names one for "
+                "all stages: leave one of them out"
+            )
         if len(self.stage3.rungs) > 1:
             raise ValueError(
                 f"stage3.rungs is {self.stage3.rungs}: its candidates are scored, not trained: leave it out"
@@ -566,21 +602,23 @@ GLUE_TASKS = ("mnli", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "rte")
 
 def paper() -> SearchConfig:
     """The published choices, from its paper and code: fp32, everything padded to 128, candidates one at a time and all
-    at full budget, LaNAS, ten epochs for each supernet. Give --teacher (BERT-base) and --corpus (Wikipedia and
-    BooksCorpus).
+    at full budget, LaNAS, ten epochs for each supernet, of which stage 3 and the final rows have their own, teachers
+    and students as they are after the step that did best on the official validation rows. Give --teacher (BERT-base),
+    --corpus (Wikipedia and BooksCorpus) and --candidate_corpus (Wikipedia).
 
-    Unlike it: one warm supernet for all stages, where the published search trains a second one for stage 3; one
-    validation share of 1 % for all stages, where its stage 3 holds a tenth back; teachers and students as they are
-    after their last epoch, where it takes the step that did best on the official validation rows; and SQuAD's windows
-    share a third of their tokens and have at most 32 of a question, where its begin 32 tokens apart and have up to 62.
+    Unlike it, on purpose: no row that ranks candidates is in any training, where its teachers learn from all rows and
+    stages 1 and 2 rank by the last 1 % of them; and the search's teachers are all scored every 50 steps, where its QQP
+    teacher is every 250. Batches of text and of candidates are those of one process, 64, of which its scripts start
+    four and two; those of fine-tuning are of all four together, 32.
     """
-    tuning = TrainingArguments(learning_rate=3e-5, num_train_epochs=3, per_device_train_batch_size=32)
+    best = {"load_best_model_at_end": True, "eval_steps": 50}
+    tuning = TrainingArguments(learning_rate=3e-5, num_train_epochs=3, per_device_train_batch_size=32, **best)
     general = TrainingArguments(learning_rate=1e-4, per_device_train_batch_size=64)
     task = TrainingArguments(learning_rate=4e-4, num_train_epochs=3, per_device_train_batch_size=64)
     stage = SearchStage(
-        num_candidates=500, sampler="lanas", initial_samples=80, refit_every=10, general_share=0.02, task_share=0.1,
-        general_phase=general, task_phase=task,
-    )  # fmt: skip
+        num_candidates=500, sampler="lanas", initial_samples=80, refit_every=10, general_share=0.02, task_share=1 / 9,
+        ranking_share=0.1, general_phase=general, task_phase=task,
+    )  # fmt: skip  # of all rows a tenth to train on and a hundredth to rank on, as a tenth ranks in stage 3
     ten = dataclasses.replace(general, num_train_epochs=10)
     return SearchConfig(
         output_dir="",
@@ -590,7 +628,9 @@ def paper() -> SearchConfig:
         corpus_samples="released",
         max_length=128,
         pad_to_max_length=True,
-        validation_share=0.01,
+        doc_stride=32,
+        max_query_length=62,
+        validation_share=0.1,
         population=1,
         loss=LossWeights(loss_mask="released", score_form="direct"),
         teacher_model=TeacherArguments(finetuning=tuning),
@@ -601,13 +641,16 @@ def paper() -> SearchConfig:
             stage,
             num_candidates=1000,
             general_share=1.0,
-            task_share=0.9,
+            task_share=1.0,
+            ranking_share=1.0,
             general_phase=ten,
             task_phase=dataclasses.replace(task, num_train_epochs=10),
         ),
         final=FinalStage(
             general_phase=ten,
-            task_phase=TrainingArguments(learning_rate=5e-5, num_train_epochs=10, per_device_train_batch_size=32),
+            task_phase=TrainingArguments(
+                learning_rate=5e-5, num_train_epochs=10, per_device_train_batch_size=32, **best
+            ),
         ),
     )
 
@@ -617,8 +660,11 @@ def paper_fast() -> SearchConfig:
     supernet instead of ten. Give --teacher (BERT-base) and --corpus (Wikipedia and BooksCorpus)."""
     base = paper()
 
+    def last(arguments: TrainingArguments, **changes) -> TrainingArguments:
+        return dataclasses.replace(arguments, load_best_model_at_end=False, eval_steps=0, **changes)
+
     def fast(arguments: TrainingArguments, epochs: int) -> TrainingArguments:
-        return dataclasses.replace(arguments, bf16=True, num_train_epochs=epochs)
+        return last(arguments, bf16=True, num_train_epochs=epochs)
 
     stage = dataclasses.replace(
         _candidate(),
@@ -630,9 +676,12 @@ def paper_fast() -> SearchConfig:
     return dataclasses.replace(
         base,
         pad_to_max_length=False,
+        doc_stride=0,
+        max_query_length=0,
         population=0,
         validation_share=0.02,
         loss=LossWeights(),
+        teacher_model=dataclasses.replace(base.teacher_model, finetuning=last(base.teacher_model.finetuning)),
         supernet=fast(base.supernet, 3),
         stage1=stage,
         stage2=stage,
@@ -642,7 +691,6 @@ def paper_fast() -> SearchConfig:
             initial_samples=12,
             refit_every=2,
             cohort=27,
-            task_share=1.0,
             general_phase=fast(base.stage3.general_phase, 3),
             task_phase=fast(base.stage3.task_phase, 3),
         ),

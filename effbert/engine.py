@@ -62,7 +62,8 @@ class TrainingResult:
     """diverged: why the phase ended early (the loss not finite, or grown past DIVERGED), "" where it did not. steps:
     updates made. tokens: real tokens seen. seconds: time in the loop, of time shared with others an equal part, runs
     that were interrupted included up to their last checkpoint. loss: mean of the last epoch (NaN without steps).
-    epochs: what `after_epoch` returned, epoch by epoch."""
+    epochs: what `after_epoch` returned, epoch by epoch. best_step: updates made when `rank` was highest, 0 where the
+    best is not asked for."""
 
     diverged: str = ""
     steps: int = 0
@@ -70,6 +71,7 @@ class TrainingResult:
     seconds: float = 0.0
     loss: float = float("nan")
     epochs: list[dict] = field(default_factory=list)
+    best_step: int = 0
 
     @property
     def finished(self) -> bool:
@@ -80,15 +82,17 @@ class TrainingResult:
 @dataclass(frozen=True)
 class Trainee:
     """A model to train beside others. loss_of: (batch on the device, number of the batch in the phase, what is shared
-    for the batch) -> 0-d loss. after_epoch: called with the model in eval mode; its dict is kept. partly_used: the
-    numbers of an update's batches -> which parameters they used in part only (effbert.optim.Optimizer). alike: loss_of
-    does the same with every batch of a shape, whatever its number, in one forward pass, and so does `share`: on a GPU
-    they may be recorded."""
+    for the batch) -> 0-d loss. after_epoch: called with the model in eval mode; its dict is kept. rank: where the
+    arguments ask for the best weights, called with the model in eval mode; the first of the highest are the best.
+    partly_used: the numbers of an update's batches -> which parameters they used in part only
+    (effbert.optim.Optimizer). alike: loss_of does the same with every batch of a shape, whatever its number, in one
+    forward pass, and so does `share`: on a GPU they may be recorded."""
 
     model: nn.Module
     loss_of: Callable[[Batch, int, Any], torch.Tensor]
     phase: Phase
     after_epoch: Callable[[int], dict] | None = None
+    rank: Callable[[], float] | None = None
     partly_used: Callable[[Sequence[int]], PartlyUsed] | None = None
     alike: bool = False
 
@@ -102,12 +106,13 @@ def train(
     *,
     device: torch.device | str = "cpu",
     after_epoch: Callable[[int], dict] | None = None,
+    rank: Callable[[], float] | None = None,
     on_step: Callable[[int, int], None] | None = None,
     partly_used: Callable[[Sequence[int]], PartlyUsed] | None = None,
     world: World = ALONE,
 ) -> TrainingResult:
     """`train_together` of one model, whose loss_of takes (batch on `device`, number of the batch in the phase)."""
-    trainee = Trainee(model, lambda batch, number, _: loss_of(batch, number), phase, after_epoch, partly_used)
+    trainee = Trainee(model, lambda batch, number, _: loss_of(batch, number), phase, after_epoch, rank, partly_used)
     return train_together([trainee], plan_of, arguments, device=device, on_step=on_step, world=world)[0]
 
 
@@ -127,7 +132,8 @@ def train_together(
     to every loss_of. on_step: called with (step, total steps). A model whose loss or gradient is not finite, or whose
     loss grows past DIVERGED, ends its own phase; nothing is raised. With a checkpoint on disk a phase goes on from it,
     and the others catch up with it or it waits for them; the caller deletes the files (`forget`) once the outcome is
-    safe elsewhere. Where memory does not hold all, half of them go first and the rest waits, on the CPU.
+    safe elsewhere. Where memory does not hold all, half of them go first and the rest waits, on the CPU. With
+    `arguments.load_best_model_at_end` each ends as it was when its `rank` was highest, which the first process asks.
 
     world: the processes that train these models, each with its part of the same batches as `plan_of`; the first of
     them writes the checkpoints, which all read. Dropout draws its own masks on each. There is no going by halves then:
@@ -236,6 +242,10 @@ class _Together:
             if due[0].step % CHECK_EVERY == 0 or position + 1 == due[0].steps:
                 for learner in due:
                     learner.check()
+            every = self.arguments.eval_steps
+            if every and (position + 1) % every == 0 and position + 1 < due[0].steps:
+                for learner in due:
+                    learner.note_best()
         else:
             for learner in due:
                 learner.end_epoch()
@@ -323,7 +333,7 @@ class _Learner:
         self, trainee: Trainee, arguments: TrainingArguments, batches: int, device: torch.device, world: World
     ):
         self.model, self.loss_of, self.phase = trainee.model, trainee.loss_of, trainee.phase
-        self.after_epoch, self.partly_used = trainee.after_epoch, trainee.partly_used
+        self.after_epoch, self.rank, self.partly_used = trainee.after_epoch, trainee.rank, trainee.partly_used
         self.arguments, self.batches, self.device, self.world = arguments, batches, device, world
         self.steps = -(-batches // arguments.gradient_accumulation_steps)
         self.total = self.steps * arguments.num_train_epochs
@@ -335,6 +345,7 @@ class _Learner:
         self.last_loss = float("nan")
         self.first_window: float | None = None
         self.records: list[dict] = []
+        self.best: dict | None = None  # score, step and weights, on the CPU
         self.seconds, self.diverged = 0.0, ""
         self.lane = self.recordings = self.key = self.parts = None
         self.resume()
@@ -454,11 +465,25 @@ class _Learner:
         self.records.append(self.after_epoch(self.epoch) if self.after_epoch is not None else {})
         self.last_loss = float(self.loss_sum) / max(1, self.batches)
         self.loss_sum = torch.zeros_like(self.loss_sum)
+        self.note_best()
         self.epoch, self.position = self.epoch + 1, 0
+        if self.done and self.best is not None:
+            self.model.load_state_dict(self.best["model"])
+
+    def note_best(self) -> None:
+        """Where the best is asked for: score the model, and keep its weights where it was never better."""
+        if not self.arguments.load_best_model_at_end or self.diverged:
+            return
+        self.model.eval()
+        score = self.world.on_first(self.rank)
+        if self.best is None or score > self.best["score"]:
+            weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
+            self.best = {"score": score, "step": self.step, "model": weights}
 
     def result(self) -> TrainingResult:
         """What the phase came to."""
-        return TrainingResult(self.diverged, self.step, self.tokens, self.seconds, self.last_loss, self.records)
+        best = 0 if self.best is None else self.best["step"]
+        return TrainingResult(self.diverged, self.step, self.tokens, self.seconds, self.last_loss, self.records, best)
 
     def to(self, device: torch.device) -> None:
         """Move the model and its optimiser's state."""
@@ -472,7 +497,7 @@ class _Learner:
         if self.phase.checkpoint is None or self.diverged or not self.world.is_first:
             return
         state = {name: getattr(self, name) for name in self.COUNTERS}
-        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.adamw.state_dict()}
+        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.adamw.state_dict(), "best": self.best}
         checkpoint.save(self.phase.checkpoint, self.phase.fingerprint, state)
 
     def resume(self) -> None:
@@ -486,6 +511,7 @@ class _Learner:
             self.optimizer.adamw.load_state_dict(state["optimizer"])
             for name in self.COUNTERS:
                 setattr(self, name, state[name])
+            self.best = state.get("best")
         except (KeyError, ValueError, RuntimeError) as error:
             raise ValueError(f"checkpoint {path} does not fit this phase: delete it to restart this phase") from error
 

@@ -20,7 +20,9 @@ class TrainingArguments:
 
     num_train_epochs: passes over the phase's data. warmup_ratio: share of all steps with a rising learning rate.
     bf16: autocast (weights stay fp32). A step is gradient_accumulation_steps batches, and where several processes train
-    one model a batch has per_device_train_batch_size rows for each.
+    one model a batch has per_device_train_batch_size rows for each. load_best_model_at_end: end with the weights of the
+    step that had the best score on the official validation rows, which are scored after every eval_steps steps of an
+    epoch, and at its end; a score on those rows is then that of what was chosen by them.
     """
 
     learning_rate: float = 1e-4
@@ -32,15 +34,23 @@ class TrainingArguments:
     warmup_ratio: float = 0.1
     lr_scheduler_type: Literal["linear", "cosine"] = "linear"
     bf16: bool = False
+    load_best_model_at_end: bool = False
+    eval_steps: int = 0
 
     def __post_init__(self):
-        at_least = {"num_train_epochs": 0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+        at_least = {
+            "num_train_epochs": 0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "eval_steps": 0,
+        }  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         if self.learning_rate < 0 or not 0 <= self.warmup_ratio <= 1:
             raise ValueError(
                 f"learning_rate {self.learning_rate} must not be negative and warmup_ratio {self.warmup_ratio} in 0..1"
+            )
+        if self.eval_steps and not self.load_best_model_at_end:
+            raise ValueError(
+                f"eval_steps is {self.eval_steps}, and nothing is chosen by it: give load_best_model_at_end too"
             )
 
 

@@ -14,9 +14,9 @@ import torch
 from effbert.config import TextConfig
 from effbert.data.tokenizer import load_tokenizer
 from effbert.errors import first_line
-from effbert.model import EffBertConfig, EffBertModel, EffBertPreTrainedModel, parse_architecture
+from effbert.model import EffBertConfig, EffBertHeadModel, EffBertModel, EffBertPreTrainedModel, parse_architecture
 from effbert.models import architecture_of, model_fields, sized_down
-from effbert.supernet import Supernet, used_slices
+from effbert.supernet import Supernet, head_key, used_slices
 from effbert.teacher import check_weights
 
 SIZES = (
@@ -26,6 +26,7 @@ SIZES = (
 PROJECTION = "fit_dense."
 MAY_LACK = ("pooler.", PROJECTION)  # a bare encoder has no pooler, a deployed one no projection
 HEADS = ("heads.", "classifier.")
+BORROWED_HEADS = {"wnli": "qnli"}  # of tasks that the published supernet does not learn
 
 
 def model_config(
@@ -131,6 +132,22 @@ def load_start(model: EffBertPreTrainedModel, folder: str) -> None:
     """
     encoder = model.effbert if hasattr(model, "effbert") else model
     encoder.load_state_dict(start_weights(model.config, folder), strict=False)
+
+
+def load_head(model: EffBertHeadModel, folder: str, task: str) -> bool:
+    """Give a student the head that a supernet has learnt for a task, or for the one whose head a task borrows; the
+    pooler is the encoder's. False, and nothing done, where the folder has none that fits."""
+    saved = read_student(folder)
+    known = [name for name, _, _ in getattr(saved, "supernet_tasks", [])]
+    name = next((name for name in (task, BORROWED_HEADS.get(task)) if name in known), None)
+    if name is None:
+        return False
+    supernet, _ = read_weights(Supernet, folder)
+    head = supernet.heads[head_key(name)]
+    if head.weight.shape != model.classifier.weight.shape:
+        return False
+    model.classifier.load_state_dict(head.state_dict())
+    return True
 
 
 def start_weights(config: EffBertConfig, folder: str) -> dict[str, torch.Tensor]:

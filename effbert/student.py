@@ -3,6 +3,7 @@ many at once, and the rows of its final table go through the one function `disti
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from effbert.config import Budget
 from effbert.data.batches import Batch, subset
@@ -13,7 +14,7 @@ from effbert.parallel import ALONE, World
 from effbert.step import general_lesson, task_lesson
 from effbert.supernet import Supernet
 from effbert.trace import Trace
-from effbert.workspace import Workspace, model_inputs
+from effbert.workspace import Workspace, model_inputs, rank
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,15 @@ class Student:
 @dataclass(frozen=True)
 class Distillation:
     """What became of a student. diverged: why there is no score, or "". epochs: what `after_epoch` gave, a task epoch
-    each. seconds, tokens: both phases together; the phases' checkpoints are to be forgotten once this is kept."""
+    each. seconds, tokens: both phases together; the phases' checkpoints are to be forgotten once this is kept.
+    best_step: as TrainingResult's, of the task phase."""
 
     diverged: str
     epochs: list[dict]
     seconds: float
     tokens: int
     phases: tuple[Phase, ...]
+    best_step: int = 0
 
 
 def distil(
@@ -69,6 +72,7 @@ def distil(
                 lesson.shared_loss(_trace_of(students[place].model), students[place].model.effbert.fit_dense),
                 phases[place][1],
                 students[place].after_epoch,
+                partial(_rank, workspace, students[place].model),
                 alike=teacher_of is None,
             )
             for place in going
@@ -147,6 +151,10 @@ def distil_generally(
     )
 
 
+def _rank(workspace: Workspace, model: EffBertHeadModel) -> float:
+    return rank(workspace, lambda batch: model.trace(*model_inputs(batch)).logits, workspace.main_task.spec.name)
+
+
 def _trace_of(model: EffBertHeadModel, head: bool = True):
     return lambda batch, number, targets: model.trace(*model_inputs(batch), head=head, targets=targets)
 
@@ -163,4 +171,4 @@ def _joined(general: TrainingResult, task: TrainingResult | None, phases: tuple[
     name, last = list(results.items())[-1]
     diverged = f"{last.diverged} of {name} distillation" if last.diverged else ""
     seconds, tokens = (sum(getattr(result, cost) for result in results.values()) for cost in ("seconds", "tokens"))
-    return Distillation(diverged, last.epochs, seconds, tokens, phases)
+    return Distillation(diverged, last.epochs, seconds, tokens, phases, task.best_step if task else 0)

@@ -82,19 +82,31 @@ class Teacher(nn.Module):
     def trace(self, input_ids, attention_mask=None, token_type_ids=None, head: bool = True) -> Trace:
         """As `effbert.trace.Trace`; token_type_ids are dropped for a teacher with one segment. Without `head` the
         encoder alone runs, and there are no logits."""
-        if getattr(self.config, "type_vocab_size", 1) < 2:
-            token_type_ids = None
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         model = self.model if head else self.encoder
-        output = model(**{k: v for k, v in inputs.items() if v is not None}, output_hidden_states=True)
-        return Trace(tuple(output.hidden_states), self._take("query"), self._take("key"), self._logits(output))
+        inputs = _inputs(self.config, input_ids, attention_mask, token_type_ids)
+        output = model(**inputs, output_hidden_states=True)
+        logits = _logits(output)
+        if logits is not None and self.columns is not None:
+            logits = logits.index_select(-1, self.columns)
+        return Trace(tuple(output.hidden_states), self._take("query"), self._take("key"), logits)
 
-    def _logits(self, output):
-        if "start_logits" in output:
-            return torch.stack((output.start_logits, output.end_logits), dim=-1)
-        if "logits" not in output:
-            return None
-        return output.logits if self.columns is None else output.logits.index_select(-1, self.columns)
+
+def logits_of(model: nn.Module, input_ids, attention_mask=None, token_type_ids=None) -> torch.Tensor:
+    """What a transformers model with a head answers as it stands, [B, labels] or [B, L, 2], nothing frozen in it."""
+    return _logits(model(**_inputs(model.config, input_ids, attention_mask, token_type_ids)))
+
+
+def _inputs(config, input_ids, attention_mask, token_type_ids) -> dict[str, torch.Tensor]:
+    if getattr(config, "type_vocab_size", 1) < 2:
+        token_type_ids = None
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+    return {name: value for name, value in inputs.items() if value is not None}
+
+
+def _logits(output) -> torch.Tensor | None:
+    if "start_logits" in output:
+        return torch.stack((output.start_logits, output.end_logits), dim=-1)
+    return output.logits if "logits" in output else None
 
 
 def encoder_layers(encoder: nn.Module) -> nn.ModuleList:

@@ -8,7 +8,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ from effbert.teacher import (
     content_hash,
     head_of,
     load_model,
+    logits_of,
     read_config,
     student_vocabulary,
     with_new_head,
@@ -58,7 +59,8 @@ class Workspace:
     """Tokenizer, data and teachers of a run; a run that learns from tasks alone has no corpus, one on text
     alone no tasks.
 
-    corpus: sets of as many sequences each, which epochs take in turn.
+    corpus: sets of as many sequences each, which epochs take in turn. candidate_corpus: the same of the text that a
+        search's stages 1 and 2 learn from, often the same.
     tasks: by name, the main task first: rows to train on, and as validation the rows that rank candidates, cut from the
         official training rows. held_out: the official validation split, for the final table only.
     teacher_config: the encoder's transformers config, known before its weights. teachers: one a task.
@@ -74,6 +76,7 @@ class Workspace:
     tasks: dict[str, EncodedTask]
     held_out: dict[str, EncodedTask]
     teacher_config: object
+    candidate_corpus: Sequence = ()
     general_teacher: Teacher | None = None
     teachers: dict[str, Teacher] = field(default_factory=dict)
     world: World = ALONE
@@ -156,14 +159,19 @@ def open_workspace(config: RunConfig, folder: Path, say: Say, world: World = ALO
         check_tokens(start, tokenizer)
     raw = {name: split_task(task, config) for name, task in loaded.items()}
     corpus = open_corpus(config, tokenizer, say) if isinstance(config, TextConfig) and config.reads_text else []
-    check_inputs(folder, fingerprints(config, tokenizer, corpus, loaded))
-    tasks = {name: encode_task(task, tokenizer, config.max_length) for name, (task, _) in raw.items()}
-    held_out = {name: encode_task(task, tokenizer, config.max_length) for name, (_, task) in raw.items()}
+    candidate_corpus = corpus
+    if isinstance(config, SearchConfig) and config.candidate_corpus:
+        candidate_corpus = open_corpus(replace(config, corpus=config.candidate_corpus), tokenizer, say)
+    check_inputs(folder, fingerprints(config, tokenizer, corpus, loaded, candidate_corpus))
+    tasks = {name: encoded(task, config, tokenizer) for name, (task, _) in raw.items()}
+    held_out = {name: encoded(task, config, tokenizer) for name, (_, task) in raw.items()}
     for name, task in tasks.items():
         ranking = f"{len(task.validation):,} to rank on, " if config.validation_share else ""
         say(f"task {name}: {len(task.train):,} rows to train on, {ranking}{len(held_out[name].validation):,} held out")
     teacher_config = given or own_teacher_config(config, tokenizer)
-    workspace = Workspace(config, folder, device, tokenizer, corpus, tasks, held_out, teacher_config, world=world)
+    workspace = Workspace(
+        config, folder, device, tokenizer, corpus, tasks, held_out, teacher_config, candidate_corpus, world=world
+    )
     for start in config.start_from if isinstance(config, SearchConfig) else ():
         start_weights(supernet_config(workspace.student_config(), config.student.num_hidden_layers), start)
     return workspace
@@ -262,6 +270,12 @@ def data_dir_of(config: TaskConfig, task: str) -> str | None:
     return None if plain_name(task) in map(plain_name, BUILTIN) else config.data_dir or None
 
 
+def encoded(task: Task, config: TaskConfig, tokenizer) -> EncodedTask:
+    """`task` in ids, as long and in such windows as the run's config says."""
+    windows = {"doc_stride": config.doc_stride, "max_query_length": config.max_query_length}
+    return encode_task(task, tokenizer, config.max_length, **windows)
+
+
 def _check_names(names: list[str]) -> None:
     """Task names become folder names."""
     for index, name in enumerate(names):
@@ -302,12 +316,18 @@ def split_task(task: Task, config: TaskConfig) -> tuple[Task, Task]:
     return Task(task.spec, train, rank), Task(task.spec, task.validation, task.validation)
 
 
-def fingerprints(config: RunConfig, tokenizer, corpus, tasks: dict[str, Task]) -> dict[str, str]:
+def fingerprints(
+    config: RunConfig, tokenizer, corpus: Sequence, tasks: dict[str, Task], candidate_corpus: Sequence
+) -> dict[str, str]:
     """Hashes of what a run reads, by what to call it in a message."""
     found = {"the teacher": content_hash(config.teacher)} if config.teacher else {}
     found["the tokenizer"] = tokenizer_fingerprint(tokenizer)
-    for first in corpus[:1]:
-        found["the corpus"] = Path(first.cache_files[0]["filename"]).parent.name  # named by the hash of its content
+    texts = {"the corpus": corpus}
+    if candidate_corpus is not corpus:
+        texts["the candidates' corpus"] = candidate_corpus
+    for name, sets in texts.items():
+        for first in sets[:1]:
+            found[name] = Path(first.cache_files[0]["filename"]).parent.name  # named by the hash of its content
     for number, start in enumerate(config.start_from if isinstance(config, TextConfig) else (), start=1):
         found[f"what --start_from names at place {number}"] = content_hash(start)
     for name, task in tasks.items():
@@ -480,6 +500,7 @@ def fine_tune(
         arguments,
         phase,
         device=workspace.device,
+        rank=lambda: rank(workspace, lambda batch: logits_of(model, *model_inputs(batch)), spec.name),
         on_step=steps(f"teacher for {spec.name}"),
         world=world,
     )
@@ -488,8 +509,7 @@ def fine_tune(
 
 def teacher_scores(workspace: Workspace, model, task: EncodedTask) -> dict[str, float]:
     """Metrics of a transformers model on a task's validation rows."""
-    teacher = Teacher(model)
-    return score(workspace, lambda batch: teacher.trace(*model_inputs(batch)).logits, task)
+    return score(workspace, lambda batch: logits_of(model, *model_inputs(batch)), task)
 
 
 def labelled_loss(model, batch, kind: str) -> torch.Tensor:
@@ -507,6 +527,13 @@ def model_inputs(batch):
 def score(workspace: Workspace, logits_of, task: EncodedTask) -> dict[str, float]:
     """Metrics on the task's validation rows."""
     return evaluate(logits_of, task, pad_token_id=workspace.pad_token_id, device=workspace.device)
+
+
+def rank(workspace: Workspace, logits_of, task: str) -> float:
+    """The mean of a task's metrics on its official validation rows, by which the published best step is chosen."""
+    held_out = workspace.held_out[task]
+    found = score(workspace, logits_of, held_out)
+    return sum(found[name] for name in held_out.spec.metrics) / len(held_out.spec.metrics)
 
 
 def show(scores: dict[str, float]) -> str:

@@ -20,7 +20,8 @@ import torch
 
 from effbert.architecture import Architecture, Dimensions, bert_flops, count_flops
 from effbert.config import Budget, SearchConfig, SearchStage, published
-from effbert.data.batches import subset
+from effbert.data.batches import BatchPlan, subset
+from effbert.data.encode import EncodedTask
 from effbert.errors import first_line
 from effbert.kernels import gradients_in_place
 from effbert.mlm import new_bert
@@ -79,14 +80,20 @@ class Part:
 class DataSizes(Protocol):
     """How many tokens, padding included, one pass over some data has."""
 
-    def general(self, share: float, batch_size: int) -> int:
-        """A share of the corpus."""
+    def general(self, share: float, batch_size: int, of_candidates: bool = False) -> int:
+        """A share of the corpus, or of the one that candidates learn from."""
 
     def task(self, share: float, batch_size: int) -> int:
         """A share of the main task's training rows."""
 
-    def ranking(self) -> int:
-        """The rows that rank candidates."""
+    def ranking(self, share: float) -> int:
+        """A share of the rows that rank candidates."""
+
+    def batches(self, share: float, batch_size: int) -> int:
+        """How many batches a share of the main task's training rows makes."""
+
+    def held_out(self) -> int:
+        """The main task's official validation rows."""
 
     def mixed(self, settings: SearchStage) -> float:
         """Stage 3's pass over all tasks."""
@@ -98,17 +105,33 @@ class Drawn:
     def __init__(self, workspace: Workspace):
         self.workspace = workspace
 
-    def general(self, share: float, batch_size: int) -> int:
-        """A share of the corpus."""
-        return self.workspace.general_plan(share, batch_size, 0).tokens.padded
+    def general(self, share: float, batch_size: int, of_candidates: bool = False) -> int:
+        """A share of the corpus, or of the one that candidates learn from."""
+        corpus = self.workspace.candidate_corpus if of_candidates else self.workspace.corpus
+        read = dataclasses.replace(self.workspace, corpus=corpus)
+        return read.general_plan(share, batch_size, 0).tokens.padded
 
     def task(self, share: float, batch_size: int) -> int:
         """A share of the main task's training rows."""
-        return self.workspace.plan(subset(self.workspace.main_task.train, share), batch_size, "task", 0).tokens.padded
+        return self._task(share, batch_size).tokens.padded
 
-    def ranking(self) -> int:
-        """The rows that rank candidates."""
-        return self.workspace.plan(self.workspace.main_task.validation, 128, "ranking", 0).tokens.padded
+    def batches(self, share: float, batch_size: int) -> int:
+        """How many batches a share of the main task's training rows makes."""
+        return len(self._task(share, batch_size))
+
+    def _task(self, share: float, batch_size: int) -> BatchPlan:
+        return self.workspace.plan(subset(self.workspace.main_task.train, share), batch_size, "task", 0)
+
+    def ranking(self, share: float) -> int:
+        """A share of the rows that rank candidates."""
+        return self._scored(self.workspace.main_task.ranked_on(share))
+
+    def held_out(self) -> int:
+        """The main task's official validation rows."""
+        return self._scored(self.workspace.held_out[self.workspace.main_task.spec.name])
+
+    def _scored(self, task: EncodedTask) -> int:
+        return self.workspace.plan(task.validation, 128, "ranking", 0).tokens.padded
 
     def mixed(self, settings: SearchStage) -> float:
         """Stage 3's pass over all tasks."""
@@ -121,6 +144,9 @@ def forecast(config: SearchConfig, data: DataSizes, rates: Rates, together: int)
     """Every part in its order, the final distillation last. together: candidates that train at once."""
     warm = _passes(config.supernet, partial(data.general, 1.0))
     parts = [Part("supernet", 1, warm, warm * (rates.teacher + rates.supernet))]
+    if config.candidate_corpus:
+        first = _passes(config.supernet, partial(data.general, 1.0, of_candidates=True))
+        parts.insert(0, Part("first", 1, first, first * (rates.teacher + rates.supernet)))
     for name in ("stage1", "stage2"):
         parts.append(candidates(name, getattr(config, name), data, rates, together))
     parts.append(shared_weights(config, data, rates))
@@ -132,6 +158,7 @@ def forecast(config: SearchConfig, data: DataSizes, rates: Rates, together: int)
     rows = 3 + config.final.num_random + (config.final.num_front if config.minimize else 0)  # at most
     tokens = student_tokens(data, config.final) * config.seeds
     seconds = tokens * (rows * rates.candidate + rates.teacher)
+    seconds += config.seeds * rows * times_scored(config.final, data) * data.held_out() * rates.scoring
     seconds += config.seeds * warm * (rates.teacher + rates.candidate)  # the plain BERT warms up by itself
     return [*parts, Part("final", rows * config.seeds, rows * tokens, seconds)]
 
@@ -143,9 +170,10 @@ def candidates(name: str, settings: SearchStage, data: DataSizes, rates: Rates, 
     for size, times in ((settings.cohort, cohorts), (rest, 1)):
         trained = settings.kept(size)
         for rung in ladder(settings, trained) if size and times else ():
-            each = student_tokens(data, cut(settings, rung.share))
+            each = student_tokens(data, cut(settings, rung.share), of_candidates=True)
             groups = -(-rung.places // together)
-            scored = (settings.task_phase.num_train_epochs if rung.share == 1 else 1) * data.ranking()
+            times_ranked = settings.task_phase.num_train_epochs if rung.share == 1 else 1
+            scored = times_ranked * data.ranking(settings.ranking_share)
             tokens += times * rung.places * each
             seconds += times * (
                 rung.places * (each * rates.candidate + scored * rates.scoring) + groups * each * rates.teacher
@@ -159,15 +187,24 @@ def shared_weights(config: SearchConfig, data: DataSizes, rates: Rates) -> Part:
     tokens = _passes(settings.general_phase, partial(data.general, settings.general_share))
     tokens += round(settings.task_phase.num_train_epochs * data.mixed(settings))
     students = 3 if config.weight_sharing == "sandwich" else 1
-    scoring = settings.num_candidates * data.ranking() * rates.scoring
+    scoring = settings.num_candidates * data.ranking(settings.ranking_share) * rates.scoring
     return Part(
         "stage3", settings.num_candidates, tokens, tokens * (rates.teacher + students * rates.candidate) + scoring
     )
 
 
-def student_tokens(data: DataSizes, budget: Budget) -> int:
+def times_scored(budget: Budget, data: DataSizes) -> int:
+    """How often a student's task phase scores it to find its best step."""
+    task = budget.task_phase
+    if not task.load_best_model_at_end:
+        return 0
+    of_epoch = -(-data.batches(budget.task_share, task.per_device_train_batch_size) // task.gradient_accumulation_steps)
+    return task.num_train_epochs * (1 + ((of_epoch - 1) // task.eval_steps if task.eval_steps else 0))
+
+
+def student_tokens(data: DataSizes, budget: Budget, of_candidates: bool = False) -> int:
     """Tokens of one student's general and task distillation."""
-    general = _passes(budget.general_phase, partial(data.general, budget.general_share))
+    general = _passes(budget.general_phase, partial(data.general, budget.general_share, of_candidates=of_candidates))
     return general + _passes(budget.task_phase, partial(data.task, budget.task_share))
 
 

@@ -26,9 +26,11 @@ from effbert.config import (
     SearchConfig,
     TeacherConfig,
     published,
+    refuse_best,
 )
 from effbert.data import glue, squad
 from effbert.data.tasks import load_validation, task_key
+from effbert.data.tokenizer import load_tokenizer
 from effbert.export import ExportConfig, export
 from effbert.files import atomic_dir, write_atomic
 from effbert.models import PLUS, architecture_of, model_fields, sized_down
@@ -36,7 +38,7 @@ from effbert.optim import TrainingArguments
 from effbert.parallel import ALONE, World
 from effbert.search.progress import Reporter
 from effbert.search.record import PLAN, WINNER, left_out, state_of
-from effbert.search.report import markdown, plan_rows, print_table
+from effbert.search.report import chosen_by, markdown, plan_rows, print_table
 from effbert.search.report_html import write_report
 from effbert.search.run import Turn, claimed, run_search, surroundings
 from effbert.search.runs import MODEL, RESULTS, model_names, run_distillation, run_pretraining, run_teacher
@@ -50,12 +52,13 @@ PER_TASK = {  # what a task may have of its own: its type, and the least that it
     "seeds": (int, 1),
     "epochs": (int, 1),
     "learning_rate": (float, 0),
+    "eval_steps": (int, 0),
     "max_length": (int, 8),
 }
 
 
 SIZED_LATER = ("published", "plain")  # the rivals that are no names of models
-SLICES_OF = {"slices": "supernet", "shared": "stage3/supernet"}  # where a model begins -> in the search's folder
+SHARED = "stage3/supernet"  # in the search's folder
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,15 @@ class PaperConfig(SearchConfig):
         final_tasks: Tasks that the models are distilled on; empty for the search's own.
         rivals: Models beside the winner: "published", the published architecture at these sizes; "plain", the teacher
             sized down to the winner's parameters; a named model; or an architecture of as many layers as --student.
-            Those that fit the search's supernet begin with slices of it, efficientbert-plus with those of stage 3's.
+            Those that fit the search's supernet begin with slices of it; efficientbert-plus learns tasks at once, from
+            slices and heads of stage 3's supernet.
         pretraining: General distillation of winner and rivals; what is not begun with slices sees the supernet's epochs
             first.
         distillation: Task distillation.
         predictions: Also write what those who score take: glue.zip, the winner's predictions for the GLUE tasks'
             official test files, and its answers to SQuAD's validation questions.
-        per_task: TASK.NAME=VALUE, where a task differs: rows, seeds, epochs, learning_rate, max_length.
+        per_task: TASK.NAME=VALUE, where a task differs: rows, seeds, epochs, learning_rate, max_length, eval_steps
+            (also of its teacher where the search has none).
     """
 
     final_tasks: tuple[str, ...] = ()
@@ -86,11 +91,14 @@ class PaperConfig(SearchConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        refuse_best(pretraining=self.pretraining)
         Budget(task_phase=self.distillation)  # says what is wrong with it
         known = [task_key(task) for task in self.tasks_at_last]
         for task, name, value in map(split_setting, self.per_task):
             if task_key(task) not in known:
                 raise ValueError(f"per_task {task}.{name}={value}: {task} is none of the tasks")
+            if name == "eval_steps":
+                changed(self.distillation, eval_steps=value)  # says what is wrong with it
         for what, names in (("final_tasks", known), ("rivals", ["winner", *self.rivals])):
             if len(set(names)) < len(names):
                 raise ValueError(f"{what} is {getattr(self, what)}: name each once, and the winner not at all")
@@ -168,7 +176,7 @@ def run_paper(config: PaperConfig, reporter: Reporter | None = None, world: Worl
                 world.wait()
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         if world.is_first:
-            title = "scores on the official validation rows"
+            title = f"scores on the official validation rows{chosen_by(config.distillation)}"
             print_table(reporter.console, title, plan_rows(results["tasks"]))
             page = write_report(folder, storage=config.storage)
             reporter.say(f"the table is in {folder / TABLE}, a report in {page}")
@@ -285,7 +293,7 @@ def evaluate(config: PaperConfig, file: Path, say: Callable[[str], None]) -> Non
     for task in known_tasks(config):
         found[task] = {}
         for name, place in {"teacher": teacher_of(config, task), **students(config, task)}.items():
-            reading = reading_of(config, task) if name == "teacher" else Reading(device=config.device)
+            reading = reading_of(config, task) if name == "teacher" else students_reading(config, task)
             once = say if name == "teacher" else lambda line: None  # a split that is not there is so for all models
 
             def scores(place=place, task=task, reading=reading, once=once) -> str:
@@ -302,7 +310,14 @@ def evaluate(config: PaperConfig, file: Path, say: Callable[[str], None]) -> Non
 def reading_of(config: PaperConfig, task: str) -> Reading:
     """How a task's teacher reads, which learnt with the plan's length."""
     labels = config.teacher_labels if task_key(task) == task_key(config.task) else ()
-    return Reading(config.of_task(task).get("max_length", config.max_length), labels=labels, device=config.device)
+    length = config.of_task(task).get("max_length", config.max_length)
+    return dataclasses.replace(students_reading(config, task), max_length=length, labels=labels)
+
+
+def students_reading(config: PaperConfig, task: str) -> Reading:
+    """How a task's students read, whose tokenizers know the length; the windows of SQuAD's contexts are the plan's."""
+    windows = {"doc_stride": config.doc_stride, "max_query_length": config.max_query_length}
+    return Reading(device=config.device, **(windows if task_key(task) in squad.VERSIONS else {}))
 
 
 def predict(config: PaperConfig, file: Path, say: Callable[[str], None]) -> None:
@@ -320,7 +335,7 @@ def answer(task: str, config: PaperConfig, file: Path, say: Callable[[str], None
     """The winner's answers to the questions of SQuAD's validation split."""
     winner = students(config, task).get("winner")
     if winner is not None:
-        predict_squad(winner, task, file, config.data_dir or None, Reading(device=config.device), say=say)
+        predict_squad(winner, task, file, config.data_dir or None, students_reading(config, task), say=say)
 
 
 def students(config: PaperConfig, task: str) -> dict[str, str]:
@@ -356,6 +371,7 @@ def begin(config: PaperConfig, steps: list[Step], say: Callable[[str], None]) ->
     heads = (given or config.teacher_model).num_attention_heads
     longest = longest_text(given) if given else max(64, config.max_length)
     check_depths(config, (given or config.teacher_model).num_hidden_layers)
+    check_spans(config)
     for name in config.rivals:
         if "(" not in name and name not in SIZED_LATER:
             attention_head_size(model_fields(name)["hidden_size"], heads)
@@ -374,6 +390,20 @@ def begin(config: PaperConfig, steps: list[Step], say: Callable[[str], None]) ->
         if of_teacher(task) in left:
             load_tasks(teaching(config, task))
     write_plan(Path(config.output_dir), steps)
+
+
+def check_spans(config: PaperConfig) -> None:
+    """ValueError where SQuAD's windows do not fit the length of its texts."""
+    for task in known_tasks(config):
+        if task_key(task) in squad.VERSIONS:
+            length = config.of_task(task).get("max_length", config.max_length)
+            special = 3  # of the WordPiece tokenizer that a search without a teacher makes
+            if config.teacher:
+                special = load_tokenizer(config.teacher).num_special_tokens_to_add(pair=True)
+            try:
+                squad.check_windows(length, special, config.doc_stride, config.max_query_length)
+            except ValueError as error:
+                raise ValueError(f"task {task}: {error}") from error
 
 
 def check_depths(config: PaperConfig, layers: int) -> None:
@@ -418,7 +448,8 @@ def part(config: PaperConfig, kind: type, folder: Path, **changes):
 
 def groups(config: PaperConfig) -> list[str]:
     """Pretraining runs: of the models that begin alike and have as many layers."""
-    return list(dict.fromkeys(group_of(config, name) for name in names_of(config)))
+    pretrained = [name for name in names_of(config) if start_of(config, name) != "shared"]
+    return list(dict.fromkeys(group_of(config, name) for name in pretrained))
 
 
 def group_of(config: PaperConfig, name: str) -> str:
@@ -502,9 +533,8 @@ def pretraining(config: PaperConfig, group: str) -> PretrainConfig:
     models = tuple(model_of(config, name) for name in members)
     changes = {"model": models, "training": config.pretraining}
     changes |= {"params": 0, "start_from": ()}
-    supernet = SLICES_OF.get(start_of(config, members[0]))
-    if supernet:
-        changes["start_from"] = (str(folder / "search" / supernet),)
+    if start_of(config, members[0]) == "slices":
+        changes["start_from"] = (str(folder / "search" / "supernet"),)
     else:
         epochs = config.supernet.num_train_epochs + config.pretraining.num_train_epochs
         changes["training"] = dataclasses.replace(config.pretraining, num_train_epochs=epochs)
@@ -514,14 +544,21 @@ def pretraining(config: PaperConfig, group: str) -> PretrainConfig:
 def teaching(config: PaperConfig, task: str) -> TeacherConfig:
     """Fine-tuning the teacher of a task that the search does not have."""
     folder, own = Path(config.output_dir) / of_teacher(task), config.of_task(task)
+    finetuning = config.teacher_model.finetuning
+    eval_steps = own.get("eval_steps") if finetuning.load_best_model_at_end else None
     return part(
         config,
         TeacherConfig,
         folder,
         **of_one_task(config, task, own),
         teacher=base_of(config),
-        finetuning=config.teacher_model.finetuning,
+        finetuning=changed(finetuning, eval_steps=eval_steps),
     )
+
+
+def changed(arguments: TrainingArguments, **changes: float | None) -> TrainingArguments:
+    """A phase with those changes that are one."""
+    return dataclasses.replace(arguments, **{name: value for name, value in changes.items() if value is not None})
 
 
 def distilled(config: PaperConfig, task: str, depth: int) -> Path:
@@ -532,9 +569,11 @@ def distilled(config: PaperConfig, task: str, depth: int) -> Path:
 def distillation(config: PaperConfig, task: str, depth: int) -> DistillConfig:
     """The models of so many layers on one task that general distillation has left, from what it made of them."""
     own, starts = config.of_task(task), starts_of(config, depth)
-    changed = {"num_train_epochs": own.get("epochs"), "learning_rate": own.get("learning_rate")}
-    task_phase = dataclasses.replace(
-        config.distillation, **{name: value for name, value in changed.items() if value is not None}
+    task_phase = changed(
+        config.distillation,
+        num_train_epochs=own.get("epochs"),
+        learning_rate=own.get("learning_rate"),
+        eval_steps=own.get("eval_steps"),
     )
     return part(
         config,
@@ -551,8 +590,8 @@ def distillation(config: PaperConfig, task: str, depth: int) -> DistillConfig:
 
 
 def starts_of(config: PaperConfig, depth: int) -> dict[str, str]:
-    """The folders that general distillation made, by model of so many layers, in the table's order; a model that
-    diverged has none. ValueError where all did."""
+    """The folders that models of so many layers learn tasks from, in the table's order: those that general distillation
+    made, of which a model that diverged has none, and stage 3's supernet. ValueError where all diverged."""
     folder, found = Path(config.output_dir), {}
     for group in groups(config):
         members = members_of(config, group)
@@ -564,6 +603,7 @@ def starts_of(config: PaperConfig, depth: int) -> dict[str, str]:
             f"{folder}: no model is left of general distillation: lower --pretraining.learning_rate, in another "
             "--output_dir"
         )
+    found |= {name: str(folder / "search" / SHARED) for name in config.rivals if start_of(config, name) == "shared"}
     return {name: found[name] for name in names_of(config) if name in found and depth_of(config, name) == depth}
 
 
@@ -634,9 +674,12 @@ def paper(name: str) -> PaperConfig:
             pretraining=final.general_phase,
             distillation=final.task_phase,
             predictions=True,
-            per_task=("cola.epochs=50", "squad.learning_rate=1e-4", "squad2.0.learning_rate=1e-4"),
+            per_task=(*PER_PUBLISHED_TASK, *(PUBLISHED_EVAL_STEPS if name == "paper" else ())),
         )
     return PaperConfig(**search, pretraining=general, distillation=search["final"].task_phase)
 
+
+PER_PUBLISHED_TASK = ("cola.epochs=50", "squad.learning_rate=1e-4", "squad2.0.learning_rate=1e-4")
+PUBLISHED_EVAL_STEPS = ("qqp.eval_steps=250", "squad.eval_steps=500", "squad2.0.eval_steps=500")
 
 PAPERS: dict[str, Callable[[], PaperConfig]] = {name: lambda name=name: paper(name) for name in PRESETS}

@@ -7,7 +7,7 @@ answers rightly, and two candidates are compared row by row (effbert.search.agre
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -65,7 +65,7 @@ def trained_candidates(
     """Evaluation of stages 1 and 2: extract, distil together with a share of the stage's budget. The value is that of
     the best epoch; with less than the whole budget, of the last one, since scoring each would cost more than training.
     """
-    folder = workspace.folder / name
+    folder, workspace = workspace.folder / name, ranking_on(workspace, settings)
     folder.mkdir(exist_ok=True)
     kept = functools.cache(lambda: kept_teacher(workspace, settings, reporter.say))
 
@@ -90,6 +90,12 @@ def trained_candidates(
         workspace.config.minimize,
         kept,
     )
+
+
+def ranking_on(workspace: Workspace, settings: SearchStage) -> Workspace:
+    """The workspace with the rows that rank a stage's candidates as the main task's validation rows."""
+    task = workspace.main_task.ranked_on(settings.ranking_share)
+    return replace(workspace, tasks={**workspace.tasks, task.spec.name: task})
 
 
 KEPT_TEACHER = "teacher-outputs"

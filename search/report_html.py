@@ -245,7 +245,9 @@ def final_section(record: Record, metric: str) -> str:
         for row in rows
     ]
     head = ("row", metric, "parameters", "MFLOPs", "CPU ms (batch 1)")
-    caption = f"{metric} on held-out rows, {spread}; costs of the deployed model"
+    best = record.config.get("final", {}).get("task_phase", {}).get("load_best_model_at_end")
+    chosen = " by which each one's best step was chosen" if best else ""
+    caption = f"{metric} on held-out rows{chosen}, {spread}; costs of the deployed model"
     return (
         note
         + tag(
@@ -496,7 +498,7 @@ def costs(record: Record) -> list[tuple[str, list[tuple[float, str]], int]]:
     if final:
         found.append(("final rows", [(final, "complete")], 0))
     order = {name: place for place, name in enumerate(_COST_ORDER)}
-    return sorted(found, key=lambda part: order.get(re.split("[/ ]", part[0])[0], len(order)))
+    return sorted(found, key=lambda part: order.get(re.split("[/ -]", part[0])[0], len(order)))
 
 
 def cost_section(record: Record) -> str:

@@ -29,7 +29,7 @@ from effbert.search.report_html import write_report
 from effbert.search.screen import FILTER, STAYS, check_latency
 from effbert.search.shared import shared_candidates, shared_supernet
 from effbert.search.space import ArchitectureSpace
-from effbert.search.stages import run_cohort, search_stage, warm_supernet
+from effbert.search.stages import candidate_start, run_cohort, search_stage, warm_supernet
 from effbert.search.study import GIVEN_PATHS, RunFolder, StageStudy, Study
 from effbert.search.workers import SHARING
 from effbert.workspace import Workspace, open_teachers, open_workspace
@@ -159,7 +159,7 @@ def three_stages(
     """Coarse, operations, fine; each stage starts from the winner of the one before. Returns the last winner."""
     config, on_first = workspace.config, workspace.world.on_first
     with turn("the supernet"):
-        supernet = warm_supernet(workspace, reporter)
+        candidates, supernet = candidate_start(workspace, reporter)
 
     def space(stage: str, base: Architecture) -> ArchitectureSpace:
         band = config.band(coarse.dims)
@@ -178,13 +178,13 @@ def three_stages(
 
     pages = Pages(workspace.folder, study, config)
 
-    trained = trained_candidates(workspace, supernet, "stage1", config.stage1, reporter)
+    trained = trained_candidates(candidates, supernet, "stage1", config.stage1, reporter)
     found = on_first(run, "stage1", config.stage1, coarse, trained, None)
-    trained = trained_candidates(workspace, supernet, "stage2", config.stage2, reporter)
+    trained = trained_candidates(candidates, supernet, "stage2", config.stage2, reporter)
     found = on_first(run, "stage2", config.stage2, space("operations", found), trained, found)
     fine = space("fine", found)
     with turn("stage 3's supernet"):
-        shared = shared_supernet(workspace, supernet, fine, config.stage3, reporter)
+        shared = shared_supernet(workspace, warm_supernet(workspace, reporter), fine, config.stage3, reporter)
     winner = on_first(run, "stage3", config.stage3, fine, shared_candidates(workspace, shared), found)
     if config.agreement_candidates:
         on_first(train_alone, workspace, study, fine, reporter)
@@ -204,7 +204,7 @@ def open_stage(study: Study, name: str) -> StageStudy:
 
 
 def train_alone(workspace: Workspace, study: Study, space: ArchitectureSpace, reporter: Reporter) -> None:
-    """Train the first --agreement_candidates of stage 3 by themselves, from the warm supernet with stage 1's budget."""
+    """Train the first --agreement_candidates of stage 3 by themselves, as stage 1 does with its whole budget."""
     settings = dataclasses.replace(workspace.config.stage1, rungs=(1.0,), filter="none")
     scored = [evaluation for evaluation in study.stage("stage3").evaluations() if evaluation.state == "complete"]
     chosen = scored[: workspace.config.agreement_candidates]
@@ -216,7 +216,7 @@ def train_alone(workspace: Workspace, study: Study, space: ArchitectureSpace, re
                 stage.begin(number, str(architecture), space.key(architecture), **{STAYS: True})
     finished = sum(evaluation.state != "running" for evaluation in stage.evaluations())
     line = reporter.stage(AGREEMENT, len(members), finished)
-    trained = trained_candidates(workspace, warm_supernet(workspace, reporter), AGREEMENT, settings, reporter)
+    trained = trained_candidates(*candidate_start(workspace, reporter), AGREEMENT, settings, reporter)
     run_cohort(stage, members, space, settings, trained, line, study.workers)
     line.close()
 
@@ -306,7 +306,8 @@ def conclude(workspace: Workspace, winner: Architecture, study: Study, results: 
     if found and best.exists():
         write_atomic(best / "README.md", report.model_card(summary))
     write_report(workspace.folder, storage=study.url)
-    title = f"{metric} on held-out rows; costs of the deployed model at length {config.max_length}"
+    rows_said = f"held-out rows{report.chosen_by(config.final.task_phase)}"
+    title = f"{metric} on {rows_said}; costs of the deployed model at length {config.max_length}"
     report.print_table(reporter.console, title, report.table_rows(table, metric))
     compared = report.verdict(table, results, metric)
     if compared:

@@ -28,13 +28,14 @@ from effbert.config import (
 from effbert.engine import Phase, forget
 from effbert.files import remove_partial, write_atomic
 from effbert.model import EffBertConfig, EffBertModel, new_student, parse_architecture
+from effbert.models import PLUS
 from effbert.parallel import ALONE, World
 from effbert.search.final import costs, deployed, fresh_head, held_out, teacher_row
 from effbert.search.population import KEPT_TEACHER, kept_teacher
 from effbert.search.progress import Reporter
 from effbert.search.report import mean_and_spread, score_text
 from effbert.search.study import GIVEN_PATHS, RunFolder
-from effbert.start import check_start, fresh_projection, load_start, model_config, start_weights
+from effbert.start import check_start, fresh_projection, load_head, load_start, model_config, start_weights
 from effbert.student import Distillation, Student, distil, distil_generally
 from effbert.supernet import Supernet, supernet_config
 from effbert.teacher import Teacher, load_model, read_config, student_vocabulary
@@ -173,7 +174,8 @@ def one_seed(
         model = new_student(fields, spec.kind, spec.labels)
         if config.start_from:
             load_start(model, start_of(config, number))
-        fresh_head(model, random.key(phase.seed, "head"))
+        if config.model[number] != PLUS or not load_head(model, start_of(config, number), spec.name):
+            fresh_head(model, random.key(phase.seed, "head"))
         students.append(Student(model.to(workspace.device), phase))
     say(f"seed {phases[0].seed}: {', '.join(f'{student.model.num_parameters():,}' for student in students)} parameters")
     teacher_of = kept_teacher(workspace, config.budget, say) if world.size == 1 else None
@@ -192,6 +194,7 @@ def keep_student(workspace: Workspace, student: Student, file: Path, result: Dis
         "diverged": result.diverged,
         "seconds": result.seconds,
         "tokens": result.tokens,
+        **({"best_step": result.best_step} if result.best_step else {}),
     }
     own |= costs(model, parse_architecture(model.config.architecture), config.max_length)
     name = file.stem.rpartition("-seed-")[0]
@@ -392,7 +395,9 @@ def finish(workspace: Workspace, conclude: Callable[[], dict], say: Callable[[st
     for name, model in results.get("models", {}).items():
         if "score" in model:
             scored = score_text(model["score"], model["spread"], model.get("diverged", 0))
-            say(f"{name}: {results['metric']} {scored} over {len(model['seeds'])} seeds")
+            best = any("best_step" in seed for seed in model["seeds"])
+            of_best = ", of the steps that were best on these rows" if best else ""
+            say(f"{name}: {results['metric']} {scored} over {len(model['seeds'])} seeds{of_best}")
     kept = [workspace.folder / name for name in results.get("models", (MODEL,)) if (workspace.folder / name).exists()]
     say(f"done: {', '.join(map(str, [*kept, path]))}")
     return results

@@ -16,7 +16,7 @@ from effbert.config import SearchStage
 from effbert.data.batches import Batch, subset
 from effbert.engine import Phase, forget, train
 from effbert.evaluate import evaluate_rows
-from effbert.search.population import Evaluator, Member, Outcome, costs_of
+from effbert.search.population import Evaluator, Member, Outcome, costs_of, ranking_on
 from effbert.search.progress import Reporter
 from effbert.search.screen import make_screen
 from effbert.search.space import ArchitectureSpace
@@ -130,6 +130,7 @@ def mixed_tasks(workspace: Workspace, settings: SearchStage, epoch: int) -> Mixe
 
 def shared_candidates(workspace: Workspace, supernet: Supernet) -> Evaluator:
     """Evaluation of stage 3: the shared weights' score on the whole ranking split, without training."""
+    workspace = ranking_on(workspace, workspace.config.stage3)
     task = workspace.main_task
 
     def score(architecture: Architecture) -> dict:

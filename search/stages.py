@@ -10,6 +10,7 @@ the warm supernet and train it (effbert.search.population), stage 3 scores candi
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -285,11 +286,22 @@ def comparison(evaluations: Sequence[Evaluation], best: Evaluation) -> str:
     return text
 
 
-def warm_supernet(workspace: Workspace, reporter: Reporter) -> Supernet:
+FIRST_SUPERNET = "supernet-stage1"  # of the candidates' own text
+
+
+def candidate_start(workspace: Workspace, reporter: Reporter) -> tuple[Workspace, Supernet]:
+    """What the candidates of stages 1 and 2 learn from, and the warm supernet that they begin with."""
+    if not workspace.config.candidate_corpus:
+        return workspace, warm_supernet(workspace, reporter)
+    first = replace(workspace, corpus=workspace.candidate_corpus)
+    return first, warm_supernet(first, reporter, FIRST_SUPERNET)
+
+
+def warm_supernet(workspace: Workspace, reporter: Reporter, name: str = "supernet") -> Supernet:
     """The supernet after general distillation with all its weights, or begun with those of --start_from, kept in
-    <run>/supernet; data-parallel."""
-    config, target, world = workspace.config, workspace.folder / "supernet", workspace.world
-    phase = Phase(("supernet", "general"), config.seed, workspace.folder / "supernet.pt")
+    <run>/<name>; data-parallel."""
+    config, target, world = workspace.config, workspace.folder / name, workspace.world
+    phase = Phase((name, "general"), config.seed, workspace.folder / f"{name}.pt")
     if not target.exists():
         specs = [task.spec for task in workspace.tasks.values()]
         torch.manual_seed(random.key(config.seed, "supernet", "init"))

@@ -1,10 +1,13 @@
 """Raw tasks to token ids, cached on disk. The one idea: whatever a task asks, its rows become unpadded id lists plus
 numbers to compare against, and nothing after this file knows text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from effbert.data.batches import subset
 from effbert.data.cache import cached, dataset_fingerprint, tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -31,6 +34,19 @@ class EncodedTask:
         """What the task asks."""
         return self.raw.spec
 
+    def ranked_on(self, share: float) -> "EncodedTask":
+        """The task with the first `share` of its validation rows, one at least; of spans, of its questions."""
+        if share == 1:
+            return self
+        rows = subset(self.raw.validation, share)
+        validation = self.validation
+        if self.spec.kind == "spans":
+            windows = np.searchsorted(validation["example_index"], len(rows))  # in the order of the questions
+            validation = subset(validation, int(windows))
+        else:
+            validation = subset(validation, len(rows))
+        return EncodedTask(replace(self.raw, validation=rows), self.train, validation)
+
 
 def encode_task(
     task: "Task",
@@ -38,15 +54,17 @@ def encode_task(
     max_length: int,
     cache_dir: str | Path | None = None,
     *,
-    stride: int | None = None,
+    doc_stride: int = 0,
+    max_query_length: int = 0,
 ) -> EncodedTask:
     """`task` in ids of `tokenizer`, at most `max_length` a row; of a pair the longer text is cut first.
 
-    stride: ids shared by neighbouring windows of a span task, by default 128 or a third of `max_length`.
-    Raises ValueError if a split is empty or `max_length` leaves no room for text.
+    doc_stride, max_query_length: of the windows of a span task, as `squad.encode_spans` says; other tasks have none.
+    Raises ValueError if a split is empty or `max_length` leaves no room for text, and as `squad.check_windows` does.
     """
+    windows = {"doc_stride": doc_stride, "max_query_length": max_query_length}
     splits = (
-        encode_split(getattr(task, name), task.spec, tokenizer, max_length, cache_dir, stride=stride, name=name)
+        encode_split(getattr(task, name), task.spec, tokenizer, max_length, cache_dir, **windows, name=name)
         for name in ("train", "validation")
     )
     return EncodedTask(task, *splits)
@@ -59,7 +77,8 @@ def encode_split(
     max_length: int,
     cache_dir: str | Path | None = None,
     *,
-    stride: int | None = None,
+    doc_stride: int = 0,
+    max_query_length: int = 0,
     name: str,
 ) -> "Dataset":
     """One split of a task, called `name` in errors, as `encode_task` encodes it."""
@@ -68,19 +87,22 @@ def encode_split(
         raise ValueError(f"max_length {max_length} leaves no room for text between the special tokens")
     if len(dataset) == 0:
         raise ValueError(f"task {spec.name}: the {name} split is empty")
-    if spec.kind != "spans":
-        stride = 0
-    elif stride is None:
-        stride = min(128, max_length // 3)
-    key = ("task", spec.kind, dataset_fingerprint(dataset), tokenizer_fingerprint(tokenizer), max_length, stride)
-    return cached(key, lambda: _pieces(dataset, spec, tokenizer, max_length, stride), cache_dir)
+    windows = (doc_stride, max_query_length) if spec.kind == "spans" else (0,)  # so entries of other tasks stay valid
+    key = ("task", spec.kind, dataset_fingerprint(dataset), tokenizer_fingerprint(tokenizer), max_length, *windows)
+    return cached(key, lambda: _pieces(dataset, spec, tokenizer, max_length, windows), cache_dir)
 
 
-def _pieces(dataset: "Dataset", spec: "TaskSpec", tokenizer: "PreTrainedTokenizerBase", max_length: int, stride: int):
+def _pieces(
+    dataset: "Dataset",
+    spec: "TaskSpec",
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    windows: tuple[int, ...],
+):
     if spec.kind == "spans":
         from effbert.data.squad import encode_spans
 
-        yield encode_spans(dataset, tokenizer, max_length, stride)
+        yield encode_spans(dataset, tokenizer, max_length, *windows)
         return
     for rows in dataset.iter(_PIECE):
         yield _encode_rows(rows, spec, tokenizer, max_length)

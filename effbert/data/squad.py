@@ -22,7 +22,7 @@ from effbert.data.tasks import Task, TaskSpec, plain_name
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 NAMES = ("squad", "squad2.0")
 HUB = {"squad": "rajpurkar/squad", "squad2.0": "rajpurkar/squad_v2"}
@@ -30,7 +30,8 @@ VERSIONS = {
     **dict.fromkeys(("squad", "squad1.1", "squadv1", "squadv1.1"), "1.1"),
     **dict.fromkeys(("squad2", "squad2.0", "squadv2", "squadv2.0"), "2.0"),
 }
-LONGEST_QUESTION = 64  # tokens kept of a question, as in the BERT paper's code; never more than a quarter of the window
+LONGEST_QUESTION = 64  # tokens kept of a question, unless said otherwise; never more than a quarter of the window
+MOST_SHARED = 128  # tokens that neighbouring windows share, unless said otherwise; never more than a third of them
 
 
 def load_task(name: str, data_dir: str | PathLike[str] | None = None) -> Task:
@@ -110,25 +111,30 @@ def references(dataset: datasets.Dataset) -> dict[str, list[str]]:
 
 
 def encode_spans(
-    dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 384, stride: int = 128
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int = 384,
+    doc_stride: int = 0,
+    max_query_length: int = 0,
 ) -> datasets.Dataset:
-    """Question and context as windows of at most `max_length` tokens, neighbours sharing `stride` tokens of context.
+    """Question and context as windows of at most `max_length` tokens, which begin `doc_stride` tokens of context apart.
+
+    doc_stride is BERT's: how many tokens neighbours share depends on the question's length; with 0 they share 128 (a
+    third of `max_length` if that is less) whatever it is. The question is cut to `max_query_length` tokens, special
+    ones not counted (BERT's code does not count them, EfficientBERT's counts two); 0: 64, or a quarter of `max_length`.
 
     One row a window, not padded: input_ids; token_type_ids if the tokenizer makes them; start_positions and
     end_positions, the first and last token of the first answer, both 0 (the CLS token) where this window does not hold
     all of it; example_index, the row of `dataset`; offset_start and offset_end, the characters of the context that
-    each token covers, surrounding blanks excluded, -1 outside the context and for blanks. The question is cut to 64
-    tokens (a quarter of `max_length` if that is less). Raises ValueError for a tokenizer without offsets or without CLS
-    in front, and for too wide a stride.
+    each token covers, surrounding blanks excluded, -1 outside the context and for blanks. Raises ValueError for a
+    tokenizer without offsets or without CLS in front, and as `check_windows` does.
     """
     from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-    longest = min(LONGEST_QUESTION, max_length // 4)
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} reports no character offsets: use its fast version for spans")
-    room = max_length - longest - tokenizer.num_special_tokens_to_add(pair=True)
-    if not 0 <= stride < room:
-        raise ValueError(f"stride {stride} should be from 0 to {room - 1}, as max_length is {max_length}")
+    check_windows(max_length, tokenizer.num_special_tokens_to_add(pair=True), doc_stride, max_query_length)
+    longest = max_query_length or _usual_question(max_length)
     types = {"input_ids": List(Value("int32"))}
     if "token_type_ids" in tokenizer.model_input_names:
         types["token_type_ids"] = List(Value("int8"))
@@ -137,13 +143,41 @@ def encode_spans(
     parts = []
     for first in range(0, max(len(dataset), 1), 1000):
         examples = dataset.select(range(first, min(first + 1000, len(dataset)))).to_list()
-        windows = _windows(examples, first, tokenizer, max_length, stride, longest)
+        windows = _windows(examples, first, tokenizer, max_length, doc_stride, longest)
         columns = {name: [] for name in types}
         for window in windows:
             for name, column in columns.items():
                 column.append(window[name])
         parts.append(Dataset.from_dict(columns, features=Features(types)))
     return concatenate_datasets(parts)
+
+
+def check_windows(max_length: int, special_tokens: int, doc_stride: int = 0, max_query_length: int = 0) -> None:
+    """ValueError, one line, where the windows of `encode_spans` would leave gaps beside the longest question, or hold
+    no more context than they share."""
+    for name, value in (("doc_stride", doc_stride), ("max_query_length", max_query_length)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}: it must be at least 0")
+    longest = max_query_length or _usual_question(max_length)
+    room, least = max_length - longest - special_tokens, doc_stride or _usually_shared(max_length) + 1
+    if room >= least:
+        return
+    beside = f"beside a question of {longest} tokens and {special_tokens} special ones"
+    windows = f"windows of max_length {max_length} hold {max(room, 0)} tokens of context {beside}"
+    if doc_stride and room > 0:
+        raise ValueError(f"doc_stride is {doc_stride}, but {windows}: give at most {room}")
+    name, value, right = "max_length", max_length, "a greater one"
+    if max_query_length:
+        name, value, right = "max_query_length", longest, f"at most {max(1, max_length - special_tokens - least)}"
+    raise ValueError(f"{name} is {value}: {windows}, where {least} are needed: give {right}")
+
+
+def _usual_question(max_length: int) -> int:
+    return min(LONGEST_QUESTION, max_length // 4)
+
+
+def _usually_shared(max_length: int) -> int:
+    return min(MOST_SHARED, max_length // 3)
 
 
 @dataclass(frozen=True)
@@ -254,44 +288,72 @@ def _windows(
     first_index: int,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    stride: int,
+    doc_stride: int,
     longest_question: int,
 ) -> Iterator[dict[str, Any]]:
+    """The windows of `examples` in their order. The tokenizer takes one number of shared tokens a call, so questions
+    that leave their windows the same share are encoded together."""
     if not examples:
         return
-    encoded = tokenizer(
-        _cut_questions([example["question"] for example in examples], tokenizer, longest_question),
-        [example["context"] for example in examples],
-        truncation="only_second",
-        max_length=max_length,
-        stride=stride,
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
-        padding=False,
-    )
-    for window, row in enumerate(encoded["overflow_to_sample_mapping"]):
-        example = examples[row]
-        input_ids = encoded["input_ids"][window]
-        if tokenizer.cls_token_id is None or input_ids[0] != tokenizer.cls_token_id:
-            raise ValueError(f"{type(tokenizer).__name__} puts no CLS token first, which stands for 'no answer here'")
-        inside = [part == 1 for part in encoded.sequence_ids(window)]
-        offsets = _context_offsets(encoded["offset_mapping"][window], inside, example["context"])
-        start, end = _positions(offsets, example["context"], example["answers"])
-        yield {
-            "input_ids": input_ids,
-            "token_type_ids": encoded["token_type_ids"][window] if "token_type_ids" in encoded else None,
-            "start_positions": start,
-            "end_positions": end,
-            "example_index": first_index + row,
-            "offset_start": offsets[:, 0],
-            "offset_end": offsets[:, 1],
-        }
+    questions = _cut_questions([example["question"] for example in examples], tokenizer, longest_question)
+    found: list[list[dict[str, Any]]] = [[] for _ in examples]
+    for shared, rows in _rows_by_share(questions, tokenizer, max_length, doc_stride).items():
+        encoded = tokenizer(
+            [questions[row] for row in rows],
+            [examples[row]["context"] for row in rows],
+            truncation="only_second",
+            max_length=max_length,
+            stride=shared,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            padding=False,
+        )
+        for window, place in enumerate(encoded["overflow_to_sample_mapping"]):
+            row = rows[place]
+            found[row].append(_window(encoded, window, examples[row], first_index + row, tokenizer))
+    for windows in found:
+        yield from windows
+
+
+def _rows_by_share(
+    questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int
+) -> dict[int, list[int]]:
+    """Tokens that neighbouring windows share -> the questions for which they do."""
+    if not doc_stride:
+        return {_usually_shared(max_length): list(range(len(questions)))}
+    room, rows = max_length - tokenizer.num_special_tokens_to_add(pair=True), {}
+    for row, ids in enumerate(tokenizer(list(questions), add_special_tokens=False)["input_ids"]):
+        shared = max(0, room - len(ids) - doc_stride)  # a cut question may have become a token longer
+        rows.setdefault(shared, []).append(row)
+    return rows
+
+
+def _window(
+    encoded: BatchEncoding, window: int, example: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """One row of `encode_spans`, of the example that is row `index` of the data set."""
+    input_ids = encoded["input_ids"][window]
+    if tokenizer.cls_token_id is None or input_ids[0] != tokenizer.cls_token_id:
+        raise ValueError(f"{type(tokenizer).__name__} puts no CLS token first, which stands for 'no answer here'")
+    inside = [part == 1 for part in encoded.sequence_ids(window)]
+    offsets = _context_offsets(encoded["offset_mapping"][window], inside, example["context"])
+    start, end = _positions(offsets, example["context"], example["answers"])
+    return {
+        "input_ids": input_ids,
+        "token_type_ids": encoded["token_type_ids"][window] if "token_type_ids" in encoded else None,
+        "start_positions": start,
+        "end_positions": end,
+        "example_index": index,
+        "offset_start": offsets[:, 0],
+        "offset_end": offsets[:, 1],
+    }
 
 
 def _cut_questions(questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, longest: int) -> list[str]:
+    """The questions' first `longest` tokens as text; of a character that is several tokens all or none."""
     questions = [question.strip() for question in questions]
     offsets = tokenizer(list(questions), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return [q[: o[longest - 1][1]] if len(o) > longest else q for q, o in zip(questions, offsets, strict=True)]
+    return [q[: o[longest][0]].rstrip() if len(o) > longest else q for q, o in zip(questions, offsets, strict=True)]
 
 
 def _context_offsets(offsets: Sequence[tuple[int, int]], inside: Sequence[bool], context: str) -> np.ndarray:

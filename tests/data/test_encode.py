@@ -68,6 +68,20 @@ def test_spans_become_windows_with_positions(tokenizer, tmp_path):
     assert tokenizer.decode(answer) == "red fox"
 
 
+def test_windows_are_part_of_a_span_tasks_cache_and_nothing_to_other_tasks(tokenizer, tmp_path):
+    answers = {"text": ["red fox"], "answer_start": [4]}
+    columns = {"id": ["q"], "question": ["a dog"], "context": [f"{ONE} " * 9], "answers": [answers]}
+    spans, plain = _task(columns, "spans", ()), _task({"text_a": [ONE], "label": [1]})
+    windows = ({}, {"doc_stride": 5}, {"max_query_length": 1}, {"doc_stride": 5, "max_query_length": 1})
+    trains = [encode_task(spans, tokenizer, 24, tmp_path, **more).train for more in windows]
+    assert len({str(train[:]) for train in trains}) == len({train.cache_files[0]["filename"] for train in trains}) == 4
+    whole, five, one, both = (train["input_ids"] for train in trains)
+    assert both[0][3 + 5 : -1] == both[1][3:-6] and five[0][4 + 5 : -1] == five[1][4:-6]
+    assert [ids.index(tokenizer.sep_token_id) for ids in (whole[0], one[0])] == [3, 2]
+    files = {encode_task(plain, tokenizer, 24, tmp_path, **more).train.cache_files[0]["filename"] for more in windows}
+    assert len(files) == 1
+
+
 def test_empty_splits_and_too_short_lengths_are_refused(tokenizer, tmp_path):
     task = _task({"text_a": [ONE], "label": [1]})
     with pytest.raises(ValueError, match="max_length 2 leaves no room"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -13,6 +14,7 @@ from tokenizers import BertWordPieceTokenizer, Tokenizer, decoders, models, pre_
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
 from effbert.data.squad import (
+    _cut_questions,
     _dataset,
     decode_spans,
     encode_spans,
@@ -98,7 +100,7 @@ def marked_contexts(draw):
 @given(marked=marked_contexts())
 def test_answers_come_back_exactly_through_windows(name, marked):
     examples = _dataset([example("Nothing here.", None, key="other"), example(*marked)])
-    features = encode_spans(examples, TOKENIZERS[name], max_length=96, stride=48)
+    features = encode_spans(examples, TOKENIZERS[name], max_length=96, doc_stride=20)
     for window in features:
         inside = [token for token, end in enumerate(window["offset_end"]) if end >= 0]
         assert len(window["input_ids"]) <= 96 and inside and window["input_ids"][0] == TOKENIZERS[name].cls_token_id
@@ -115,35 +117,106 @@ def test_answers_come_back_exactly_through_windows(name, marked):
     assert answers["q"] == marked[1]
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_windows_together_cover_the_context_and_share_the_stride(name):
-    context = " ".join(WORDS * 8)
-    features = encode_spans(_dataset([example(context, None)]), TOKENIZERS[name], max_length=64, stride=20)
-    assert len(features) > 2
-    prefix = TOKENIZERS[name](example("", None)["question"].strip(), context).sequence_ids().index(1)
-    covered, previous = set(), None
+CONTEXT = " ".join(WORDS * 8)
+QUESTIONS = ("Who?", "Who wrote it first, and when?", "wrote " * 40, "?", "日本 " * 20)  # the longer ones are cut
+
+
+def windows_of(questions, name, **settings):
+    """For each question the context's tokens in each of its windows, in a data set of several lengths; the features."""
+    tokenizer = TOKENIZERS[name]
+    rows = [example(CONTEXT, None, key=str(n), question=question) for n, question in enumerate(questions)]
+    features = encode_spans(_dataset(rows), tokenizer, **settings)
+    assert features["example_index"] == sorted(features["example_index"])
+    whole = tokenizer(CONTEXT, add_special_tokens=False)["input_ids"]
+    found = [[] for _ in rows]
     for window in features:
-        inside = window["input_ids"][prefix:-1]
-        if previous is not None:
-            assert previous[-20:] == inside[:20]
-        previous = inside
-        for start, end in zip(window["offset_start"], window["offset_end"], strict=True):
-            covered |= set(range(start, end))
-    assert covered == {place for place, letter in enumerate(context) if not letter.isspace()}
+        ids, end = window["input_ids"], len(window["input_ids"]) - 1
+        inside = [token for token, place in enumerate(window["offset_end"]) if place >= 0]
+        before = len(ids) - 1 - ids[:-1][::-1].index(tokenizer.sep_token_id)  # the context begins after the middle SEP
+        assert inside[0] in (before, before + 1)  # a blank of its own may come first
+        found[window["example_index"]].append(ids[before:end])
+    return found, whole, features
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("doc_stride", [1, 7, 45])
+def test_windows_begin_a_stride_apart_and_cover_the_context_whatever_the_questions_length(name, doc_stride):
+    special = TOKENIZERS[name].num_special_tokens_to_add(pair=True)
+    settings = {"max_length": 64 + special - 3, "doc_stride": doc_stride}
+    found, whole, features = windows_of(QUESTIONS, name, **settings)
+    rooms = set()
+    for windows in found:
+        room = len(windows[0])
+        assert len(windows) > 1 and all(len(window) == room for window in windows[:-1])
+        assert windows == [whole[doc_stride * n :][:room] for n in range(len(windows))]
+        last = doc_stride * (len(windows) - 1)
+        assert last + len(windows[-1]) == len(whole) > last - doc_stride + room  # all of it, and no window too many
+        rooms.add(room)
+    assert len(rooms) > 2 and min(rooms) >= 45
+    covered = {place for row in features for pair in zip(row["offset_start"], row["offset_end"], strict=True)
+               for place in range(*pair)}  # fmt: skip
+    assert covered == {place for place, letter in enumerate(CONTEXT) if not letter.isspace()}
     assert ("token_type_ids" in features.column_names) == (name == "wordpiece")
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_without_a_stride_neighbours_share_a_third_of_the_window_whatever_the_questions_length(name):
+    found, whole, _ = windows_of(QUESTIONS, name, max_length=66)
+    for windows in found:
+        assert len(windows) > 1
+        assert all(before[-22:] == after[:22] for before, after in pairwise(windows))
+        assert len(whole) == sum(len(window) - 22 for window in windows) + 22
+
+
+def test_windows_begin_as_in_berts_code():
+    """Its loop, over the tokens of a context, with the published numbers."""
+    tokenizer, context = TOKENIZERS["wordpiece"], " ".join(WORDS * 9)
+    rows = [example(context, None, key=str(n), question="wrote " * n) for n in range(0, 80, 5)]
+    features = encode_spans(_dataset(rows), tokenizer, max_length=128, doc_stride=32, max_query_length=62)
+    whole, expected = tokenizer(context, add_special_tokens=False)["input_ids"], []
+    for row in rows:
+        question = tokenizer(row["question"], add_special_tokens=False)["input_ids"][:62]
+        start, room = 0, 128 - len(question) - 3
+        while start < len(whole):
+            part = whole[start : start + room]
+            expected.append([2, *question, 3, *part, 3])
+            if start + len(part) == len(whole):
+                break
+            start += min(len(part), 32)
+    assert (tokenizer.cls_token_id, tokenizer.sep_token_id) == (2, 3) and features["input_ids"] == expected
+
+
+def test_a_long_question_is_cut_to_what_is_asked_for():
+    tokenizer = TOKENIZERS["wordpiece"]
+    rows = [example("Ada wrote it.", "Ada", question=question) for question in ("wrote Babbage " * 50, "the first")]
+    for longest in (1, 9, 40):
+        features = encode_spans(_dataset(rows), tokenizer, max_length=128, max_query_length=longest)
+        uncut = [tokenizer(row["question"], add_special_tokens=False)["input_ids"] for row in rows]
+        for window, question in zip(features, uncut, strict=True):
+            assert window["input_ids"][1 : window["input_ids"].index(tokenizer.sep_token_id)] == question[:longest]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=40, deadline=None)
+@given(question=st.text(st.sampled_from("aA wW日é'r, "), max_size=60), longest=st.integers(1, 12))
+def test_a_cut_question_is_no_longer_than_asked_for_and_begins_the_whole_one(name, question, longest):
+    (cut,) = _cut_questions([question], TOKENIZERS[name], longest)
+    whole, kept = (TOKENIZERS[name](text, add_special_tokens=False)["input_ids"] for text in (question.strip(), cut))
+    assert question.strip().startswith(cut) and len(kept) <= longest
+    assert kept == whole or len(whole) > longest
 
 
 def test_an_answer_cut_by_the_window_is_no_answer_there():
     context = " ".join(["wrote"] * 200)
     tokenizer = TOKENIZERS["wordpiece"]
     examples = _dataset([example(context, context)])
-    features = encode_spans(examples, tokenizer, max_length=64, stride=8)
+    features = encode_spans(examples, tokenizer, max_length=64, doc_stride=32)
     assert set(features["start_positions"]) == {0} and set(features["end_positions"]) == {0}
 
 
 def test_a_long_question_is_cut_to_a_quarter_of_the_window():
     long = example("Ada wrote it.", "Ada", question="wrote " * 500)
-    features = encode_spans(_dataset([long]), TOKENIZERS["wordpiece"], max_length=64, stride=8)
+    features = encode_spans(_dataset([long]), TOKENIZERS["wordpiece"], max_length=64)
     assert len(features) == 1
     assert features[0]["offset_end"].count(-1) == 16 + 3
     assert features[0]["start_positions"] == 18
@@ -154,15 +227,35 @@ def test_no_rows_make_no_windows():
     assert len(features) == 0 and "offset_start" in features.column_names
 
 
-@pytest.mark.parametrize("stride", [-1, 45, 128])
-def test_a_stride_that_does_not_fit_is_refused(stride):
-    with pytest.raises(ValueError, match="from 0 to 44, as max_length is 64"):
-        encode_spans(_dataset([example("Ada", "Ada")]), TOKENIZERS["wordpiece"], max_length=64, stride=stride)
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"doc_stride": -1}, "doc_stride is -1: it must be at least 0"),
+        ({"max_query_length": -1}, "max_query_length is -1: it must be at least 0"),
+        ({"doc_stride": 46}, "doc_stride is 46, but .* 45 tokens .* beside a question of 16 .*: give at most 45"),
+        ({"doc_stride": 42, "max_query_length": 20}, "doc_stride is 42, but .*: give at most 41"),
+        ({"doc_stride": 32, "max_query_length": 62}, "max_query_length is 62: .* hold 0 tokens .*: give at most 29"),
+        ({"max_query_length": 40}, "max_query_length is 40: .* where 22 are needed: give at most 39"),
+        ({"max_length": 6}, "max_length is 6: .* hold 2 tokens .*: give a greater one"),
+    ],
+)
+def test_windows_that_would_leave_gaps_are_refused(settings, says):
+    settings = {"max_length": 64, **settings}
+    with pytest.raises(ValueError, match=says) as caught:
+        encode_spans(_dataset([example("Ada", "Ada")]), TOKENIZERS["wordpiece"], **settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [{"doc_stride": 45}, {"doc_stride": 1, "max_query_length": 60}])
+def test_the_widest_that_is_advised_is_taken(settings):
+    rows = [example(CONTEXT, None, question="wrote " * 200)]
+    features = encode_spans(_dataset(rows), TOKENIZERS["wordpiece"], max_length=64, **settings)
+    assert len(features) > 3 and {len(row) for row in features["input_ids"][:-1]} == {64}
 
 
 def test_the_best_span_is_the_exact_maximum_over_all_spans():
     examples = _dataset([example(" ".join(WORDS), None)])
-    features = encode_spans(examples, TOKENIZERS["wordpiece"], max_length=96, stride=0)
+    features = encode_spans(examples, TOKENIZERS["wordpiece"], max_length=128)
     window, rng = features[0], np.random.default_rng(0)
     tokens = [token for token, end in enumerate(window["offset_end"]) if end >= 0]
     for _ in range(20):
@@ -188,7 +281,7 @@ def test_no_answer_needs_version_2_and_a_margin_above_the_threshold():
 def test_one_window_sure_of_an_answer_outvotes_windows_without():
     """The null score is the smallest over the windows: a window that lacks the answer says nothing of the others."""
     examples = _dataset([example(" ".join(["wrote"] * 100 + ["Ada"]), "Ada", 600)])
-    features = encode_spans(examples, TOKENIZERS["wordpiece"], max_length=64, stride=8)
+    features = encode_spans(examples, TOKENIZERS["wordpiece"], max_length=64, doc_stride=32)
     assert len(features) > 1
     assert decode_spans(*oracle_logits(features), features, examples, version2=True) == {"q": "Ada"}
 
@@ -300,7 +393,7 @@ def test_validation_and_questions_are_read_alone(tmp_path):
 
 def test_the_n_best_are_the_highest_spans_over_all_windows_each_text_once():
     examples = _dataset([example(" ".join(["wrote"] * 40 + ["Ada", "the", "first"]), None)])
-    features = encode_spans(examples, TOKENIZERS["wordpiece"], max_length=64, stride=16)
+    features = encode_spans(examples, TOKENIZERS["wordpiece"], max_length=64, doc_stride=24)
     rng = np.random.default_rng(0)
     start, end = ([rng.normal(size=len(window["input_ids"])) for window in features] for _ in "se")
     every: dict[str, float] = {}
@@ -375,7 +468,7 @@ def test_real_answers_come_back_exactly_from_bert_windows(name):
     vocabulary = real("vocab/bert-base-uncased-vocab.txt")
     tokenizer = BertTokenizerFast(tokenizer_object=BertWordPieceTokenizer(str(vocabulary), lowercase=True)._tokenizer)
     examples = load_task(name, real("squad")).validation.select(range(400))
-    features = encode_spans(examples, tokenizer, max_length=160, stride=64)
+    features = encode_spans(examples, tokenizer, max_length=160, doc_stride=50)
     assert len(features) > 400
     answers = decode_spans(*oracle_logits(features), features, examples, version2=name == "squad2.0")
     whole_words = 0

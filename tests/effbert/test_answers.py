@@ -230,7 +230,7 @@ def test_own_rows_that_do_not_go_with_the_model(trained, label, more, says, tmp_
 
 def oracle(self: SavedModel, rows, name):
     """Logits of a model that knows the first answer, and sees at token 0 where there is none."""
-    encoded = squad.encode_spans(rows, self.tokenizer, self.max_length, 8)
+    encoded = squad.encode_spans(rows, self.tokenizer, self.max_length)
     logits = [np.zeros((len(window["input_ids"]), 2), np.float32) for window in encoded]
     for values, window in zip(logits, encoded, strict=True):
         values[window["start_positions"], 0] = values[window["end_positions"], 1] = 5.0
@@ -249,6 +249,24 @@ def test_squad_scores_of_a_model_that_knows(task, tmp_path, tokenizer, monkeypat
         assert (known["HasAns_exact"], known["NoAns_exact"], known["best_exact"], known["total"]) == (1, 1, 1, 2)
         strict = evaluate_saved(folder, task, tmp_path / "data", null_threshold=-100.0)["validation"]
         assert (strict["HasAns_exact"], strict["NoAns_exact"]) == (0, 1)
+
+
+def test_windows_are_those_that_are_asked_for(tmp_path, tokenizer):
+    """And part of what a prediction that was killed is known by; a task without windows has none."""
+    write_squad(tmp_path, "1.1")
+    folder = save_bert(tmp_path / "model", "squad", tokenizer)
+    rows = squad.load_validation("squad", tmp_path)
+    readings = [Reading(doc_stride=stride, max_query_length=question) for stride in (0, 7) for question in (0, 2)]
+    found = []
+    for reading in readings:
+        model = open_model(folder, spec_of("squad"), reading)
+        encoded, logits = model.logits(rows, "validation")
+        wanted = squad.encode_spans(rows, tokenizer, 64, reading.doc_stride, reading.max_query_length)
+        assert encoded["input_ids"] == wanted["input_ids"] and len(logits) == len(wanted)
+        found.append(model.fingerprint())
+    assert len(set(found)) == 4
+    other = save_bert(tmp_path / "other", "rte", tokenizer)
+    assert len({open_model(other, spec_of("rte"), reading).fingerprint() for reading in readings}) == 1
 
 
 def everything(tmp_path, tokenizer) -> dict[str, str]:
@@ -445,6 +463,7 @@ def test_texts_are_as_long_as_a_student_learnt_with(family, says, task, read, to
         ("mrpc", "mrpc", {"max_length": 65}, "the model reads texts of at most 64 tokens: --max_length 65 is too long"),
         ("mrpc", "mrpc", {"max_length": 4}, "max_length 4 leaves no room for text"),
         ("mrpc", "mrpc", {"device": "gpu"}, "--device gpu"),
+        ("squad", "squad", {"doc_stride": 50}, "doc_stride is 50, but windows of max_length 64 hold 45 tokens"),
     ],
 )
 def test_a_model_that_cannot_answer_is_refused(task, trained, reading, says, tmp_path, tokenizer):
@@ -523,6 +542,8 @@ def test_the_commands(capsys, tmp_path, tokenizer):
             "--data_dir and --validation_file exclude each other",
         ),
         (("evaluate", "a", "--task", "rte", "--per_device_eval_batch_size", "0"), "it must be at least 1"),
+        (("evaluate", "a", "--task", "squad", "--doc_stride", "-1"), "--doc_stride -1: it must be at least 0"),
+        (("predict", "squad=a", "--output", "x", "--max_query_length", "-1"), "--max_query_length -1"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(arguments, says, capsys, tmp_path, monkeypatch):

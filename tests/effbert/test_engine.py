@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import zipfile
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -132,6 +133,56 @@ def test_a_checkpoint_that_misses_a_part_is_one_line(tmp_path):
     checkpoint.save(phase.checkpoint, phase.fingerprint, {"step": 1})
     with pytest.raises(ValueError, match="does not fit this phase"):
         run(phase)
+
+
+def ranked(folder, moment=None):
+    """A phase that ends with its best step, by a score that goes up and down with the weights; killed at a step."""
+    arguments = replace(ARGUMENTS, load_best_model_at_end=True, eval_steps=4)
+    folder.mkdir(exist_ok=True)
+    model, seen = Tiny(), []
+
+    def rank():
+        assert not model.training
+        score = float(torch.sin(5000 * model.out.weight.detach().sum()))
+        seen.append((score, [parameter.detach().clone() for parameter in model.parameters()]))
+        return score
+
+    def kill(step, total):
+        if step == moment:
+            raise Killed
+
+    phase = Phase(("p",), 3, folder / "p.pt", save_seconds=-1.0)
+    result = train(model, plan_of, lambda b, n: model(b), arguments, phase, rank=rank, on_step=kill)
+    return model, result, seen
+
+
+def test_a_phase_ends_with_the_weights_of_its_best_step(tmp_path):
+    model, result, seen = ranked(tmp_path / "a")
+    steps = [4, 6, 10, 12, 16, 18]  # every fourth of an epoch of six, and its last
+    best = max(range(len(seen)), key=lambda index: seen[index][0])
+    assert (len(seen), result.steps, result.best_step) == (len(steps), 18, steps[best]) and 0 < best < 5
+    for parameter, kept in zip(model.parameters(), seen[best][1], strict=True):
+        assert torch.equal(parameter, kept)
+    last, plain = run(Phase(("p",), 3))
+    assert plain.best_step == 0 and not torch.equal(last.out.weight, model.out.weight)
+
+
+@pytest.mark.parametrize("moment", [5, 7, 11, 17])
+def test_the_best_step_survives_a_kill(tmp_path, moment):
+    whole, expected, _ = ranked(tmp_path / "a")
+    with pytest.raises(Killed):
+        ranked(tmp_path / "b", moment)
+    model, result, _ = ranked(tmp_path / "b")
+    assert_same(model, whole)
+    assert (result.best_step, result.loss) == (expected.best_step, expected.loss)
+    again, result, _ = ranked(tmp_path / "b")  # what ended, from its last checkpoint
+    assert_same(again, whole)
+    assert result.best_step == expected.best_step
+
+
+def test_eval_steps_without_a_choice_to_make_are_refused():
+    with pytest.raises(ValueError, match="nothing is chosen by it"):
+        TrainingArguments(eval_steps=5)
 
 
 def test_accumulated_gradients_are_the_mean_over_the_group():

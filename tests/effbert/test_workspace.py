@@ -168,6 +168,22 @@ def test_a_spans_task_gets_a_head_of_two_outputs_over_any_other(config, tmp_path
     assert teacher.trace(*rooms.model_inputs(batch)).logits.shape == (*batch.input_ids.shape, 2)
 
 
+def test_a_runs_windows_are_those_of_its_settings(config, tmp_path):
+    for name in ("train", "dev"):
+        asked = {"question": "who ran?", "answers": [{"text": "red", "answer_start": 4}]}
+        rows = [{"context": f"the red cat ran {n} " * 9, "qas": [{"id": str(n), **asked}]} for n in range(4)]
+        (tmp_path / f"{name}-v1.1.json").write_text(json.dumps({"data": [{"paragraphs": rows}]}))
+    own = {"task": "squad", "data_dir": str(tmp_path), "train_file": "", "validation_file": "", "text_columns": ()}
+    config = dataclasses.replace(config, **own, doc_stride=3, max_query_length=1)
+    workspace, _ = opened(config, tmp_path / "run", teachers=False)
+    for task in (workspace.main_task, workspace.held_out["squad"]):
+        for windows in (task.train, task.validation):
+            first, second = windows["input_ids"][:2]
+            assert first[2] == second[2] == workspace.tokenizer.sep_token_id  # after a question of one token
+            assert first[3 + 3 : -1] == second[3:-4] and len(first) == 16
+    assert "doc_stride is 13" in refused(dataclasses.replace(config, doc_stride=13), tmp_path / "other")
+
+
 def test_what_is_kept_is_read_back_and_a_checkpoint_left_beside_it_is_forgotten(config, tmp_path, monkeypatch):
     config = dataclasses.replace(config, teacher="")
     first, _ = opened(config, tmp_path / "run")

@@ -68,8 +68,25 @@ def test_others_of_the_front_are_forecast_where_costs_count(workspace):
 
 def test_scoring_is_counted_for_every_candidate(workspace):
     scoring = parts(workspace, Rates(0.0, 0.0, 0.0, 1.0, "test"))
-    assert scoring["stage3"].seconds == workspace.config.stage3.num_candidates * forecast.Drawn(workspace).ranking()
+    assert scoring["stage3"].seconds == workspace.config.stage3.num_candidates * forecast.Drawn(workspace).ranking(1.0)
     assert scoring["stage1"].seconds > 0 and scoring["supernet"].seconds == 0
+    fewer = stage(workspace, ranking_share=0.5)
+    assert parts(fewer, Rates(0.0, 0.0, 0.0, 1.0, "test"))["stage1"].seconds < scoring["stage1"].seconds
+
+
+def test_a_supernet_of_the_candidates_and_the_scores_of_best_steps_are_counted(workspace):
+    half = [sequences.select(range(len(sequences) // 2)) for sequences in workspace.corpus]
+    two = dataclasses.replace(changed(workspace, candidate_corpus=("other",)), candidate_corpus=half)
+    one, found = parts(workspace), parts(two)
+    assert list(found)[:2] == ["first", "supernet"] and "first" not in one
+    assert found["supernet"] == one["supernet"] and 0 < found["first"].tokens < one["supernet"].tokens
+    assert found["stage1"].tokens < one["stage1"].tokens and found["final"].tokens == one["final"].tokens
+    final, data = workspace.config.final, forecast.Drawn(workspace)
+    best = dataclasses.replace(final.task_phase, load_best_model_at_end=True, eval_steps=10, num_train_epochs=2)
+    steps = data.batches(final.task_share, best.per_device_train_batch_size)
+    drawn = sum(step % 10 == 0 or step == steps for step in range(1, steps + 1))
+    chosen = dataclasses.replace(final, task_phase=best)
+    assert forecast.times_scored(chosen, data) == 2 * drawn > 2 and forecast.times_scored(final, data) == 0
 
 
 def test_assumed_rates_follow_the_sizes_and_measured_ones_are_times(workspace):

@@ -9,9 +9,11 @@ import pytest
 import torch
 import transformers
 from rich.console import Console
+from safetensors.torch import load_file
 
 from effbert.config import PRESETS
 from effbert.data.tokenizer import train_wordpiece
+from effbert.search import run
 from effbert.search.pareto import best_front
 from effbert.search.progress import Reporter
 from effbert.search.record import read_record
@@ -47,6 +49,45 @@ def tiny(tmp_path, **changes):
 def search(config):
     output = io.StringIO()
     return run_search(config, Reporter(Console(file=output, width=200))), output.getvalue()
+
+
+def test_candidates_may_learn_from_another_text_than_the_rest(tmp_path, monkeypatch):
+    """With a supernet of their own, and killed between the two, as if undisturbed."""
+    chance, texts = random.Random(3), []
+    for name, count in {"first": 60, "second": 20}.items():
+        texts.append(tmp_path / f"{name}.txt")
+        texts[-1].write_text("\n".join(sentence(chance, 30) + "." for _ in range(count)))
+    config = tiny(tmp_path, corpus=(str(texts[1]),), candidate_corpus=(str(texts[0]),), agreement_candidates=2)
+    config = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, general_share=1.0, rungs=(1.0,)))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "shared_supernet", killed)
+        with pytest.raises(KeyboardInterrupt):
+            search(config)
+    folder = tmp_path / "run"
+    assert (folder / "supernet-stage1").is_dir() and (folder / "supernet").is_dir()
+    results, _ = search(config)
+    whole, _ = search(dataclasses.replace(config, output_dir=str(tmp_path / "whole")))
+    assert results["winner"] == whole["winner"] and results["table"][1]["score"] == whole["table"][1]["score"]
+    record = read_record(folder)
+    assert {"supernet", "supernet-stage1", "stage3/supernet"} <= set(record.training)
+    plain = dataclasses.replace(config, candidate_corpus=(), output_dir=str(tmp_path / "plain"))
+    search(plain)
+    same = load_file(folder / "supernet" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "plain" / "supernet" / "model.safetensors").items():
+        assert torch.equal(tensor, same[name])  # of the same text
+    own = load_file(folder / "supernet-stage1" / "model.safetensors")
+    assert not torch.equal(own["effbert.layers.0.mlps.0.dense1.weight"], same["effbert.layers.0.mlps.0.dense1.weight"])
+    seen = {name: read_record(tmp_path / name).stages["stage1"][1].attrs["tokens"] for name in ("run", "plain")}
+    assert seen["run"] > seen["plain"]  # a longer text, the same rows
+    with pytest.raises(ValueError, match="the candidates' corpus changed since this run began"):
+        texts[0].write_text(texts[0].read_text() + "one more.\n")
+        search(config)
+    with pytest.raises(ValueError, match="leave one of them out"):
+        dataclasses.replace(config, start_from=(str(folder / "supernet"),))
 
 
 def write_squad(folder, rows=30):

@@ -17,6 +17,7 @@ from transformers import BertConfig, BertModel
 
 from commands import Command, finished
 from effbert.__main__ import main
+from effbert.answers import Reading
 from effbert.config import GLUE_TASKS, PRESETS, StudentArguments
 from effbert.parallel import World
 from effbert.search import paper, report
@@ -34,7 +35,19 @@ def smoke(folder, *more):
 def test_the_published_plan_has_all_tasks_and_each_its_own_settings(tmp_path):
     config = PAPERS["paper"]()
     assert config.tasks_at_last == (*GLUE_TASKS, "wnli", "squad", "squad2.0")
-    assert config.of_task("CoLA") == {"epochs": 50} and config.of_task("squad") == {"learning_rate": 1e-4}
+    assert (config.doc_stride, config.max_query_length) == (32, 62)
+    assert (PAPERS["paper-fast"]().doc_stride, PAPERS["paper-fast"]().max_query_length) == (0, 0)
+    given = paper.teaching(config, "squad"), paper.part(config, paper.DistillConfig, tmp_path, model=("x",))
+    assert all((step.doc_stride, step.max_query_length) == (32, 62) for step in given)
+    assert config.of_task("CoLA") == {"epochs": 50}
+    assert (
+        config.of_task("squad") == {"learning_rate": 1e-4, "eval_steps": 500} and given[0].finetuning.eval_steps == 500
+    )
+    assert PAPERS["paper-fast"]().of_task("squad") == {"learning_rate": 1e-4}
+    phases = config.distillation, config.teacher_model.finetuning, config.final.task_phase
+    assert [(phase.load_best_model_at_end, phase.eval_steps) for phase in phases] == [(True, 50)] * 3
+    with pytest.raises(ValueError, match="eval_steps is 250, and nothing is chosen by it"):
+        dataclasses.replace(PAPERS["paper-fast"](), per_task=("qqp.eval_steps=250",))
     assert (config.pretraining.num_train_epochs, config.distillation.num_train_epochs) == (10, 10)
     names = [step.name for step in plan(config, paper.ALONE, paper.Reporter)]
     assert names[:3] == ["search", "text-slices", "text-fresh"]
@@ -148,16 +161,19 @@ def test_predictions_are_the_winners_and_the_diagnostic_set_its_mnli_students(tm
     distilled(tmp_path, "mnli", "sst2", "squad")
     config = PaperConfig(
         output_dir=str(tmp_path), final_tasks=("mnli", "SST-2", "squad1.1"), data_dir="DATA", predictions=True,
-        max_length=64,
+        max_length=64, doc_stride=16, max_query_length=20,
     )  # fmt: skip
     folders = {task: str(tmp_path / f"distil-{task}" / "model-1") for task in ("mnli", "sst2", "squad")}
     step(config, "glue.zip").start()
     ((models, file, data_dir, reading, _),) = given
     assert models == {"mnli": folders["mnli"], "sst2": folders["sst2"], "ax": folders["mnli"]}
     assert (file.name, data_dir) == ("glue.zip", "DATA")
-    assert reading.max_length == 0  # each student reads texts as long as it learnt with
+    assert reading == Reading(device=config.device)  # each student reads texts as long as it learnt with
     step(config, "squad.json").start()
     assert given[1][:3] == (folders["squad"], "squad", tmp_path / "squad.json")
+    windows = {"doc_stride": 16, "max_query_length": 20}
+    assert given[1][4] == Reading(**windows) and paper.reading_of(config, "squad1.1") == Reading(64, **windows)
+    assert paper.reading_of(config, "mnli") == Reading(64)
     for name in ("glue.zip", "squad.json"):  # the stand-ins wrote nothing
         (tmp_path / f"{name}.left-out").unlink()
     for task in ("mnli", "squad"):
@@ -274,17 +290,15 @@ RIVALS = ("tinybert4", "efficientbert-plus", "efficientbert-tiny", "efficientber
 def test_rivals_begin_as_published_and_learn_with_those_of_their_depth(tmp_path):
     config = PaperConfig(output_dir=str(tmp_path), teacher="BERT", task="rte", rivals=RIVALS)
     names = [step.name for step in plan(config, *ALONE)]
-    assert names[:6] == ["search", "text-slices", "text-fresh-4", "text-shared", "text-slices-12", "text-fresh"]
-    assert names[6:9] == ["distil-rte", "distil-rte-4", "distil-rte-12"]
+    assert names[:5] == ["search", "text-slices", "text-fresh-4", "text-slices-12", "text-fresh"]
+    assert names[5:8] == ["distil-rte", "distil-rte-4", "distil-rte-12"]
     architecture = ", ".join(["linear1_2(gelu(linear1_2(x,wb1)),wb2)"] * 6)
     (tmp_path / "winner.json").write_text(json.dumps({"winner": architecture}))
-    members = {group: paper.members_of(config, group) for group in names[1:6]}
+    members = {group: paper.members_of(config, group) for group in names[1:5]}
     assert members["text-slices"] == ["winner", "efficientbert-tiny"] and members["text-slices-12"] == [RIVALS[3]]
-    shared = pretraining(config, "text-shared")
-    assert shared.start_from == (str(tmp_path / "search" / "stage3" / "supernet"),) and shared.model == (RIVALS[1],)
     assert pretraining(config, "text-slices-12").start_from == (str(tmp_path / "search" / "supernet"),)
     assert pretraining(config, "text-fresh-4").start_from == ()
-    for place in ("text-slices/model-1", "text-slices/model-2", "text-shared/model", "text-slices-12/model"):
+    for place in ("text-slices/model-1", "text-slices/model-2", "text-slices-12/model"):
         (tmp_path / place).mkdir(parents=True)
     results = tmp_path / "text-slices-12" / "results.json"
     results.write_text(json.dumps({"models": {"model": {"architecture": architecture}}}))
@@ -293,7 +307,9 @@ def test_rivals_begin_as_published_and_learn_with_those_of_their_depth(tmp_path)
     results.unlink()
     twelve = distillation(config, "rte", 12)
     assert (twelve.model, twelve.output_dir) == ((RIVALS[3],), str(tmp_path / "distil-rte-12"))
-    assert distillation(config, "rte", 6).model == (architecture, RIVALS[1], RIVALS[2])
+    six = distillation(config, "rte", 6)
+    assert six.model == (architecture, RIVALS[1], RIVALS[2])
+    assert six.start_from[1] == str(tmp_path / "search" / "stage3" / "supernet")  # no general distillation between
     for place in ("distil-rte/model-1", "distil-rte/model-3", "distil-rte-12/model"):
         (tmp_path / place).mkdir(parents=True)
     assert {name: path.rpartition("/")[2] for name, path in paper.students(config, "rte").items()} == {
@@ -392,6 +408,8 @@ def test_what_a_last_step_reads_is_looked_for_at_the_beginning(tmp_path):
         (("--rivals", "winner"), "the winner not at all"),
         (("--rivals", "tinybert-6"), "unknown model 'tinybert-6'"),
         (("--rivals", "tinybert4"), "tinybert4 has 4 layers, of which the teacher's 6 are no multiple"),
+        (("--doc_stride", "-1"), "doc_stride is -1: it must be at least 0"),
+        (("--max_query_length", "-1"), "max_query_length is -1: it must be at least 0"),
         (("--preset", "small"), "--preset is given 2 times"),
     ],
 )
@@ -415,6 +433,7 @@ def test_a_missing_test_file_is_said_at_the_beginning(tmp_path, capsys):
         (("--final_tasks", "mrpc", "--data_dir", "glue"), "data_dir glue: no such folder"),
         (("--rivals", "bert-6x30"), "does not divide into 4 attention heads"),
         (("--per_task", "builtin-topic.max_length=65"), "the teacher reads 64 tokens at most"),
+        (("--final_tasks", "squad", "--doc_stride", "32"), "task squad: doc_stride is 32, but windows of max_length"),
     ],
 )
 def test_what_a_later_step_would_refuse_is_refused_before_anything_is_computed(tmp_path, capsys, more, said):

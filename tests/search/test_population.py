@@ -77,6 +77,17 @@ def test_values_do_not_depend_on_how_many_train_at_once(workspace, supernet, arc
         assert outcome.attrs["tokens"] > 0 and outcome.attrs["seconds"] > 0 and len(outcome.phases) == 2
 
 
+def test_a_stage_may_rank_on_a_part_of_the_rows(workspace, supernet, architectures):
+    whole = evaluated(workspace, supernet, architectures)
+    settings = dataclasses.replace(workspace.config.stage1, ranking_share=0.25)
+    some = evaluated(workspace, supernet, architectures, stage1=settings)
+    rows = workspace.main_task.validation.num_rows
+    for number, outcome in some.items():
+        hits = unpack_hits(outcome.attrs["hits"])
+        assert len(hits) == round(0.25 * rows) < rows
+        assert (hits == unpack_hits(whole[number].attrs["hits"])[: len(hits)]).all()  # trained alike, scored on fewer
+
+
 def test_the_population_is_what_was_asked_for_or_what_memory_holds(workspace, supernet, architectures, monkeypatch):
     def size(count, free, asked=0):
         monkeypatch.setattr(population, "free_memory", lambda device: free)

@@ -23,11 +23,12 @@ from effbert.answers import OwnRows, Reading, evaluate_saved, open_model
 from effbert.config import DistillConfig, PretrainConfig, StudentArguments
 from effbert.data.tasks import TaskSpec
 from effbert.data.tokenizer import train_wordpiece
-from effbert.model import EffBertConfig, EffBertModel
+from effbert.model import EffBertConfig, EffBertModel, new_student
 from effbert.parallel import World
 from effbert.search import runs
 from effbert.search.runs import check_sizes, finish
-from effbert.supernet import Supernet
+from effbert.start import load_head
+from effbert.supernet import Supernet, head_key, supernet_config
 from effbert.teacher import read_config, student_vocabulary
 
 WORDS = "the small model reads long words about trees and rivers in every quiet town near some old stone bridge".split()
@@ -172,6 +173,85 @@ def test_a_model_is_distilled_and_scored(given, made, tmp_path, model, hidden):
     assert took == {name: own["seeds"][0][name] for name in ("seconds", "tokens")} and took["tokens"] > 0
 
 
+SHORT = (("per_device_train_batch_size", "8"), ("learning_rate", "2e-2"), ("num_train_epochs", "4"))
+BEST = (("load_best_model_at_end",), ("eval_steps", "2"), *SHORT)
+
+
+def phase_flags(name, flags):
+    return [word for field, *value in flags for word in (f"--{name}.{field}", *value)]
+
+
+def test_a_teacher_and_a_student_end_as_at_their_best_step(given, made, tmp_path, capsys):
+    """Five steps an epoch, scored after the second, fourth and last of each; half of the labels can be learnt."""
+    chance, own = random.Random(5), tmp_path / "given"
+    shutil.copytree(given, own)
+    for name in ("train", "dev"):
+        told = [(sentence(chance, 6), chance.choice(("good", "bad")), chance.random() < 0.7) for _ in range(40)]
+        rows = [f"{text} {WORDS[5 if (label == 'good') == knows else 9]},{label}" for text, label, knows in told]
+        (own / f"{name}.csv").write_text("\n".join(["text,label", *rows]))
+    given, found = own, {}
+    for name, pairs in {"best": BEST, "last": SHORT}.items():
+        flags = phase_flags("finetuning", pairs)
+        assert main(teacher_command(given, tmp_path / f"teacher-{name}", *flags)) == 0
+        results = json.loads((tmp_path / f"teacher-{name}" / "results.json").read_text())
+        command = distill_command(given, made, tmp_path / f"student-{name}", "--model", "bert-2x16x20")
+        place = command.index("--budget.task_phase.num_train_epochs")
+        command[place : place + 2] = phase_flags("budget.task_phase", pairs)
+        assert main(command) == 0
+        students = json.loads((tmp_path / f"student-{name}" / "results.json").read_text())
+        (seed,) = students["models"]["model"]["seeds"]
+        means = (sum(scores.values()) / len(scores) for scores in (results["scores"], seed["scores"]))
+        found[name] = *means, seed.get("best_step")
+    best, last = found["best"], found["last"]
+    assert best[0] >= last[0] and best[1] >= last[1] and best[:2] != last[:2] and last[2] is None
+    assert best[2] % 5 in (0, 2, 4) and 0 < best[2] <= 20
+
+
+@pytest.mark.parametrize(
+    ("command", "phase"),
+    [
+        ("search", "supernet"),
+        ("search", "teacher_model.pretraining"),
+        ("search", "stage1.task_phase"),
+        ("search", "stage3.general_phase"),
+        ("search", "final.general_phase"),
+        ("pretrain", "training"),
+        ("distill", "budget.general_phase"),
+        ("paper", "pretraining"),
+    ],
+)
+def test_a_phase_that_nothing_scores_has_no_best_step(command, phase, tmp_path, capsys):
+    model = ["--model", "tinybert6"] if command == "distill" else []
+    assert main([command, *model, "--output_dir", str(tmp_path / "run"), f"--{phase}.load_best_model_at_end"]) == 2
+    said = capsys.readouterr().err
+    assert f"{phase.rpartition('.')[2]}.load_best_model_at_end" in said and "leave it out" in said
+
+
+def test_efficientbert_plus_begins_with_the_head_that_the_tasks_shared(given, made, tmp_path, monkeypatch):
+    model = f"{MLP}, {MLP}"
+    saved = Supernet.from_pretrained(made / "net" / "model")
+    torch.manual_seed(3)
+    spec = TaskSpec("mine", "classification", ("bad", "good"), ("accuracy",), False)
+    other = TaskSpec("other", "classification", ("bad", "good"), ("accuracy",), False)
+    shared = Supernet(saved.config, [spec, other])
+    shared.save_pretrained(tmp_path / "shared")
+    begin = ["--start_from", str(tmp_path / "shared"), "--budget.task_phase.learning_rate", "0"]
+    begin += ["--budget.general_phase.num_train_epochs", "0", "--model", model]
+    heads = {}
+    for name in ("other", model):
+        monkeypatch.setattr(runs, "PLUS", name)
+        assert main(distill_command(given, made, tmp_path / f"run{len(heads)}", *begin)) == 0
+        heads[name] = load_file(tmp_path / f"run{len(heads)}" / "model" / "model.safetensors")
+    weights = shared.state_dict()
+    for name in ("weight", "bias"):
+        assert torch.equal(heads[model][f"classifier.{name}"], weights[f"heads.{head_key('mine')}.{name}"])
+    assert torch.equal(heads[model]["effbert.pooler.weight"], weights["effbert.pooler.weight"])
+    assert not torch.equal(heads["other"]["classifier.weight"], heads[model]["classifier.weight"])
+    student = new_student(supernet_config(saved.config, 2), "classification", ("bad", "good"))
+    assert not load_head(student, str(tmp_path / "shared"), "wnli")  # that of qnli, which is not there
+    assert not load_head(student, str(made / "net" / "model"), "mine")
+
+
 class Counted(World):
     """A process of two that counts what it does together with the other one."""
 
@@ -262,8 +342,9 @@ def test_two_processes_distil_as_one_with_the_double_batch(given, made, tmp_path
 
 def test_two_processes_of_accelerate_fine_tune_as_one_with_the_double_batch(given, tmp_path):
     def command(folder, size):
-        size = ("--finetuning.per_device_train_batch_size", size, "--finetuning.num_train_epochs", "1")
-        return [str(bert) if word == str(given / "bert") else word for word in teacher_command(given, folder, *size)]
+        more = ["--finetuning.per_device_train_batch_size", size, *phase_flags("finetuning", BEST[:2])]
+        more += ["--finetuning.num_train_epochs", "1"]
+        return [str(bert) if word == str(given / "bert") else word for word in teacher_command(given, folder, *more)]
 
     bert = tmp_path / "bert"  # without dropout, which each process draws for itself
     shutil.copytree(given / "bert", bert)
