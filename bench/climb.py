@@ -10,7 +10,7 @@ from effbert.kernels import tiles
 from effbert.kernels.tiles import Question, Rule
 
 GAIN = 0.02  # smaller differences are noise
-LIMITS = {"num_warps": (1, 16), "num_stages": (1, 5)}
+LIMITS = {"num_warps": (1, 16), "num_stages": (1, 5), "maxnreg": (64, 255)}
 LIMITS |= dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_E", "COLS", "COLUMNS"), (16, 256))
 REACH = 8  # other numbers (rows, programs, elements of a vector) stay within this factor of where they began
 

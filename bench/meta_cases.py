@@ -41,6 +41,22 @@ PRECISIONS = {
     "autocast": Precision(torch.bfloat16, torch.float32, "bf16"),
 }
 
+# Head sizes of student and teacher that attention and score losses are built for. The first three are the reduced set.
+HEAD_SIZES = (
+    (45, 64),  # the published pair
+    (128, 128),  # the most that a head may have
+    (30, 64),  # spilled most in bf16; rows of 360 elements allow loads that heads of 30 begin inside of
+    (16, 16),  # the least that a matrix product takes
+    (16, 32),
+    (32, 32),
+    (32, 64),
+    (64, 64),
+    (64, 128),
+    (96, 96),  # padded to 128
+    (128, 64),  # a student wider than its teacher
+)
+REDUCED_HEAD_SIZES = HEAD_SIZES[:3]
+
 
 @dataclass(frozen=True)
 class Case:
@@ -57,7 +73,8 @@ def cases(drawn: int | None = None, reduced: bool = False) -> list[Case]:
     """Every op at the published shapes: 64×128 tokens of 540, 12 heads of 45, a teacher of 768 with 12 heads of 64.
 
     drawn: expressions from the search's sampler beside the published six, each of the next linear structure; 24 by
-    default, so all 16 occur. reduced: two of the published ones, none drawn by default, and length 128 alone.
+    default, so all 16 occur. Attention and score losses come with all HEAD_SIZES. reduced: two of the published
+    expressions, none drawn by default, length 128 and REDUCED_HEAD_SIZES alone.
     """
     published = Architecture.parse(PUBLISHED).layers
     mixing = published[4]  # multiplies h with x
@@ -75,7 +92,9 @@ def cases(drawn: int | None = None, reduced: bool = False) -> list[Case]:
         found += mlp_cases(mixing, 768, 3072, "pad")
     found += _row_cases()
     for batch, length in ((64, 128),) if reduced else ((64, 128), (16, 512)):
-        found += _attention_cases(batch, length)
+        for size, teacher in REDUCED_HEAD_SIZES if reduced else HEAD_SIZES:
+            found += _attention_cases(batch, length, size=size, teacher=teacher)
+    found = list({(case.op, case.shape, case.expression): case for case in found}.values())  # pairs share students
     return [*found, _projection_case(), *_logit_cases()]
 
 

@@ -40,22 +40,33 @@ class _Recording:
 
 
 _recording: _Recording | None = None
-_OPTIONS = ("num_warps", "num_stages")
 
 
-def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 2, **constants) -> None:
+def launch(
+    kernel,
+    grid: tuple[int, ...],
+    *args,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    maxnreg: int | None = None,
+    **constants,
+) -> None:
     """Start `kernel` (a @triton.jit function) over `grid`; an empty grid starts nothing.
 
-    args are its runtime arguments in order, `constants` its tl.constexpr parameters by name.
+    args are its runtime arguments in order, `constants` its tl.constexpr parameters by name. maxnreg: the most
+    registers of a thread, on NVIDIA alone; by default its assembler weighs them against programs at once.
     """
     if 0 in grid:
         return
+    options = dict(num_warps=num_warps, num_stages=num_stages)
+    if maxnreg is not None:
+        options["maxnreg"] = maxnreg
     if _recording is not None:
         names = [name for name in kernel.arg_names if name not in constants]
         arguments = dict(zip(names, args, strict=True)) | constants
-        _recording.launches.append(Launch(kernel, grid, arguments, dict(num_warps=num_warps, num_stages=num_stages)))
+        _recording.launches.append(Launch(kernel, grid, arguments, options))
         return
-    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+    kernel[grid](*args, **options, **constants)
 
 
 @contextlib.contextmanager

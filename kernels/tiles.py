@@ -79,23 +79,33 @@ def _rows(m: int, n: int, k: int, elements: int, num_warps: int, num_stages: int
     return _gemm(m, n, k, num_warps, num_stages) | {"ELEMENTS": elements}
 
 
+# Left to itself NVIDIA's assembler may spill 8 to 40 bytes so that more programs fit at once; with this, which is all
+# that 8 warps or fewer can have, it spills only where these do not suffice.
+ALL_REGISTERS = {"maxnreg": 255}
+
 # The first rule that matches holds.
 RULES: tuple[Rule, ...] = (
     # score_mse_direct: size = columns of a student's and a teacher's tile together; BLOCK_M held, BLOCK_N going by.
-    # IEEE fp32 has no matrix instructions and keeps its operands in registers: many warps, small tiles.
+    # IEEE fp32 has no matrix instructions and keeps its operands in registers: small tiles, 8 warps (16 would have half
+    # the registers each). At 192 columns a head of 64 meets one of 128, at 256 both have 128.
     Rule("score_mse_direct", dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=1), "interpreter"),
-    Rule("score_mse_direct", dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1), "gfx*", itemsize=4),
+    Rule("score_mse_direct", dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1), "gfx*", itemsize=4, up_to=128),
+    Rule("score_mse_direct", dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=1), "gfx*", itemsize=4),  # 32: spills
     Rule("score_mse_direct", dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=1), "gfx*"),
-    Rule("score_mse_direct", dict(BLOCK_M=32, BLOCK_N=16, num_warps=16, num_stages=1), itemsize=4),
+    Rule("score_mse_direct", _pair(32, 16, 8, 1) | ALL_REGISTERS, itemsize=4, up_to=192),
+    Rule("score_mse_direct", _pair(16, 16, 8, 1) | ALL_REGISTERS, itemsize=4),
     Rule("score_mse_direct", dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=1), "sm_90*", up_to=128),
-    Rule("score_mse_direct", dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=1), "sm_[91]0*"),
-    Rule("score_mse_direct", dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=1), up_to=128),
+    Rule("score_mse_direct", _pair(128, 32, 8, 1) | ALL_REGISTERS, "sm_[91]0*"),
+    Rule("score_mse_direct", _pair(128, 32, 8, 1) | ALL_REGISTERS, up_to=96),  # two heads of 64 take 255 and spill
+    Rule("score_mse_direct", _pair(128, 32, 8, 1), up_to=128),
     Rule("score_mse_direct", dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=1)),
     # score_mse_gram: size as above; BLOCK positions at a time, COLUMNS of the Gram matrices a program.
     Rule("score_mse_gram", dict(BLOCK=32, COLUMNS=64, num_warps=4, num_stages=1), "interpreter"),
     Rule("score_mse_gram", dict(BLOCK=32, COLUMNS=32, num_warps=4, num_stages=1), "gfx*"),
-    Rule("score_mse_gram", dict(BLOCK=16, COLUMNS=32, num_warps=8, num_stages=1), itemsize=4),
-    Rule("score_mse_gram", dict(BLOCK=64, COLUMNS=64, num_warps=8, num_stages=2), "sm_[91]0*", up_to=128),
+    Rule("score_mse_gram", dict(BLOCK=16, COLUMNS=32, num_warps=8, num_stages=1) | ALL_REGISTERS, itemsize=4),
+    Rule("score_mse_gram", dict(BLOCK=64, COLUMNS=64, num_warps=8, num_stages=2), "sm_90*", up_to=128),
+    Rule("score_mse_gram", dict(BLOCK=64, COLUMNS=64, num_warps=8, num_stages=2) | ALL_REGISTERS, "sm_1*", up_to=128),
+    Rule("score_mse_gram", dict(BLOCK=64, COLUMNS=32, num_warps=8, num_stages=1) | ALL_REGISTERS, "sm_1*"),
     Rule("score_mse_gram", dict(BLOCK=64, COLUMNS=32, num_warps=8, num_stages=1)),
     # score_mse_bwd: size = elements of one gradient.
     Rule("score_mse_bwd", dict(BLOCK=128, num_warps=4), "interpreter"),
@@ -174,27 +184,31 @@ RULES: tuple[Rule, ...] = (
     # attention_fwd, _bwd: size = sequence length; _wide where a head of student or teacher is wider than 64. A backward
     # tile whose BLOCK_N holds the whole sequence is the one-role form. Registers decide. attention_delta: head size.
     Rule("attention_fwd", _pair(16, 32, 4, 1), "interpreter"),
+    Rule("attention_fwd", _pair(16, 16, 8, 2) | ALL_REGISTERS, "sm_*", itemsize=4),  # 1 stage takes twice the registers
     Rule("attention_fwd", _pair(16, 16, 8, 1), itemsize=4),
     Rule("attention_fwd", _pair(64, 32, 4, 1), up_to=64),
     Rule("attention_fwd", _pair(128, 32, 8, 1), "sm_9*"),
     Rule("attention_fwd", _pair(64, 32, 4, 1)),
     Rule("attention_fwd_wide", _pair(16, 32, 4, 1), "interpreter"),
+    Rule("attention_fwd_wide", _pair(16, 16, 8, 2) | ALL_REGISTERS, "sm_*", itemsize=4),
     Rule("attention_fwd_wide", _pair(16, 16, 8, 1), itemsize=4),
     Rule("attention_fwd_wide", _pair(64, 32, 8, 1)),
     Rule("attention_bwd", _pair(16, 32, 4, 1), "interpreter"),
-    Rule("attention_bwd", _pair(16, 32, 8, 1), "sm_[91]*", itemsize=4),
+    Rule("attention_bwd", _pair(16, 16, 8, 1) | ALL_REGISTERS, "sm_*", itemsize=4),
     Rule("attention_bwd", _pair(16, 16, 8, 1), itemsize=4),
-    Rule("attention_bwd", _pair(32, 32, 4, 1), "sm_8*"),
+    Rule("attention_bwd", _pair(32, 32, 4, 1) | ALL_REGISTERS, "sm_8*"),
     Rule("attention_bwd", _pair(32, 64, 8, 1), "sm_[91]*", up_to=64),
+    Rule("attention_bwd", _pair(32, 128, 8, 2), "sm_9*", up_to=128),  # 1 stage spills with two heads of 64
     Rule("attention_bwd", _pair(32, 128, 8, 1), "sm_[91]*", up_to=128),
-    Rule("attention_bwd", _pair(64, 32, 8, 1), "sm_9*"),
+    Rule("attention_bwd", _pair(32, 64, 8, 2), "sm_9*"),  # 64 queries spill with heads of 32, 1 stage with one of 45
     Rule("attention_bwd", _pair(32, 64, 4, 1), "gfx*", up_to=64),
     Rule("attention_bwd", _pair(16, 128, 8, 1), "gfx*", up_to=128),
     Rule("attention_bwd", _pair(32, 64, 4, 1)),
     Rule("attention_bwd_wide", _pair(16, 16, 4, 1), "interpreter"),
-    Rule("attention_bwd_wide", _pair(16, 16, 8, 1), itemsize=4),
+    Rule("attention_bwd_wide", _pair(16, 16, 8, 1) | ALL_REGISTERS, "sm_*", itemsize=4),
+    Rule("attention_bwd_wide", _pair(16, 16, 4, 1), itemsize=4),  # gfx*: threads of 4 warps have 512 registers
     Rule("attention_bwd_wide", _pair(16, 32, 8, 1), "gfx*"),
-    Rule("attention_bwd_wide", _pair(32, 32, 8, 1)),
+    Rule("attention_bwd_wide", _pair(32, 32, 8, 1) | ALL_REGISTERS),
     Rule("attention_delta", {"BLOCK_M": 16, "num_warps": 4}),
     # projected_mse_*: size = output columns. Thousands of tiles a launch; large ones for fewer reads of L2, by count.
     Rule("projected_mse_fwd", _gemm(16, 32, 32, 4, 1), "interpreter"),

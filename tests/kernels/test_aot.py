@@ -8,11 +8,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from effbert.kernels import aot
-from effbert.kernels.launch import Launch
+from effbert.kernels.launch import Launch, launch, recording
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = """
@@ -201,6 +202,16 @@ def test_a_kernel_that_does_not_compile_is_named_and_the_others_are_built(facts)
     failures, names, raised = facts["broken"]
     assert failures == [raised] and "\n" not in raised and names == ["rowwise_kernel"]
     assert raised.startswith("broken_kernel does not compile for sm_80: ") and "no_such_name" in raised
+
+
+def test_a_limit_of_registers_is_an_option_only_where_it_is_given():
+    kernel = SimpleNamespace(arg_names=["x"])
+    with recording("sm_90") as launches:
+        launch(kernel, (1,), 1, num_warps=8)
+        launch(kernel, (1,), 1, num_warps=8, maxnreg=255)
+    plain = {"num_warps": 8, "num_stages": 2}
+    assert [one.options for one in launches] == [plain, plain | {"maxnreg": 255}]
+    assert launches[1].arguments == {"x": 1}
 
 
 def test_bad_requests_are_one_line(monkeypatch):
