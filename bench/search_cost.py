@@ -42,7 +42,7 @@ from effbert.search.population import trained_candidates
 from effbert.search.progress import Reporter
 from effbert.search.run import coarse_space
 from effbert.search.space import ArchitectureSpace
-from effbert.search.stages import run_cohort, warm_supernet
+from effbert.search.stages import candidate_start, run_cohort
 from effbert.search.study import Evaluation, Study
 from effbert.search.workers import Workers
 from effbert.workspace import Workspace, open_teachers, open_workspace, pick_device
@@ -127,7 +127,7 @@ def prepare(config: SearchConfig, folder: Path, count: int) -> None:
         space = coarse_space(workspace, reporter)
         _settle(config, folder, space, count)
         open_teachers(workspace, reporter.say, reporter.steps)
-        warm_supernet(workspace, reporter)
+        candidate_start(workspace, reporter)
 
 
 def _settle(config: SearchConfig, folder: Path, space: ArchitectureSpace, count: int) -> None:
@@ -179,7 +179,7 @@ def run_mode(config: SearchConfig, name: str) -> None:
         workspace = open_workspace(changed, folder, reporter.say)
         space = coarse_space(workspace, reporter)
         open_teachers(workspace, reporter.say)
-        supernet = warm_supernet(workspace, reporter)
+        workspace, supernet = candidate_start(workspace, reporter)
         workspace = dataclasses.replace(on_held_out(workspace), folder=scratch)
         stage = Study(scratch, workers=workers).stage("stage1")
         for number, architecture in enumerate(candidates):
@@ -222,7 +222,7 @@ def configured(config: SearchConfig, mode: Mode) -> SearchConfig:
         teacher_cache=config.teacher_cache if mode.together else 0.0,
         pad_to_max_length=not mode.buckets,
         loss=loss,
-        stage1=dataclasses.replace(config.stage1, rungs=rungs, **phases),
+        stage1=dataclasses.replace(config.stage1, rungs=rungs, ranking_share=1.0, **phases),
     )
 
 

@@ -28,7 +28,7 @@ from effbert.data.tasks import TaskSpec, load_validation, map_labels, plain_name
 from effbert.data.tokenizer import load_tokenizer
 from effbert.evaluate import predict
 from effbert.files import atomic_path, temporary_name, write_atomic
-from effbert.teacher import check_texts, content_hash, load_model, read_config, usual_length
+from effbert.teacher import check_texts, content_hash, load_model, read_config, usual_length, usual_windows
 from effbert.workspace import answers, pick_device
 
 if TYPE_CHECKING:
@@ -45,10 +45,10 @@ class Reading:
     Attributes:
         max_length: Longest text in tokens; 0 for what our students learnt with, as their tokenizer says, and for other
             models 128, or 384 for SQuAD, and no more than tokenizer and positions allow.
-        doc_stride: Tokens of context by which the windows of a long SQuAD context move on; 0 for windows that share
-            128, or a third of max_length.
-        max_query_length: Tokens kept of a SQuAD question, special ones not counted; 0 for 64, or a quarter of
-            max_length.
+        doc_stride: Tokens of context by which the windows of a long SQuAD context move on; 0 for what the model learnt
+            with, as its config says, and for other models windows that share 128, or a third of max_length.
+        max_query_length: Tokens kept of a SQuAD question, special ones not counted; 0 for what the model learnt with,
+            and for other models 64, or a quarter of max_length.
         per_device_eval_batch_size: Rows at once.
         labels: Names for the columns of the model's logits, in their order, where its config has none.
         device: "auto" (the GPU where there is one), "cpu", "cuda" or "cuda:N".
@@ -66,11 +66,6 @@ class Reading:
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"--{name} {getattr(self, name)}: it must be at least {minimum}")
-
-    def windows(self, kind: str) -> dict[str, int]:
-        """How `effbert.data.encode` is to cut a task of this kind into windows: nothing where it has none."""
-        named = {"doc_stride": self.doc_stride, "max_query_length": self.max_query_length}
-        return named if kind == "spans" else {}
 
 
 @dataclass(frozen=True)
@@ -113,8 +108,7 @@ class SavedModel:
     def logits(self, rows: "Dataset", name: str) -> tuple["Dataset", list[np.ndarray]]:
         """The split called `name` in ids, and float32 logits for each of its rows: [num_labels] in the order of the
         task's labels, for spans [length, 2] a window."""
-        windows = self.reading.windows(self.spec.kind)
-        encoded = encode_split(rows, self.spec, self.tokenizer, self.max_length, **windows, name=name)
+        encoded = encode_split(rows, self.spec, self.tokenizer, self.max_length, **self.windows(), name=name)
         device = pick_device(self.reading.device)
         if self._model is None:
             self._model = load_model(self.folder, self.spec.kind, "model").to(device).eval()
@@ -133,7 +127,11 @@ class SavedModel:
     def fingerprint(self) -> str:
         """A hash of all that decides its answers to a row."""
         parts = [content_hash(self.folder), tokenizer_fingerprint(self.tokenizer), self.max_length, self.columns]
-        return json.dumps([*parts, self.reading.windows(self.spec.kind)])
+        return json.dumps([*parts, self.windows()])
+
+    def windows(self) -> dict[str, int]:
+        """How contexts are cut, as `effbert.data.encode.encode_split` takes it: {} for a task without them."""
+        return usual_windows(self.config, self.spec.kind, self.reading)
 
 
 def open_model(folder: str | Path, spec: TaskSpec, reading: Reading) -> SavedModel:

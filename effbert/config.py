@@ -238,7 +238,7 @@ class TextConfig(RunConfig):
             JSON or CSV file or folder, NAME, NAME:CONFIG or NAME:CONFIG@REVISION of a data set on the hub (streamed).
         corpus_samples: "packed" uses every token; "released" cuts one sample out of each document, as published: other
             ones each epoch, of which there are at most five sets.
-        corpus_tokens: Use at most so many tokens of it; 0 for all.
+        corpus_tokens: Use at most so many tokens of it, in a search of each of its two texts; 0 for all.
         start_from: Folder of a supernet to begin with (effbert pretrain), or where no supernet is trained, of a
             student; for several models one each, or one for all. Without it weights are fresh.
     """
@@ -424,6 +424,10 @@ class SearchConfig(TextConfig, TaskConfig):
                 f"candidate_corpus is {self.candidate_corpus}, for a supernet of its own, and start_from names one for "
                 "all stages: leave one of them out"
             )
+        if self.candidate_corpus and self.candidate_corpus == self.corpus:
+            raise ValueError(
+                f"candidate_corpus is {self.candidate_corpus}, as corpus is: leave it out, and one supernet serves all"
+            )
         if len(self.stage3.rungs) > 1:
             raise ValueError(
                 f"stage3.rungs is {self.stage3.rungs}: its candidates are scored, not trained: leave it out"
@@ -606,10 +610,10 @@ def paper() -> SearchConfig:
     and students as they are after the step that did best on the official validation rows. Give --teacher (BERT-base),
     --corpus (Wikipedia and BooksCorpus) and --candidate_corpus (Wikipedia).
 
-    Unlike it, on purpose: no row that ranks candidates is in any training, where its teachers learn from all rows and
-    stages 1 and 2 rank by the last 1 % of them; and the search's teachers are all scored every 50 steps, where its QQP
-    teacher is every 250. Batches of text and of candidates are those of one process, 64, of which its scripts start
-    four and two; those of fine-tuning are of all four together, 32.
+    Unlike it, on purpose: the tenth of a task's rows that is held back to rank is in no training, where its teachers
+    learn from all rows and stages 1 and 2 rank by the last 1 % of them; and the search's teachers are all scored every
+    50 steps, where its QQP teacher is every 250. Batches of text and of candidates are those of one process, 64, of
+    which its scripts start four and two; those of fine-tuning are of all four together, 32.
     """
     best = {"load_best_model_at_end": True, "eval_steps": 50}
     tuning = TrainingArguments(learning_rate=3e-5, num_train_epochs=3, per_device_train_batch_size=32, **best)

@@ -235,6 +235,13 @@ class _Together:
         where = min(learner.where for learner in running)
         due = [learner for learner in running if learner.where == where]
         epoch, position = where
+        every = self.arguments.eval_steps
+        if every and 0 < position < due[0].steps and position % every == 0:  # before what cannot be tried again
+            for learner in due:
+                learner.note_best()
+            due = [learner for learner in due if not learner.diverged]
+        if not due:
+            return
         if position < due[0].steps:
             self.update(due, epoch, position)
             if on_step is not None:
@@ -242,10 +249,6 @@ class _Together:
             if due[0].step % CHECK_EVERY == 0 or position + 1 == due[0].steps:
                 for learner in due:
                     learner.check()
-            every = self.arguments.eval_steps
-            if every and (position + 1) % every == 0 and position + 1 < due[0].steps:
-                for learner in due:
-                    learner.note_best()
         else:
             for learner in due:
                 learner.end_epoch()
@@ -445,8 +448,7 @@ class _Learner:
         divergence. The first window itself is judged by the phase's first loss, where steps compare: all of its second
         half are above. They do not where a step uses a part of a supernet, or another task than the one before."""
         total = float(self.window_sum)
-        if not math.isfinite(total):
-            self.diverged = f"loss not finite at step {self.step}"
+        self.check_finite(total)
         if self.diverged or (self.window_steps < CHECK_EVERY and self.step < self.total):  # the end of an epoch
             return
         if self.first_window is None:
@@ -459,20 +461,30 @@ class _Learner:
         if math.inf > now > DIVERGED * begun > 0:
             self.diverged = f"loss grown from {begun:.3g} to {now:.3g} at step {self.step}"
 
+    def check_finite(self, total: float) -> None:
+        """End the phase where the loss of the steps since the last check is not finite."""
+        if not math.isfinite(total):
+            self.diverged = f"loss not finite at step {self.step}"
+
     def end_epoch(self) -> None:
         """Evaluate and note the epoch's loss."""
+        self.note_best()
         self.model.eval()
         self.records.append(self.after_epoch(self.epoch) if self.after_epoch is not None else {})
         self.last_loss = float(self.loss_sum) / max(1, self.batches)
         self.loss_sum = torch.zeros_like(self.loss_sum)
-        self.note_best()
         self.epoch, self.position = self.epoch + 1, 0
         if self.done and self.best is not None:
             self.model.load_state_dict(self.best["model"])
 
     def note_best(self) -> None:
-        """Where the best is asked for: score the model, and keep its weights where it was never better."""
-        if not self.arguments.load_best_model_at_end or self.diverged:
+        """Where the best is asked for: score the model, and keep its weights where it was never better. Of a model that
+        is no longer finite there is no score."""
+        if not self.arguments.load_best_model_at_end:
+            return
+        if self.window_steps:
+            self.check_finite(float(self.window_sum))
+        if self.diverged:
             return
         self.model.eval()
         score = self.world.on_first(self.rank)

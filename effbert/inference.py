@@ -40,12 +40,12 @@ def half_is_native() -> bool:
 class InferenceModel(nn.Module):
     """A trained student for inference only, with copies of its weights; `config` is the student's.
 
-    Called as the student is: input_ids [B, L], attention_mask [B, L] with 1 = keep, token_type_ids, position_ids and
-    return_dict; ValueError for labels, hidden states or attentions. It returns the student's own kind of output in the
-    student's dtype, without a loss. Where a token is masked
-    last_hidden_state is zero, and a span's logits are those of a zero vector; the student has other numbers there,
-    which nobody reads. Make it on the device it runs on: weights in bf16 or fp16 are kept in fp32 on a CPU without
-    products for them. ValueError for a model that is no student.
+    Called as the student is: input_ids [B, L], attention_mask [B, L] with 1 = keep, token_type_ids, position_ids, and
+    by name return_dict; ValueError for labels, hidden states or attentions. It returns the student's own kind of output
+    in the student's dtype, without a loss. Where a token is masked last_hidden_state is zero, and a span's logits are
+    those of a zero vector; the student has other numbers there, which nobody reads. Make it on the device it runs on:
+    weights in bf16 or fp16 are kept in fp32 on a CPU without products for them. ValueError for a model that is no
+    student.
     """
 
     def __init__(self, model: EffBertPreTrainedModel):
@@ -69,7 +69,7 @@ class InferenceModel(nn.Module):
 
     @torch.inference_mode()
     def forward(
-        self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, return_dict=True, **others
+        self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, *, return_dict=None, **others
     ):
         asked = [name for name, value in others.items() if value is not None and value is not False]
         if asked:
@@ -86,7 +86,8 @@ class InferenceModel(nn.Module):
         for index, layer in enumerate(self.layers):
             x = layer(x, tokens, first_alone and index == len(self.layers) - 1)
         output = self._output(x, tokens)
-        return output if return_dict or return_dict is None else output.to_tuple()
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
 
     def _typed(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.narrowed is None else x.to(self.narrowed)

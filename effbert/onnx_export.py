@@ -27,7 +27,7 @@ from torch import nn
 from effbert.errors import first_line
 from effbert.evaluate import evaluate
 from effbert.export import ExportConfig, largest_difference, refuse_difference, sample_inputs
-from effbert.teacher import check_texts, usual_length
+from effbert.teacher import check_texts, usual_length, usual_windows
 
 if TYPE_CHECKING:
     from effbert.data.encode import EncodedTask
@@ -111,7 +111,7 @@ def load_rows(source: Path, config: ExportConfig, model) -> tuple[dict[str, Rows
     check_texts(model.config, tokenizer, longest, "model")
     found = {}
     for name, rows in splits.items():
-        encoded = encode_split(rows, spec, tokenizer, longest, name=name)
+        encoded = encode_split(rows, spec, tokenizer, longest, **usual_windows(model.config, kind), name=name)
         alone = EncodedTask(Task(spec, rows, rows), encoded, encoded)  # its training rows are not scored on
         found[name] = Rows(alone, columns, longest)
     return found, notes

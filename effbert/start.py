@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from effbert.config import TextConfig
+from effbert.data.tasks import TaskSpec, map_labels
 from effbert.data.tokenizer import load_tokenizer
 from effbert.errors import first_line
 from effbert.model import EffBertConfig, EffBertHeadModel, EffBertModel, EffBertPreTrainedModel, parse_architecture
@@ -26,7 +27,7 @@ SIZES = (
 PROJECTION = "fit_dense."
 MAY_LACK = ("pooler.", PROJECTION)  # a bare encoder has no pooler, a deployed one no projection
 HEADS = ("heads.", "classifier.")
-BORROWED_HEADS = {"wnli": "qnli"}  # of tasks that the published supernet does not learn
+BORROWED_HEADS = {"wnli": "qnli"}  # as published, for the task that the supernet does not learn
 
 
 def model_config(
@@ -134,20 +135,26 @@ def load_start(model: EffBertPreTrainedModel, folder: str) -> None:
     encoder.load_state_dict(start_weights(model.config, folder), strict=False)
 
 
-def load_head(model: EffBertHeadModel, folder: str, task: str) -> bool:
-    """Give a student the head that a supernet has learnt for a task, or for the one whose head a task borrows; the
-    pooler is the encoder's. False, and nothing done, where the folder has none that fits."""
-    saved = read_student(folder)
-    known = [name for name, _, _ in getattr(saved, "supernet_tasks", [])]
-    name = next((name for name in (task, BORROWED_HEADS.get(task)) if name in known), None)
-    if name is None:
-        return False
+@torch.no_grad()
+def load_head(model: EffBertHeadModel, folder: str, task: TaskSpec) -> str:
+    """Give a student the head that a supernet has learnt for a task, or for the one whose head a task borrows, label by
+    label; the pooler is the encoder's. Returns that task's name, or "", and nothing is done, where the folder has no
+    head of that kind with these labels."""
+    known = {name: (kind, labels) for name, kind, labels in getattr(read_student(folder), "supernet_tasks", [])}
+    name = next((name for name in (task.name, BORROWED_HEADS.get(task.name)) if name in known), "")
+    if not name or known[name][0] != task.kind:
+        return ""
+    columns = None
+    if task.kind == "classification":
+        try:
+            columns = map_labels(task.labels, dict(enumerate(known[name][1])), name)
+        except ValueError:
+            return ""
     supernet, _ = read_weights(Supernet, folder)
     head = supernet.heads[head_key(name)]
-    if head.weight.shape != model.classifier.weight.shape:
-        return False
-    model.classifier.load_state_dict(head.state_dict())
-    return True
+    model.classifier.weight.copy_(head.weight if columns is None else head.weight[columns])
+    model.classifier.bias.copy_(head.bias if columns is None else head.bias[columns])
+    return name
 
 
 def start_weights(config: EffBertConfig, folder: str) -> dict[str, torch.Tensor]:

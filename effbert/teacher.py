@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from effbert.checkpoint import own_memory
+from effbert.data.encode import WINDOWS
 from effbert.errors import first_line
 from effbert.trace import Trace
 
@@ -150,6 +151,13 @@ def usual_length(config, tokenizer, kind: str) -> int:
     if config.model_type == "effbert" and tokenizer.model_max_length < 10**9:  # transformers' way to say nothing
         return most
     return min(384 if kind == "spans" else 128, most)
+
+
+def usual_windows(config, kind: str, given: object = None) -> dict[str, int]:
+    """How a task's contexts are cut (effbert.data.encode): as `given` says where it has numbers other than 0, else as
+    the model learnt, which its config says; {} for a kind of task without contexts."""
+    names = WINDOWS if kind == "spans" else ()
+    return {name: getattr(given, name, 0) or getattr(config, name, 0) for name in names}
 
 
 def check_texts(config, tokenizer, max_length: int, what: str = "teacher") -> None:

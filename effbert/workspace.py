@@ -19,8 +19,8 @@ from effbert.architecture import attention_head_size
 from effbert.config import RunConfig, SearchConfig, TaskConfig, TeacherConfig, TextConfig
 from effbert.data.batches import BatchPlan, subset
 from effbert.data.cache import dataset_fingerprint, tokenizer_fingerprint
-from effbert.data.corpus import SAMPLE_SETS, load_corpus, sentences_of
-from effbert.data.encode import EncodedTask, encode_task
+from effbert.data.corpus import SAMPLE_SETS, check_corpus, load_corpus, sentences_of
+from effbert.data.encode import WINDOWS, EncodedTask, encode_task
 from effbert.data.tasks import BUILTIN, Task, TaskSpec, load_task, map_labels, plain_name
 from effbert.data.tokenizer import load_tokenizer, train_wordpiece
 from effbert.engine import Phase, TrainingResult, forget, train
@@ -62,7 +62,8 @@ class Workspace:
     corpus: sets of as many sequences each, which epochs take in turn. candidate_corpus: the same of the text that a
         search's stages 1 and 2 learn from, often the same.
     tasks: by name, the main task first: rows to train on, and as validation the rows that rank candidates, cut from the
-        official training rows. held_out: the official validation split, for the final table only.
+        official training rows. held_out: the official validation split, for the final table, and for best steps where
+        a phase asks for them.
     teacher_config: the encoder's transformers config, known before its weights. teachers: one a task.
     general_teacher: the one for general distillation, where a given teacher has the main task's head the same one.
     world: the processes that train supernets and final rows together.
@@ -149,6 +150,7 @@ def open_workspace(config: RunConfig, folder: Path, say: Say, world: World = ALO
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     given = read_config(config.teacher) if config.teacher else None
+    check_corpora(config)
     loaded = load_tasks(config) if isinstance(config, TaskConfig) else {}
     for name, task in loaded.items():
         for note in task.notes:
@@ -158,13 +160,14 @@ def open_workspace(config: RunConfig, folder: Path, say: Say, world: World = ALO
     for start in config.start_from if isinstance(config, TextConfig) else ():
         check_tokens(start, tokenizer)
     raw = {name: split_task(task, config) for name, task in loaded.items()}
+    tasks = {name: encoded(task, config, tokenizer) for name, (task, _) in raw.items()}
+    held_out = {name: encoded(task, config, tokenizer) for name, (_, task) in raw.items()}
     corpus = open_corpus(config, tokenizer, say) if isinstance(config, TextConfig) and config.reads_text else []
     candidate_corpus = corpus
     if isinstance(config, SearchConfig) and config.candidate_corpus:
-        candidate_corpus = open_corpus(replace(config, corpus=config.candidate_corpus), tokenizer, say)
+        own = replace(config, corpus=config.candidate_corpus, candidate_corpus=())
+        candidate_corpus = open_corpus(own, tokenizer, say)
     check_inputs(folder, fingerprints(config, tokenizer, corpus, loaded, candidate_corpus))
-    tasks = {name: encoded(task, config, tokenizer) for name, (task, _) in raw.items()}
-    held_out = {name: encoded(task, config, tokenizer) for name, (_, task) in raw.items()}
     for name, task in tasks.items():
         ranking = f"{len(task.validation):,} to rank on, " if config.validation_share else ""
         say(f"task {name}: {len(task.train):,} rows to train on, {ranking}{len(held_out[name].validation):,} held out")
@@ -175,6 +178,12 @@ def open_workspace(config: RunConfig, folder: Path, say: Say, world: World = ALO
     for start in config.start_from if isinstance(config, SearchConfig) else ():
         start_weights(supernet_config(workspace.student_config(), config.student.num_hidden_layers), start)
     return workspace
+
+
+def check_corpora(config: RunConfig) -> None:
+    """FileNotFoundError or ValueError where a file of text is not there, before another one is read for hours."""
+    if isinstance(config, TextConfig) and config.reads_text:
+        check_corpus((*config.corpus, *(config.candidate_corpus if isinstance(config, SearchConfig) else ())))
 
 
 def open_corpus(config: TextConfig, tokenizer, say: Say) -> list:
@@ -272,8 +281,13 @@ def data_dir_of(config: TaskConfig, task: str) -> str | None:
 
 def encoded(task: Task, config: TaskConfig, tokenizer) -> EncodedTask:
     """`task` in ids, as long and in such windows as the run's config says."""
-    windows = {"doc_stride": config.doc_stride, "max_query_length": config.max_query_length}
-    return encode_task(task, tokenizer, config.max_length, **windows)
+    return encode_task(task, tokenizer, config.max_length, **{name: getattr(config, name) for name in WINDOWS})
+
+
+def note_windows(model, config: TaskConfig, kind: str) -> None:
+    """Keep in a model's config how the contexts that it learnt with were cut, for those who read with it later."""
+    for name in WINDOWS if kind == "spans" else ():
+        setattr(model.config, name, getattr(config, name))
 
 
 def _check_names(names: list[str]) -> None:
@@ -492,6 +506,7 @@ def fine_tune(
     torch.manual_seed(random.key(config.seed, "teacher", spec.name, "head"))
     model = with_new_head(base, spec.kind, labels).to(workspace.device)
     size = arguments.per_device_train_batch_size
+    note_windows(model, config, spec.kind)
     say(f"teacher for {spec.name}: fine-tuning {base}")
     result = train(
         model,
@@ -551,9 +566,15 @@ def keep(model, target: Path, *results: TrainingResult, tokenizer=None) -> None:
     """A transformers model folder with what its training took (training.json), all or nothing.
 
     results: of whatever has its seconds and tokens, a `Distillation` too; none where nothing was trained."""
+    best = [found for result in results for found in best_step(result).items()]
     cost = {"seconds": sum(result.seconds for result in results), "tokens": sum(result.tokens for result in results)}
     with atomic_dir(target) as temporary:
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        (temporary / "training.json").write_text(json.dumps(cost))
+        (temporary / "training.json").write_text(json.dumps(cost | dict(best)))
+
+
+def best_step(result) -> dict[str, int]:
+    """What is kept of a training's best step: nothing where none was asked for."""
+    return {"best_step": result.best_step} if result.best_step else {}

@@ -16,7 +16,6 @@ import torch
 from effbert import random
 from effbert.architecture import Architecture, bert_flops, count_flops, count_parameters, mlp_parameters
 from effbert.config import published
-from effbert.data.tasks import TaskSpec
 from effbert.engine import Phase, forget
 from effbert.evaluate import evaluate_rows
 from effbert.files import atomic_dir, write_atomic
@@ -26,7 +25,7 @@ from effbert.search.progress import Reporter
 from effbert.search.space import Space
 from effbert.student import Student, distil, warm_up
 from effbert.supernet import Supernet, derive_config
-from effbert.workspace import Workspace, model_inputs, show
+from effbert.workspace import Workspace, best_step, model_inputs, note_windows, show
 
 BEST = "best"
 
@@ -89,7 +88,9 @@ def final_rows(
             start, outcome = begun[row.name], outcomes.get(row.name)
             seconds = start.seconds + (outcome.seconds if outcome else 0.0)
             diverged = outcome.diverged if outcome else start.diverged
-            world.on_first(_keep, workspace, row, repeat, start.model, seconds, diverged, files[row.name], reporter)
+            best = best_step(outcome) if outcome else {}
+            file = files[row.name]
+            world.on_first(_keep, workspace, row, repeat, start.model, seconds, diverged, best, file, reporter)
     forget([phase.sub(part) for phase in phases.values() for part in ("warm-up", "general", "task")])
     return [json.loads(files[row.name].read_text()) for row in lines]
 
@@ -114,6 +115,7 @@ def _keep(
     model: EffBertHeadModel,
     seconds: float,
     diverged: str,
+    best: dict[str, int],
     file: Path,
     reporter: Reporter,
 ) -> None:
@@ -129,6 +131,7 @@ def _keep(
         "diverged": diverged,
         **costs(model, row.architecture, workspace.config.max_length),
         "seconds": seconds,
+        **best,
     }
     if row.name == "winner":
         keep_winner(workspace, model, repeat, scores)
@@ -235,13 +238,15 @@ def teacher_row(workspace: Workspace) -> dict:
 def save_best(workspace: Workspace, model: EffBertHeadModel) -> None:
     """The deployed winner in <run>/best: config, safetensors, tokenizer; without the training-only projection."""
     with atomic_dir(workspace.folder / BEST) as temporary:
-        deployed(model, workspace.main_task.spec).save_pretrained(temporary)
+        deployed(workspace, model).save_pretrained(temporary)
         workspace.student_tokenizer.save_pretrained(temporary)
 
 
-def deployed(model: EffBertHeadModel, spec: TaskSpec) -> EffBertHeadModel:
-    """A copy of a student without the training-only projection."""
+def deployed(workspace: Workspace, model: EffBertHeadModel) -> EffBertHeadModel:
+    """A copy of a student of the main task without the training-only projection."""
+    spec = workspace.main_task.spec
     config = derive_config(model.config, Architecture.parse(model.config.architecture), fit_size=None)
     found = new_student(config, spec.kind, spec.labels)
     found.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if "fit_dense" not in name})
+    note_windows(found, workspace.config, spec.kind)
     return found

@@ -29,6 +29,7 @@ from effbert.model import new_student
 from effbert.optim import Optimizer, TrainingArguments
 from effbert.search.budget import cut, ladder
 from effbert.search.population import BYTES_A_PARAMETER, room_for
+from effbert.search.record import FIRST_SUPERNET
 from effbert.search.shared import mixed_tasks
 from effbert.step import general_lesson
 from effbert.supernet import FULL_STRUCTURE, Supernet, derive_config, supernet_config
@@ -146,7 +147,7 @@ def forecast(config: SearchConfig, data: DataSizes, rates: Rates, together: int)
     parts = [Part("supernet", 1, warm, warm * (rates.teacher + rates.supernet))]
     if config.candidate_corpus:
         first = _passes(config.supernet, partial(data.general, 1.0, of_candidates=True))
-        parts.insert(0, Part("first", 1, first, first * (rates.teacher + rates.supernet)))
+        parts.insert(0, Part(FIRST_SUPERNET, 1, first, first * (rates.teacher + rates.supernet)))
     for name in ("stage1", "stage2"):
         parts.append(candidates(name, getattr(config, name), data, rates, together))
     parts.append(shared_weights(config, data, rates))
@@ -349,9 +350,12 @@ def lines(parts: Sequence[Part], rates: Rates, config: SearchConfig, together: i
     limit = f"--population {config.population}" if config.population else f"memory holds {together}"
     said = [f"{rates.source}; {most} candidates train at once, {each}; {limit}"]
     said += _of_power(rates.power)
+    width = 1 + max(len(part.name) for part in parts)
     for part in parts:
         cost = f"{part.tokens / 1e6:12,.2f} M tokens {part.seconds / 3600:10.3f} h"
-        said.append(f"{part.name:9}{part.candidates:7,} candidates {cost}{_energy(rates.power, part.seconds, ' ', 10)}")
+        said.append(
+            f"{part.name:{width}}{part.candidates:7,} candidates {cost}{_energy(rates.power, part.seconds, ' ', 10)}"
+        )
     search, final = search_hours(parts), parts[-1].seconds / 3600
     search_kwh, final_kwh = (_energy(rates.power, 3600 * hours, " and ") for hours in (search, final))
     return [*said, f"search {search:.3f} h{search_kwh}, final distillation {final:.3f} h{final_kwh}"]

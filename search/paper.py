@@ -29,6 +29,7 @@ from effbert.config import (
     refuse_best,
 )
 from effbert.data import glue, squad
+from effbert.data.encode import WINDOWS
 from effbert.data.tasks import load_validation, task_key
 from effbert.data.tokenizer import load_tokenizer
 from effbert.export import ExportConfig, export
@@ -38,13 +39,13 @@ from effbert.optim import TrainingArguments
 from effbert.parallel import ALONE, World
 from effbert.search.progress import Reporter
 from effbert.search.record import PLAN, WINNER, left_out, state_of
-from effbert.search.report import chosen_by, markdown, plan_rows, print_table
+from effbert.search.report import OFFICIAL, chosen_by, markdown, plan_rows, print_table
 from effbert.search.report_html import write_report
 from effbert.search.run import Turn, claimed, run_search, surroundings
 from effbert.search.runs import MODEL, RESULTS, model_names, run_distillation, run_pretraining, run_teacher
 from effbert.start import read_student
 from effbert.teacher import content_hash, longest_text, read_config
-from effbert.workspace import check_teacher, data_dir_of, load_tasks, show
+from effbert.workspace import check_corpora, check_teacher, data_dir_of, load_tasks, show
 
 TABLE = "table.md"
 PER_TASK = {  # what a task may have of its own: its type, and the least that it can be
@@ -59,6 +60,7 @@ PER_TASK = {  # what a task may have of its own: its type, and the least that it
 
 SIZED_LATER = ("published", "plain")  # the rivals that are no names of models
 SHARED = "stage3/supernet"  # in the search's folder
+SPECIAL_TOKENS = 3  # that BERT's way of pairing adds, which a search without a teacher takes for its own tokenizer
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ class PaperConfig(SearchConfig):
             sized down to the winner's parameters; a named model; or an architecture of as many layers as --student.
             Those that fit the search's supernet begin with slices of it; efficientbert-plus learns tasks at once, from
             slices and heads of stage 3's supernet.
-        pretraining: General distillation of winner and rivals; what is not begun with slices sees the supernet's epochs
-            first.
+        pretraining: General distillation of winner and rivals but efficientbert-plus; what is not begun with slices
+            sees the supernet's epochs first.
         distillation: Task distillation.
         predictions: Also write what those who score take: glue.zip, the winner's predictions for the GLUE tasks'
             official test files, and its answers to SQuAD's validation questions.
@@ -97,8 +99,11 @@ class PaperConfig(SearchConfig):
         for task, name, value in map(split_setting, self.per_task):
             if task_key(task) not in known:
                 raise ValueError(f"per_task {task}.{name}={value}: {task} is none of the tasks")
-            if name == "eval_steps":
-                changed(self.distillation, eval_steps=value)  # says what is wrong with it
+            if name == "eval_steps" and not self.distillation.load_best_model_at_end:
+                raise ValueError(
+                    f"per_task {task}.eval_steps={value}: nothing is chosen by it: give "
+                    "--distillation.load_best_model_at_end too, or leave it out"
+                )
         for what, names in (("final_tasks", known), ("rivals", ["winner", *self.rivals])):
             if len(set(names)) < len(names):
                 raise ValueError(f"{what} is {getattr(self, what)}: name each once, and the winner not at all")
@@ -176,7 +181,7 @@ def run_paper(config: PaperConfig, reporter: Reporter | None = None, world: Worl
                 world.wait()
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         if world.is_first:
-            title = f"scores on the official validation rows{chosen_by(config.distillation)}"
+            title = f"scores on {OFFICIAL}{chosen_by(config.distillation.load_best_model_at_end)}"
             print_table(reporter.console, title, plan_rows(results["tasks"]))
             page = write_report(folder, storage=config.storage)
             reporter.say(f"the table is in {folder / TABLE}, a report in {page}")
@@ -270,7 +275,8 @@ def tabulate(config: PaperConfig, file: Path, say: Callable[[str], None]) -> Non
     """The plan's results, and their table."""
     tasks = table_of(config)
     write_atomic(file.with_name(TABLE), markdown(plan_rows(tasks)))
-    results = {"winner": winner_of(file.parent), "tasks": tasks, **surroundings()}
+    chosen = config.distillation.load_best_model_at_end
+    results = {"winner": winner_of(file.parent), "chosen_by_these_rows": chosen, "tasks": tasks, **surroundings()}
     write_atomic(file, json.dumps(results, indent=1))
 
 
@@ -293,7 +299,7 @@ def evaluate(config: PaperConfig, file: Path, say: Callable[[str], None]) -> Non
     for task in known_tasks(config):
         found[task] = {}
         for name, place in {"teacher": teacher_of(config, task), **students(config, task)}.items():
-            reading = reading_of(config, task) if name == "teacher" else students_reading(config, task)
+            reading = reading_of(config, task) if name == "teacher" else Reading(device=config.device)
             once = say if name == "teacher" else lambda line: None  # a split that is not there is so for all models
 
             def scores(place=place, task=task, reading=reading, once=once) -> str:
@@ -308,16 +314,11 @@ def evaluate(config: PaperConfig, file: Path, say: Callable[[str], None]) -> Non
 
 
 def reading_of(config: PaperConfig, task: str) -> Reading:
-    """How a task's teacher reads, which learnt with the plan's length."""
+    """How a task's teacher reads, which learnt with the plan's length and windows; students tell these themselves."""
     labels = config.teacher_labels if task_key(task) == task_key(config.task) else ()
     length = config.of_task(task).get("max_length", config.max_length)
-    return dataclasses.replace(students_reading(config, task), max_length=length, labels=labels)
-
-
-def students_reading(config: PaperConfig, task: str) -> Reading:
-    """How a task's students read, whose tokenizers know the length; the windows of SQuAD's contexts are the plan's."""
-    windows = {"doc_stride": config.doc_stride, "max_query_length": config.max_query_length}
-    return Reading(device=config.device, **(windows if task_key(task) in squad.VERSIONS else {}))
+    windows = {name: getattr(config, name) for name in WINDOWS if task_key(task) in squad.VERSIONS}
+    return Reading(length, labels=labels, device=config.device, **windows)
 
 
 def predict(config: PaperConfig, file: Path, say: Callable[[str], None]) -> None:
@@ -335,7 +336,7 @@ def answer(task: str, config: PaperConfig, file: Path, say: Callable[[str], None
     """The winner's answers to the questions of SQuAD's validation split."""
     winner = students(config, task).get("winner")
     if winner is not None:
-        predict_squad(winner, task, file, config.data_dir or None, students_reading(config, task), say=say)
+        predict_squad(winner, task, file, config.data_dir or None, Reading(device=config.device), say=say)
 
 
 def students(config: PaperConfig, task: str) -> dict[str, str]:
@@ -372,6 +373,7 @@ def begin(config: PaperConfig, steps: list[Step], say: Callable[[str], None]) ->
     longest = longest_text(given) if given else max(64, config.max_length)
     check_depths(config, (given or config.teacher_model).num_hidden_layers)
     check_spans(config)
+    check_corpora(config)
     for name in config.rivals:
         if "(" not in name and name not in SIZED_LATER:
             attention_head_size(model_fields(name)["hidden_size"], heads)
@@ -397,7 +399,7 @@ def check_spans(config: PaperConfig) -> None:
     for task in known_tasks(config):
         if task_key(task) in squad.VERSIONS:
             length = config.of_task(task).get("max_length", config.max_length)
-            special = 3  # of the WordPiece tokenizer that a search without a teacher makes
+            special = SPECIAL_TOKENS
             if config.teacher:
                 special = load_tokenizer(config.teacher).num_special_tokens_to_add(pair=True)
             try:
@@ -598,12 +600,12 @@ def starts_of(config: PaperConfig, depth: int) -> dict[str, str]:
         check_members(config, group)
         places = (folder / group / place for place in model_names(len(members)))
         found |= {name: str(place) for name, place in zip(members, places, strict=True) if place.exists()}
+    found |= {name: str(folder / "search" / SHARED) for name in config.rivals if start_of(config, name) == "shared"}
     if not found:
         raise ValueError(
             f"{folder}: no model is left of general distillation: lower --pretraining.learning_rate, in another "
             "--output_dir"
         )
-    found |= {name: str(folder / "search" / SHARED) for name in config.rivals if start_of(config, name) == "shared"}
     return {name: found[name] for name in names_of(config) if name in found and depth_of(config, name) == depth}
 
 

@@ -16,6 +16,7 @@ from effbert.errors import first_line
 from effbert.files import PARTIAL
 from effbert.search.study import BUSY_SECONDS, CONFIG_FILE, STUDY_FILE, Evaluation, engine_settings, evaluation_of
 
+FIRST_SUPERNET = "supernet-stage1"  # of the text that the candidates alone learn from
 STAGES, AGREEMENT = ("stage1", "stage2", "stage3"), "agreement"  # the last: stage 3's candidates trained alone
 PLAN, WINNER = "plan.json", "winner.json"  # of a plan (effbert paper), whose search is in its folder search/
 

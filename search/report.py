@@ -5,7 +5,6 @@ import statistics
 from rich.console import Console
 from rich.table import Table
 
-from effbert.optim import TrainingArguments
 from effbert.search.agreement import paired_difference
 
 
@@ -70,9 +69,12 @@ Rows = list[tuple[str, ...]]  # a table as text, its head first
 UNLIMITED = 10_000  # columns of a screen
 
 
-def chosen_by(arguments: TrainingArguments) -> str:
-    """What to say after "on ... rows" of scores on the rows by which a phase found its best step."""
-    return ", by which each one's best step was chosen" if arguments.load_best_model_at_end else ""
+OFFICIAL = "the official validation rows"
+
+
+def chosen_by(best: bool) -> str:
+    """What to say after "on ... rows" where these are the rows by which a phase found its `best` step."""
+    return ", by which each one's best step was chosen" if best else ""
 
 
 def table_rows(table: list[dict], metric: str) -> Rows:

@@ -20,7 +20,7 @@ from effbert.files import write_atomic
 from effbert.kernels.expression import ExpressionError
 from effbert.search import pareto, report
 from effbert.search.figures import Chart, bars, best_so_far, escape, intervals, tag, tree
-from effbert.search.record import AGREEMENT, STAGES, Plan, Record, read_record
+from effbert.search.record import AGREEMENT, FIRST_SUPERNET, STAGES, Plan, Record, read_record
 from effbert.search.screen import DISCARDED
 from effbert.search.study import Evaluation
 
@@ -43,7 +43,7 @@ _WORDS = {
     "running": "under way",
 }
 _COSTS = {"parameters": "parameters", "flops": "FLOPs of one sequence", "latency_ms": "latency, ms"}
-_COST_ORDER = ("teacher", "supernet", "stage1", "stage2", "stage3", "final")
+_COST_ORDER = ("teacher", FIRST_SUPERNET, "supernet", "stage1", "stage2", "stage3", "final")
 _TOP = 10
 
 
@@ -245,8 +245,8 @@ def final_section(record: Record, metric: str) -> str:
         for row in rows
     ]
     head = ("row", metric, "parameters", "MFLOPs", "CPU ms (batch 1)")
-    best = record.config.get("final", {}).get("task_phase", {}).get("load_best_model_at_end")
-    chosen = " by which each one's best step was chosen" if best else ""
+    task_phase = record.config.get("final", {}).get("task_phase", {})
+    chosen = report.chosen_by(task_phase.get("load_best_model_at_end", False))
     caption = f"{metric} on held-out rows{chosen}, {spread}; costs of the deployed model"
     return (
         note
@@ -264,7 +264,8 @@ def plan_section(plan: Plan) -> str:
     if not plan.results:
         return _missing("The plan distils winner and rivals on every task: the table comes after the last of them.")
     head, *lines = report.plan_rows(plan.results["tasks"])
-    return _table("scores on the official validation rows", head, lines)
+    chosen = report.chosen_by(plan.results.get("chosen_by_these_rows", False))
+    return _table(f"scores on {report.OFFICIAL}{chosen}", head, lines)
 
 
 def winner_section(record: Record, stages: dict[str, list[Candidate]]) -> str:
@@ -498,7 +499,7 @@ def costs(record: Record) -> list[tuple[str, list[tuple[float, str]], int]]:
     if final:
         found.append(("final rows", [(final, "complete")], 0))
     order = {name: place for place, name in enumerate(_COST_ORDER)}
-    return sorted(found, key=lambda part: order.get(re.split("[/ -]", part[0])[0], len(order)))
+    return sorted(found, key=lambda part: order.get(re.split("[/ ]", part[0])[0], len(order)))
 
 
 def cost_section(record: Record) -> str:

@@ -306,8 +306,8 @@ def conclude(workspace: Workspace, winner: Architecture, study: Study, results: 
     if found and best.exists():
         write_atomic(best / "README.md", report.model_card(summary))
     write_report(workspace.folder, storage=study.url)
-    rows_said = f"held-out rows{report.chosen_by(config.final.task_phase)}"
-    title = f"{metric} on {rows_said}; costs of the deployed model at length {config.max_length}"
+    chosen = report.chosen_by(config.final.task_phase.load_best_model_at_end)
+    title = f"{metric} on held-out rows{chosen}; costs of the deployed model at length {config.max_length}"
     report.print_table(reporter.console, title, report.table_rows(table, metric))
     compared = report.verdict(table, results, metric)
     if compared:

@@ -33,7 +33,7 @@ from effbert.parallel import ALONE, World
 from effbert.search.final import costs, deployed, fresh_head, held_out, teacher_row
 from effbert.search.population import KEPT_TEACHER, kept_teacher
 from effbert.search.progress import Reporter
-from effbert.search.report import mean_and_spread, score_text
+from effbert.search.report import OFFICIAL, chosen_by, mean_and_spread, score_text
 from effbert.search.study import GIVEN_PATHS, RunFolder
 from effbert.start import check_start, fresh_projection, load_head, load_start, model_config, start_weights
 from effbert.student import Distillation, Student, distil, distil_generally
@@ -42,6 +42,7 @@ from effbert.teacher import Teacher, load_model, read_config, student_vocabulary
 from effbert.workspace import (
     Workspace,
     answers,
+    best_step,
     fine_tune,
     keep,
     must_finish,
@@ -174,7 +175,10 @@ def one_seed(
         model = new_student(fields, spec.kind, spec.labels)
         if config.start_from:
             load_start(model, start_of(config, number))
-        if config.model[number] != PLUS or not load_head(model, start_of(config, number), spec.name):
+        shared = load_head(model, start_of(config, number), spec) if config.model[number] == PLUS else ""
+        if shared:
+            say(f"{PLUS}: with the head that the supernet has for {shared}")
+        else:
             fresh_head(model, random.key(phase.seed, "head"))
         students.append(Student(model.to(workspace.device), phase))
     say(f"seed {phases[0].seed}: {', '.join(f'{student.model.num_parameters():,}' for student in students)} parameters")
@@ -194,15 +198,15 @@ def keep_student(workspace: Workspace, student: Student, file: Path, result: Dis
         "diverged": result.diverged,
         "seconds": result.seconds,
         "tokens": result.tokens,
-        **({"best_step": result.best_step} if result.best_step else {}),
+        **best_step(result),
     }
     own |= costs(model, parse_architecture(model.config.architecture), config.max_length)
     name = file.stem.rpartition("-seed-")[0]
-    said = result.diverged or f"{show(own['scores'])} on the official validation rows"
+    said = result.diverged or f"{show(own['scores'])} on {OFFICIAL}"
     say(f"{name}, seed {seed}: {said}")
     target = workspace.folder / name
     if not result.diverged and (seed == config.seed or not target.exists()):
-        keep(deployed(model, workspace.main_task.spec), target, result, tokenizer=workspace.student_tokenizer)
+        keep(deployed(workspace, model), target, result, tokenizer=workspace.student_tokenizer)
     write_atomic(file, json.dumps(own, indent=1))
 
 
@@ -391,13 +395,12 @@ def finish(workspace: Workspace, conclude: Callable[[], dict], say: Callable[[st
     workspace.world.on_first(lambda: path.exists() or write_atomic(path, json.dumps(conclude(), indent=1)))
     results = json.loads(path.read_text(encoding="utf-8"))
     if "scores" in results:
-        say(f"{show(results['scores'])} on the official validation rows")
+        say(f"{show(results['scores'])} on {OFFICIAL}{chosen_by('best_step' in results)}")
     for name, model in results.get("models", {}).items():
         if "score" in model:
             scored = score_text(model["score"], model["spread"], model.get("diverged", 0))
-            best = any("best_step" in seed for seed in model["seeds"])
-            of_best = ", of the steps that were best on these rows" if best else ""
-            say(f"{name}: {results['metric']} {scored} over {len(model['seeds'])} seeds{of_best}")
+            chosen = chosen_by(any("best_step" in seed for seed in model["seeds"]))
+            say(f"{name}: {results['metric']} {scored} over {len(model['seeds'])} seeds, on {OFFICIAL}{chosen}")
     kept = [workspace.folder / name for name in results.get("models", (MODEL,)) if (workspace.folder / name).exists()]
     say(f"done: {', '.join(map(str, [*kept, path]))}")
     return results

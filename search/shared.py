@@ -129,7 +129,7 @@ def mixed_tasks(workspace: Workspace, settings: SearchStage, epoch: int) -> Mixe
 
 
 def shared_candidates(workspace: Workspace, supernet: Supernet) -> Evaluator:
-    """Evaluation of stage 3: the shared weights' score on the whole ranking split, without training."""
+    """Evaluation of stage 3: the shared weights' score on its share of the ranking rows, without training."""
     workspace = ranking_on(workspace, workspace.config.stage3)
     task = workspace.main_task
 

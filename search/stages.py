@@ -26,6 +26,7 @@ from effbert.search.budget import fitness, ladder, survivors
 from effbert.search.pareto import best_front, fronts, point
 from effbert.search.population import Evaluator, Member, Outcome
 from effbert.search.progress import Reporter, StageLine
+from effbert.search.record import FIRST_SUPERNET
 from effbert.search.sampler import Sampler, SpaceExhausted, make_sampler
 from effbert.search.screen import DISCARDED, SCREENED, STAYS, Screen
 from effbert.search.space import Space
@@ -286,9 +287,6 @@ def comparison(evaluations: Sequence[Evaluation], best: Evaluation) -> str:
     return text
 
 
-FIRST_SUPERNET = "supernet-stage1"  # of the candidates' own text
-
-
 def candidate_start(workspace: Workspace, reporter: Reporter) -> tuple[Workspace, Supernet]:
     """What the candidates of stages 1 and 2 learn from, and the warm supernet that they begin with."""
     if not workspace.config.candidate_corpus:
@@ -313,23 +311,25 @@ def warm_supernet(workspace: Workspace, reporter: Reporter, name: str = "superne
             note = fresh_projection(supernet.config, config.start_from[0])
             if note:
                 reporter.say(note)
-            reporter.say(f"supernet: that of {config.start_from[0]}, {supernet.num_parameters():,} parameters")
+            reporter.say(f"{name}: that of {config.start_from[0]}, {supernet.num_parameters():,} parameters")
         else:
-            results = [distilled_supernet(workspace, supernet, phase, reporter)]
+            results = [distilled_supernet(workspace, supernet, name, phase, reporter)]
         world.on_first(partial(keep, supernet, target, *results, tokenizer=workspace.student_tokenizer))
     forget([phase])
     return load_supernet(workspace, target)
 
 
-def distilled_supernet(workspace: Workspace, supernet: Supernet, phase: Phase, reporter: Reporter) -> TrainingResult:
+def distilled_supernet(
+    workspace: Workspace, supernet: Supernet, name: str, phase: Phase, reporter: Reporter
+) -> TrainingResult:
     """General distillation of a supernet in place."""
     config, world = workspace.config, workspace.world
-    reporter.say(f"supernet: general distillation, {supernet.num_parameters():,} parameters")
-    (result,) = distil_generally(workspace, [supernet], config.supernet, [phase], reporter.steps("supernet"), world)
-    must_finish(result, "the supernet's general distillation", "--supernet.learning_rate")
+    reporter.say(f"{name}: general distillation, {supernet.num_parameters():,} parameters")
+    (result,) = distil_generally(workspace, [supernet], config.supernet, [phase], reporter.steps(name), world)
+    must_finish(result, f"general distillation of {name}", "--supernet.learning_rate")
     rate = result.tokens / max(result.seconds, 1e-9)
     reporter.say(
-        f"supernet: loss {result.loss:.4f} after {result.tokens:,} tokens in {result.seconds:.0f} s "
+        f"{name}: loss {result.loss:.4f} after {result.tokens:,} tokens in {result.seconds:.0f} s "
         f"({rate:,.0f} tokens/s)"
     )
     return result

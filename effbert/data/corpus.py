@@ -126,6 +126,13 @@ def load_corpus(
     return cached_together(key if samples == "packed" else (*key, sets), sets, build, cache_dir)
 
 
+def check_corpus(source: str | Path | Sequence[str | Path]) -> None:
+    """FileNotFoundError or ValueError as `load_corpus`, for what can be told of files without reading them."""
+    for given in [source] if isinstance(source, str | Path) else source:
+        if given != "builtin":
+            _text_files(given)
+
+
 def sentences_of(source: str | Path | Sequence[str | Path], *, cache_dir: str | Path | None = None) -> Iterator[str]:
     """The sentences of a corpus in reading order, as `load_corpus` finds them; the same errors."""
     sources = _open(source, "train", "text", cache_dir)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from effbert.data.tasks import Task, TaskSpec
 
+WINDOWS = ("doc_stride", "max_query_length")  # settings of a spans task, and what a model's config keeps of them
 _PIECE = 10_000
 
 

@@ -24,7 +24,7 @@ def test_the_fast_preset_is_forecast_below_six_hours_and_says_so_in_its_file(tmp
     fast, published = (found["presets"][name]["search_hours"] for name in ("paper-fast", "paper"))
     assert fast < 6 < published
     assert [part["name"] for part in found["presets"]["paper"]["parts"]] == [
-        "first", "supernet", "stage1", "stage2", "stage3", "final",
+        "supernet-stage1", "supernet", "stage1", "stage2", "stage3", "final",
     ]  # fmt: skip
     assert found["presets"]["paper-fast"]["parts"][0]["name"] == "supernet"
 

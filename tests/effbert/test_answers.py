@@ -265,6 +265,10 @@ def test_windows_are_those_that_are_asked_for(tmp_path, tokenizer):
         assert encoded["input_ids"] == wanted["input_ids"] and len(logits) == len(wanted)
         found.append(model.fingerprint())
     assert len(set(found)) == 4
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"doc_stride": 7, "max_query_length": 2}))
+    noted = [open_model(folder, spec_of("squad"), reading).windows() for reading in (Reading(), Reading(doc_stride=5))]
+    assert noted == [{"doc_stride": stride, "max_query_length": 2} for stride in (7, 5)]  # as it learnt, unless told
     other = save_bert(tmp_path / "other", "rte", tokenizer)
     assert len({open_model(other, spec_of("rte"), reading).fingerprint() for reading in readings}) == 1
 

@@ -135,6 +135,47 @@ def test_a_checkpoint_that_misses_a_part_is_one_line(tmp_path):
         run(phase)
 
 
+def test_a_model_that_is_no_longer_finite_is_not_scored():
+    arguments = replace(ARGUMENTS, load_best_model_at_end=True, eval_steps=4)
+    model, seen = Tiny(), []
+
+    def rank():
+        seen.append(bool(model.out.weight.isfinite().all()))
+        return 0.0
+
+    loss_of = lambda batch, number: model(batch) * (float("nan") if number == 12 + 4 else 1.0)  # noqa: E731
+    result = train(model, plan_of, loss_of, arguments, Phase(("p",), 3), rank=rank)
+    assert seen == [True, True] and result.diverged == "loss not finite at step 10"
+
+
+@pytest.mark.parametrize("failing", range(6))
+def test_memory_that_ends_in_a_score_changes_nothing(failing):
+    """Whichever of the six scores of the second of three models it is."""
+    arguments = replace(ARGUMENTS, load_best_model_at_end=True, eval_steps=4)
+
+    def together(failing=None):
+        models, asked = {name: Tiny() for name in (1, 2, 3)}, {1: 0, 2: 0, 3: 0}
+
+        def trainee(name):
+            def rank():
+                asked[name] += 1
+                if name == 2 and asked[name] == (failing or 0) + 1 and failing is not None:
+                    raise torch.OutOfMemoryError("out of memory")
+                return float(torch.sin(2000 * models[name].out.weight.detach().sum()))
+
+            phase = Phase(("p", name), 3)
+            loss_of = lambda batch, number, _: models[name](batch)  # noqa: E731
+            return Trainee(models[name], loss_of, phase, lambda epoch: {"epoch": epoch}, rank)
+
+        results = train_together([trainee(name) for name in models], plan_of, arguments)
+        return models, [(found.best_step, found.loss, found.epochs, found.steps) for found in results]
+
+    (models, results), (others, expected) = together(failing), together()
+    assert results == expected and len(expected[1][2]) == 3
+    for name, model in models.items():
+        assert_same(model, others[name])
+
+
 def ranked(folder, moment=None):
     """A phase that ends with its best step, by a score that goes up and down with the weights; killed at a step."""
     arguments = replace(ARGUMENTS, load_best_model_at_end=True, eval_steps=4)

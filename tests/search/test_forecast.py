@@ -8,6 +8,7 @@ import torch
 from effbert.__main__ import main
 from effbert.search import forecast
 from effbert.search.forecast import Power, Rates
+from effbert.search.record import FIRST_SUPERNET
 
 
 def changed(workspace, **changes):
@@ -78,8 +79,8 @@ def test_a_supernet_of_the_candidates_and_the_scores_of_best_steps_are_counted(w
     half = [sequences.select(range(len(sequences) // 2)) for sequences in workspace.corpus]
     two = dataclasses.replace(changed(workspace, candidate_corpus=("other",)), candidate_corpus=half)
     one, found = parts(workspace), parts(two)
-    assert list(found)[:2] == ["first", "supernet"] and "first" not in one
-    assert found["supernet"] == one["supernet"] and 0 < found["first"].tokens < one["supernet"].tokens
+    assert list(found)[:2] == [FIRST_SUPERNET, "supernet"] and FIRST_SUPERNET not in one
+    assert found["supernet"] == one["supernet"] and 0 < found[FIRST_SUPERNET].tokens < one["supernet"].tokens
     assert found["stage1"].tokens < one["stage1"].tokens and found["final"].tokens == one["final"].tokens
     final, data = workspace.config.final, forecast.Drawn(workspace)
     best = dataclasses.replace(final.task_phase, load_best_model_at_end=True, eval_steps=10, num_train_epochs=2)

@@ -11,6 +11,7 @@ import transformers
 from rich.console import Console
 from safetensors.torch import load_file
 
+from effbert.answers import evaluate_saved
 from effbert.config import PRESETS
 from effbert.data.tokenizer import train_wordpiece
 from effbert.search import run
@@ -86,6 +87,10 @@ def test_candidates_may_learn_from_another_text_than_the_rest(tmp_path, monkeypa
     with pytest.raises(ValueError, match="the candidates' corpus changed since this run began"):
         texts[0].write_text(texts[0].read_text() + "one more.\n")
         search(config)
+    with pytest.raises(ValueError, match="as corpus is: leave it out"):
+        dataclasses.replace(config, candidate_corpus=config.corpus)
+    with pytest.raises(FileNotFoundError, match=r"no corpus at \./nowhere\.txt"):
+        search(dataclasses.replace(config, candidate_corpus=("./nowhere.txt",), output_dir=str(tmp_path / "none")))
     with pytest.raises(ValueError, match="leave one of them out"):
         dataclasses.replace(config, start_from=(str(folder / "supernet"),))
 
@@ -112,12 +117,18 @@ def write_squad(folder, rows=30):
 
 def test_a_search_on_spans_beside_a_classification_task(tmp_path):
     write_squad(tmp_path)
-    config = tiny(tmp_path, task="squad2.0", tasks=("builtin-next",), data_dir=str(tmp_path))
+    windows = {"doc_stride": 6, "max_query_length": 4}
+    config = tiny(tmp_path, task="squad2.0", tasks=("builtin-next",), data_dir=str(tmp_path), **windows)
     results, output = search(config)
     assert results["metric"] == "f1" and 0 <= results["table"][1]["score"] <= 1
     model = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "run" / "best")
     assert model.effbert.pooler is None and model.num_parameters() == results["table"][1]["parameters"]
     assert "task builtin-next" in output
+    for place in ("best", "teacher/tasks/squad2.0"):
+        config = json.loads((tmp_path / "run" / place / "config.json").read_text())
+        assert {name: config[name] for name in windows} == windows
+    scored = evaluate_saved(tmp_path / "run" / "best", "squad2.0", str(tmp_path))["validation"]
+    assert scored["f1"] == results["table"][1]["score"]
 
 
 def test_a_search_on_a_regression_task_of_ones_own(tmp_path):

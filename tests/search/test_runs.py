@@ -247,9 +247,13 @@ def test_efficientbert_plus_begins_with_the_head_that_the_tasks_shared(given, ma
         assert torch.equal(heads[model][f"classifier.{name}"], weights[f"heads.{head_key('mine')}.{name}"])
     assert torch.equal(heads[model]["effbert.pooler.weight"], weights["effbert.pooler.weight"])
     assert not torch.equal(heads["other"]["classifier.weight"], heads[model]["classifier.weight"])
-    student = new_student(supernet_config(saved.config, 2), "classification", ("bad", "good"))
-    assert not load_head(student, str(tmp_path / "shared"), "wnli")  # that of qnli, which is not there
-    assert not load_head(student, str(made / "net" / "model"), "mine")
+    student = new_student(supernet_config(saved.config, 2), "classification", ("good", "bad"))
+    turned = dataclasses.replace(spec, labels=("good", "bad"))
+    assert load_head(student, str(tmp_path / "shared"), turned) == "mine"  # by the names of labels
+    assert torch.equal(student.classifier.weight, weights[f"heads.{head_key('mine')}.weight"].flip(0))
+    for other in (dataclasses.replace(spec, name="wnli"), dataclasses.replace(spec, labels=("good", "ugly"))):
+        assert load_head(student, str(tmp_path / "shared"), other) == ""  # qnli's is not there, and an unknown label
+    assert load_head(student, str(made / "net" / "model"), spec) == ""
 
 
 class Counted(World):
