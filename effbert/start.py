@@ -27,7 +27,7 @@ SIZES = (
 PROJECTION = "fit_dense."
 MAY_LACK = ("pooler.", PROJECTION)  # a bare encoder has no pooler, a deployed one no projection
 HEADS = ("heads.", "classifier.")
-BORROWED_HEADS = {"wnli": "qnli"}  # as published, for the task that the supernet does not learn
+BORROWED_HEADS = {"wnli": "qnli"}  # as published, where it goes by position: the supernet does not learn WNLI
 
 
 def model_config(
@@ -144,7 +144,7 @@ def load_head(model: EffBertHeadModel, folder: str, task: TaskSpec) -> str:
     name = next((name for name in (task.name, BORROWED_HEADS.get(task.name)) if name in known), "")
     if not name or known[name][0] != task.kind:
         return ""
-    columns = None
+    columns = slice(None)
     if task.kind == "classification":
         try:
             columns = map_labels(task.labels, dict(enumerate(known[name][1])), name)
@@ -152,8 +152,8 @@ def load_head(model: EffBertHeadModel, folder: str, task: TaskSpec) -> str:
             return ""
     supernet, _ = read_weights(Supernet, folder)
     head = supernet.heads[head_key(name)]
-    model.classifier.weight.copy_(head.weight if columns is None else head.weight[columns])
-    model.classifier.bias.copy_(head.bias if columns is None else head.bias[columns])
+    model.classifier.weight.copy_(head.weight[columns])
+    model.classifier.bias.copy_(head.bias[columns])
     return name
 
 
