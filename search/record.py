@@ -6,6 +6,7 @@ ValueError.
 """
 
 import json
+import os
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -128,12 +129,10 @@ def state_of(result: Path) -> str:
 
 
 def training_files(folder: Path) -> list[Path]:
-    """training.json of everything that is done; not of what another worker is writing, or a dead one left."""
-    return [
-        path
-        for path in sorted(folder.glob("**/training.json"))
-        if not any(part.startswith(PARTIAL) for part in path.relative_to(folder).parts)
-    ]
+    """training.json of everything that is done; not of what another worker is writing, or a dead one left. A folder that
+    another worker removes meanwhile holds none: os.walk passes it over, where a glob raises."""
+    paths = (Path(root, "training.json") for root, _, files in os.walk(folder) if "training.json" in files)
+    return sorted(p for p in paths if not any(part.startswith(PARTIAL) for part in p.relative_to(folder).parts))
 
 
 def _candidates(engine, where: str) -> dict[str, list[Evaluation]]:

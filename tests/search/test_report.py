@@ -1,6 +1,8 @@
 """The final table on terminals of several widths, and off one: no number is ever cut; the winner beside each row."""
 
 import io
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from rich.console import Console
 
 from effbert.evaluate import pack_hits
 from effbert.search.agreement import paired_difference
+from effbert.search.record import training_files
 from effbert.search.report import print_table, summarise, verdict
 
 TASKS = [f"{task} accuracy" for task in "mnli qqp qnli sst2 cola stsb mrpc rte wnli squad squad2.0".split()]
@@ -52,3 +55,19 @@ def test_of_several_seeds_their_means_are_compared():
     rows = [row(name, hits, repeat) for repeat in range(2) for name, hits in (("winner", [1, 1]), ("other", [1, 0]))]
     assert verdict(summarise(rows, "accuracy"), rows, "accuracy") == "The winner's accuracy: +0.5000 against other."
     assert verdict(summarise(rows[:1], "accuracy"), rows[:1], "accuracy") == ""
+
+
+def test_a_folder_that_another_worker_removes_meanwhile_is_passed_over(tmp_path, monkeypatch):
+    for name in ("supernet", "teacher-outputs"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "supernet" / "training.json").write_text("{}")
+    scandir = os.scandir
+
+    def vanishing(path="."):
+        if str(path).endswith("teacher-outputs"):
+            shutil.rmtree(path, ignore_errors=True)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert training_files(tmp_path) == [tmp_path / "supernet" / "training.json"]
+    assert not (tmp_path / "teacher-outputs").exists()
