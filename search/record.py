@@ -129,8 +129,8 @@ def state_of(result: Path) -> str:
 
 
 def training_files(folder: Path) -> list[Path]:
-    """training.json of everything that is done; not of what another worker is writing, or a dead one left. A folder that
-    another worker removes meanwhile holds none: os.walk passes it over, where a glob raises."""
+    """training.json of everything that is done; not of what another worker is writing, or a dead one left. A folder
+    that another worker removes meanwhile holds none: os.walk passes it over, where a glob raises."""
     paths = (Path(root, "training.json") for root, _, files in os.walk(folder) if "training.json" in files)
     return sorted(p for p in paths if not any(part.startswith(PARTIAL) for part in p.relative_to(folder).parts))
 
