@@ -14,6 +14,7 @@ import argparse
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from effbert.architecture import Dimensions
 from effbert.bench.hardware import GPUS, Gpu, gpu_named
@@ -22,68 +23,86 @@ from effbert.search import forecast
 from effbert.search.population import room_in
 from effbert.step import mixed_counts
 
-# Rows of the official training sets, and tokens a row in batches of 64 padded to buckets, up to 128: counted with
-# BERT's uncased vocabulary on 2,000 to 60,000 of those rows.
+
+class Sizes(NamedTuple):
+    """A task: rows of its official training and validation sets (MNLI's matched half), tokens a row in batches of 64
+    padded to buckets, up to 128, counted with BERT's uncased vocabulary on 2,000 to 60,000 of the training rows."""
+
+    rows: int
+    validation: int
+    tokens: float
+
+
 GLUE = {
-    "mnli": (392_702, 47.4),
-    "qqp": (363_846, 38.4),
-    "qnli": (104_743, 55.7),
-    "sst2": (67_349, 20.9),
-    "cola": (8_551, 17.8),
-    "stsb": (5_749, 34.5),
-    "mrpc": (3_668, 60.1),
-    "rte": (2_490, 73.6),
+    "mnli": Sizes(392_702, 9_815, 47.4),
+    "qqp": Sizes(363_846, 40_430, 38.4),
+    "qnli": Sizes(104_743, 5_463, 55.7),
+    "sst2": Sizes(67_349, 872, 20.9),
+    "cola": Sizes(8_551, 1_043, 17.8),
+    "stsb": Sizes(5_749, 1_500, 34.5),
+    "mrpc": Sizes(3_668, 408, 60.1),
+    "rte": Sizes(2_490, 277, 73.6),
 }
-MNLI_VALIDATION = 9_815  # rows of the matched half
 WIKIPEDIA_SHARE = 2_500 / 3_300  # of the corpus, as of its words (Devlin et al. 2018, section 3.1)
 
 
 @dataclass(frozen=True)
 class Assumptions:
     """Shares of a data sheet's matrix rate in the type of the preset: that of the teacher's forward pass in inference,
-    and that of the students' forward and backward."""
+    and that of forward and backward, of students and of the teacher itself."""
 
     teaching: float = 0.4
     training: float = 0.15
 
 
 class Declared:
-    """Tokens of data that is only declared: the published corpus and all of GLUE. Corpus sequences are full."""
+    """Tokens of data that is only declared: the published corpus and all of GLUE. Corpus sequences are full, and the
+    teacher has a head for none of the tasks."""
 
     def __init__(self, config: SearchConfig):
-        self.config = config
+        self.config, self.main, self.tuned = config, config.task, (config.task, *config.tasks)
 
     def general(self, share: float, batch_size: int, of_candidates: bool = False) -> int:
         """A share of the corpus, or of the one that candidates learn from: Wikipedia where that is another."""
         own = of_candidates and self.config.candidate_corpus
         return round(share * PAPER_CORPUS_TOKENS * (WIKIPEDIA_SHARE if own else 1))
 
-    def task(self, share: float, batch_size: int) -> int:
+    def of_candidates(self, share: float, batch_size: int) -> int:
         """A share of the main task's training rows that do not rank."""
-        return round(share * (1 - self.config.validation_share) * self._tokens(self.config.task))
-
-    def batches(self, share: float, batch_size: int) -> int:
-        """Batches of a share of the main task's training rows that do not rank."""
-        return -(-round(share * (1 - self.config.validation_share) * GLUE[self.config.task][0]) // batch_size)
+        return round(share * (1 - self.config.validation_share) * self._tokens(self.main))
 
     def ranking(self, share: float) -> int:
         """A share of the rows that rank candidates."""
-        return round(share * self.config.validation_share * self._tokens(self.config.task))
+        return round(share * self.config.validation_share * self._tokens(self.main))
 
-    def held_out(self) -> int:
-        """The matched validation rows of MNLI, the main task of the presets."""
-        return round(MNLI_VALIDATION / GLUE["mnli"][0] * self._tokens("mnli"))
+    def task(self, name: str, share: float, batch_size: int) -> int:
+        """A share of a task's rows that teachers and final rows train on."""
+        return round(share * self._learnt() * self._tokens(name))
+
+    def batches(self, name: str, share: float, batch_size: int) -> int:
+        """How many batches these make."""
+        return -(-round(share * self._learnt() * GLUE[name].rows) // batch_size)
+
+    def held_out(self, name: str) -> int:
+        """A task's official validation rows."""
+        return round(GLUE[name].validation * self._each(name))
 
     def mixed(self, settings: SearchStage) -> float:
         """Stage 3's pass over all tasks."""
         size, share = settings.task_phase.per_device_train_batch_size, settings.task_share
-        batches = {task: -(-round(share * GLUE[task][0]) // size) for task in GLUE_TASKS}
+        share *= 1 - self.config.validation_share
+        batches = {task: -(-round(share * GLUE[task].rows) // size) for task in GLUE_TASKS}
         counts = mixed_counts(batches, self.config.task_temperature)
-        return sum(counts[task] * size * self._tokens(task) / GLUE[task][0] for task in GLUE_TASKS)
+        return sum(counts[task] * size * self._each(task) for task in GLUE_TASKS)
+
+    def _learnt(self) -> float:
+        return 1.0 if self.config.ranking_rows == "released" else 1 - self.config.validation_share
 
     def _tokens(self, task: str) -> float:
-        rows, each = GLUE[task]
-        return rows * (self.config.max_length if self.config.pad_to_max_length else each)
+        return GLUE[task].rows * self._each(task)
+
+    def _each(self, task: str) -> float:
+        return self.config.max_length if self.config.pad_to_max_length else GLUE[task].tokens
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -111,16 +130,18 @@ def main(arguments: list[str] | None = None) -> int:
 def declared(name: str) -> SearchConfig:
     """A preset with the corpora that it is meant for: the published candidates learn from Wikipedia alone."""
     first = {"candidate_corpus": ("Wikipedia",)} if name == "paper" else {}
-    return replace(PRESETS[name](), corpus=("Wikipedia", "BooksCorpus"), **first)
+    return replace(PRESETS[name](), teacher="BERT-base", corpus=("Wikipedia", "BooksCorpus"), **first)
 
 
 def of_preset(config: SearchConfig, gpu: Gpu, assumptions: Assumptions) -> tuple[list[forecast.Part], list[str]]:
     """The parts of a preset's search under BERT-base, and its forecast as text."""
     from transformers import BertConfig
 
-    peak = gpu.ceilings.flops_per_second["bf16" if config.supernet.bf16 else "fp32"]
+    phases = config.supernet, config.teacher_model.finetuning
+    peak, tuning = (gpu.ceilings.flops_per_second["bf16" if phase.bf16 else "fp32"] for phase in phases)
     dims, teacher = Dimensions(), BertConfig()
-    rates = forecast.assume(config, dims, teacher, assumptions.teaching * peak, assumptions.training * peak)
+    shares = assumptions.teaching * peak, assumptions.training * peak, assumptions.training * tuning
+    rates = forecast.assume(config, dims, teacher, *shares)
     rates = replace(rates, power=board_power(gpu))
     largest = forecast.largest_candidate(config, dims)
     together = room_in(gpu.memory, largest, config.population)

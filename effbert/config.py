@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from effbert.architecture import PUBLISHED, Architecture, Dimensions, count_parameters
+from effbert.data.tasks import task_key
 from effbert.distill import LossWeights
 from effbert.models import refuse_plus_without_start
 from effbert.optim import TrainingArguments
@@ -36,7 +37,8 @@ class StudentArguments:
 class TeacherArguments:
     """The teacher made where no folder is given: a BERT of these sizes, masked-LM on the corpus, then the task.
 
-    finetuning also serves a given teacher that has no head for the task.
+    finetuning also serves a given teacher that has no head for the task. finetuning_eval_steps: TASK=N, where a task's
+    teacher is scored after every N steps, not after every finetuning.eval_steps.
     """
 
     hidden_size: int = 768
@@ -49,9 +51,24 @@ class TeacherArguments:
     finetuning: TrainingArguments = field(
         default_factory=lambda: TrainingArguments(learning_rate=5e-5, num_train_epochs=3)
     )
+    finetuning_eval_steps: tuple[str, ...] = ()
 
     def __post_init__(self):
         refuse_best(pretraining=self.pretraining)
+        for text in self.finetuning_eval_steps:
+            task, _, steps = text.partition("=")
+            if not (task and steps.isdecimal() and self.finetuning.load_best_model_at_end):
+                raise ValueError(
+                    f"finetuning_eval_steps {text!r}: it should be TASK=N, beside finetuning.load_best_model_at_end, "
+                    "without which it should be left empty"
+                )
+
+    def finetuning_on(self, task: str) -> TrainingArguments:
+        """How the teacher of a task is trained; of two settings for it the last counts."""
+        given = dict(text.split("=") for text in self.finetuning_eval_steps)
+        own = {task_key(name): int(steps) for name, steps in given.items()}
+        steps = own.get(task_key(task), self.finetuning.eval_steps)
+        return dataclasses.replace(self.finetuning, eval_steps=steps)
 
 
 def refuse_best(**phases: TrainingArguments) -> None:
@@ -223,6 +240,7 @@ class TaskConfig(RunConfig):
 
     tasks: ClassVar[tuple[str, ...]] = ()
     validation_share: ClassVar[float] = 0.0
+    ranking_rows: ClassVar[str] = "drawn"
 
     def __post_init__(self):
         super().__post_init__()
@@ -364,6 +382,8 @@ class SearchConfig(TextConfig, TaskConfig):
             is not --corpus; stage 3 and the final rows then begin with a second supernet, of --corpus.
         tasks: Further tasks that stage 3 learns beside it.
         validation_share: Share of the task's training rows on which candidates are ranked.
+        ranking_rows: "drawn" cuts them out by a fixed draw, and nothing trains on them; "released" takes the last ones
+            of the file, as published, on which teachers and final rows train too.
         min_params: Fewest parameters of a candidate, with the projection, without pooler and head; 0 for the published
             architecture's count at these sizes times 15/15.74.
         max_params: Most parameters of a candidate; 0 for the published architecture's count times 16/15.74.
@@ -392,6 +412,7 @@ class SearchConfig(TextConfig, TaskConfig):
     candidate_corpus: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     validation_share: float = 0.1
+    ranking_rows: Literal["drawn", "released"] = "drawn"
     min_params: int = 0
     max_params: int = 0
     params: int = 0
@@ -607,23 +628,25 @@ GLUE_TASKS = ("mnli", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "rte")
 def paper() -> SearchConfig:
     """The published choices, from its paper and code: fp32, everything padded to 128, candidates one at a time and all
     at full budget, LaNAS, ten epochs for each supernet, of which stage 3 and the final rows have their own, teachers
-    and students as they are after the step that did best on the official validation rows. Give --teacher (BERT-base),
-    --corpus (Wikipedia and BooksCorpus) and --candidate_corpus (Wikipedia).
+    and students as they are after the step that did best on the official validation rows. In stages 1 and 2 the first
+    tenth of a task's rows trains and the last hundredth ranks, in stage 3 nine tenths and one; teachers and final rows
+    learn from all. Give --teacher (BERT-base), --corpus (Wikipedia and BooksCorpus) and --candidate_corpus (Wikipedia).
 
-    Unlike it, on purpose: the tenth of a task's rows that is held back to rank is in no training, where its teachers
-    learn from all rows and stages 1 and 2 rank by the last 1 % of them; and the search's teachers are all scored every
-    50 steps, where its QQP teacher is every 250. Batches of text and of candidates are those of one process, 64, of
-    which its scripts start four and two; those of fine-tuning are of all four together, 32.
+    Batches are as many rows as those of all processes that its scripts start: 256 of text (64 in each of four), 128 in
+    the stages (64 in each of two), 32 in fine-tuning (8 in each of four). Started as so many processes, give each its
+    part; where memory does not suffice, fewer rows and --supernet.gradient_accumulation_steps (but not in stage 3,
+    where each batch has an architecture of its own).
     """
     best = {"load_best_model_at_end": True, "eval_steps": 50}
     tuning = TrainingArguments(learning_rate=3e-5, num_train_epochs=3, per_device_train_batch_size=32, **best)
-    general = TrainingArguments(learning_rate=1e-4, per_device_train_batch_size=64)
-    task = TrainingArguments(learning_rate=4e-4, num_train_epochs=3, per_device_train_batch_size=64)
+    general = TrainingArguments(learning_rate=1e-4, per_device_train_batch_size=128)
+    task = TrainingArguments(learning_rate=4e-4, num_train_epochs=3, per_device_train_batch_size=128)
     stage = SearchStage(
         num_candidates=500, sampler="lanas", initial_samples=80, refit_every=10, general_share=0.02, task_share=1 / 9,
         ranking_share=0.1, general_phase=general, task_phase=task,
-    )  # fmt: skip  # of all rows a tenth to train on and a hundredth to rank on, as a tenth ranks in stage 3
+    )  # fmt: skip
     ten = dataclasses.replace(general, num_train_epochs=10)
+    pretraining = dataclasses.replace(ten, per_device_train_batch_size=256)
     return SearchConfig(
         output_dir="",
         task=GLUE_TASKS[0],
@@ -635,10 +658,11 @@ def paper() -> SearchConfig:
         doc_stride=32,
         max_query_length=62,
         validation_share=0.1,
+        ranking_rows="released",
         population=1,
         loss=LossWeights(loss_mask="released", score_form="direct"),
-        teacher_model=TeacherArguments(finetuning=tuning),
-        supernet=ten,
+        teacher_model=TeacherArguments(finetuning=tuning, finetuning_eval_steps=("qqp=250",)),
+        supernet=pretraining,
         stage1=stage,
         stage2=stage,
         stage3=dataclasses.replace(
@@ -651,7 +675,7 @@ def paper() -> SearchConfig:
             task_phase=dataclasses.replace(task, num_train_epochs=10),
         ),
         final=FinalStage(
-            general_phase=ten,
+            general_phase=pretraining,
             task_phase=TrainingArguments(
                 learning_rate=5e-5, num_train_epochs=10, per_device_train_batch_size=32, **best
             ),
@@ -664,18 +688,17 @@ def paper_fast() -> SearchConfig:
     supernet instead of ten. Give --teacher (BERT-base) and --corpus (Wikipedia and BooksCorpus)."""
     base = paper()
 
-    def last(arguments: TrainingArguments, **changes) -> TrainingArguments:
-        return dataclasses.replace(arguments, load_best_model_at_end=False, eval_steps=0, **changes)
+    def fast(arguments: TrainingArguments, epochs: int, **changes) -> TrainingArguments:
+        last = {"load_best_model_at_end": False, "eval_steps": 0}
+        return dataclasses.replace(arguments, bf16=True, num_train_epochs=epochs, **last, **changes)
 
-    def fast(arguments: TrainingArguments, epochs: int) -> TrainingArguments:
-        return last(arguments, bf16=True, num_train_epochs=epochs)
-
+    rows = {"per_device_train_batch_size": 64}  # in the stages: twice the updates of the published batches
     stage = dataclasses.replace(
         _candidate(),
         num_candidates=500,
         general_share=PAPER_GENERAL_TOKENS / PAPER_CORPUS_TOKENS,
-        general_phase=fast(base.stage1.general_phase, 1),
-        task_phase=fast(base.stage1.task_phase, 3),
+        general_phase=fast(base.stage1.general_phase, 1, **rows),
+        task_phase=fast(base.stage1.task_phase, 3, **rows),
     )
     return dataclasses.replace(
         base,
@@ -684,8 +707,9 @@ def paper_fast() -> SearchConfig:
         max_query_length=0,
         population=0,
         validation_share=0.02,
+        ranking_rows="drawn",
         loss=LossWeights(),
-        teacher_model=dataclasses.replace(base.teacher_model, finetuning=last(base.teacher_model.finetuning)),
+        teacher_model=TeacherArguments(finetuning=fast(base.teacher_model.finetuning, 3)),
         supernet=fast(base.supernet, 3),
         stage1=stage,
         stage2=stage,
@@ -695,8 +719,8 @@ def paper_fast() -> SearchConfig:
             initial_samples=12,
             refit_every=2,
             cohort=27,
-            general_phase=fast(base.stage3.general_phase, 3),
-            task_phase=fast(base.stage3.task_phase, 3),
+            general_phase=fast(base.stage3.general_phase, 3, **rows),
+            task_phase=fast(base.stage3.task_phase, 3, **rows),
         ),
         final=dataclasses.replace(
             base.final, general_phase=fast(base.supernet, 10), task_phase=fast(base.final.task_phase, 10)

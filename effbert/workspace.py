@@ -20,7 +20,7 @@ from effbert.config import RunConfig, SearchConfig, TaskConfig, TeacherConfig, T
 from effbert.data.batches import BatchPlan, subset
 from effbert.data.cache import dataset_fingerprint, tokenizer_fingerprint
 from effbert.data.corpus import SAMPLE_SETS, check_corpus, load_corpus, sentences_of
-from effbert.data.encode import WINDOWS, EncodedTask, encode_task
+from effbert.data.encode import WINDOWS, EncodedTask, encode_split, encode_task
 from effbert.data.tasks import BUILTIN, Task, TaskSpec, load_task, map_labels, plain_name
 from effbert.data.tokenizer import load_tokenizer, train_wordpiece
 from effbert.engine import Phase, TrainingResult, forget, train
@@ -62,8 +62,9 @@ class Workspace:
     corpus: sets of as many sequences each, which epochs take in turn. candidate_corpus: the same of the text that a
         search's stages 1 and 2 learn from, often the same.
     tasks: by name, the main task first: rows to train on, and as validation the rows that rank candidates, cut from the
-        official training rows. held_out: the official validation split, for the final table, and for best steps where
-        a phase asks for them.
+        official training rows.
+    held_out: the same tasks with the official validation split, for the final table, and for best steps where a phase
+        asks for them; and with what teachers and final rows train on, which released ranking rows are part of.
     teacher_config: the encoder's transformers config, known before its weights. teachers: one a task.
     general_teacher: the one for general distillation, where a given teacher has the main task's head the same one.
     world: the processes that train supernets and final rows together.
@@ -160,8 +161,8 @@ def open_workspace(config: RunConfig, folder: Path, say: Say, world: World = ALO
     for start in config.start_from if isinstance(config, TextConfig) else ():
         check_tokens(start, tokenizer)
     raw = {name: split_task(task, config) for name, task in loaded.items()}
-    tasks = {name: encoded(task, config, tokenizer) for name, (task, _) in raw.items()}
-    held_out = {name: encoded(task, config, tokenizer) for name, (_, task) in raw.items()}
+    both = {name: encoded_splits(*splits, config, tokenizer) for name, splits in raw.items()}
+    tasks, held_out = ({name: found[place] for name, found in both.items()} for place in (0, 1))
     corpus = open_corpus(config, tokenizer, say) if isinstance(config, TextConfig) and config.reads_text else []
     candidate_corpus = corpus
     if isinstance(config, SearchConfig) and config.candidate_corpus:
@@ -170,7 +171,11 @@ def open_workspace(config: RunConfig, folder: Path, say: Say, world: World = ALO
     check_inputs(folder, fingerprints(config, tokenizer, corpus, loaded, candidate_corpus))
     for name, task in tasks.items():
         ranking = f"{len(task.validation):,} to rank on, " if config.validation_share else ""
-        say(f"task {name}: {len(task.train):,} rows to train on, {ranking}{len(held_out[name].validation):,} held out")
+        every = "" if held_out[name].train is task.train else ", teachers and final rows on all"
+        say(
+            f"task {name}: {len(task.train):,} rows to train on, {ranking}{len(held_out[name].validation):,} held out"
+            f"{every}"
+        )
     teacher_config = given or own_teacher_config(config, tokenizer)
     workspace = Workspace(
         config, folder, device, tokenizer, corpus, tasks, held_out, teacher_config, candidate_corpus, world=world
@@ -220,9 +225,9 @@ def open_teachers(workspace: Workspace, say: Say, steps: Steps = no_steps) -> No
         workspace.teachers[main.name] = workspace.general_teacher
     else:
         workspace.general_teacher = Teacher(load_model(base)).to(workspace.device)
-    for name, task in workspace.tasks.items():
+    for name in workspace.tasks:
         if name not in workspace.teachers:
-            workspace.teachers[name] = tuned_teacher(workspace, base, task, say, steps)
+            workspace.teachers[name] = tuned_teacher(workspace, base, name, say, steps)
 
 
 def pick_device(name: str, world: World = ALONE) -> torch.device:
@@ -279,9 +284,17 @@ def data_dir_of(config: TaskConfig, task: str) -> str | None:
     return None if plain_name(task) in map(plain_name, BUILTIN) else config.data_dir or None
 
 
-def encoded(task: Task, config: TaskConfig, tokenizer) -> EncodedTask:
-    """`task` in ids, as long and in such windows as the run's config says."""
-    return encode_task(task, tokenizer, config.max_length, **{name: getattr(config, name) for name in WINDOWS})
+def encoded_splits(split: Task, whole: Task, config: TaskConfig, tokenizer) -> tuple[EncodedTask, EncodedTask]:
+    """What `split_task` gives in ids, as long and in such windows as the run's config says; what both have once."""
+    settings = tokenizer, config.max_length
+    windows = {name: getattr(config, name) for name in WINDOWS}
+    first = encode_task(split, *settings, **windows)
+    if whole is split:
+        return first, first
+    if whole.train is not split.train:
+        return first, encode_task(whole, *settings, **windows)
+    validation = encode_split(whole.validation, whole.spec, *settings, **windows, name="validation")
+    return first, EncodedTask(whole, first.train, validation)
 
 
 def note_windows(model, config: TaskConfig, kind: str) -> None:
@@ -303,17 +316,36 @@ def _check_names(names: list[str]) -> None:
 
 
 def split_task(task: Task, config: TaskConfig) -> tuple[Task, Task]:
-    """(training rows cut into train and ranking rows, the official validation rows held out), by a fixed draw.
+    """The task with training rows cut into train and ranking rows, and with the official validation rows held out and
+    what teachers and final rows train on. Where no share is for ranking both are one: all rows train."""
+    count = min(config.max_train_rows or len(task.train), len(task.train))
+    if config.validation_share and config.ranking_rows == "released":
+        return _released_split(task, count, config.validation_share)
+    return _drawn_split(task, count, config.validation_share)
+
+
+def _released_split(task: Task, count: int, share: float) -> tuple[Task, Task]:
+    """As published: of the first `count` rows in the order of the file the last ones rank, the very last first, and
+    teachers and final rows train on all."""
+    last = count - max(1, round(count * share))
+    if last < 1:
+        raise ValueError(f"task {task.spec.name}: {count} training rows leave none to train on beside those that rank")
+    train, rank = task.train.select(range(last)), task.train.select(range(count - 1, last - 1, -1))
+    return Task(task.spec, train, rank), Task(task.spec, task.train.select(range(count)), task.validation)
+
+
+def _drawn_split(task: Task, count: int, share: float) -> tuple[Task, Task]:
+    """By a fixed draw, and nothing trains on the rows that rank.
 
     Rows about one text (the context of spans, else text_a) stay on one side. Groups are drawn until the ranking rows
     reach their share, which the last one may exceed. The rows of the built-in tasks do not say which document they come
-    from, so there too only rows with the same first text are kept together. Where no share is for ranking, all training
-    rows train, and the official validation rows take both other places.
+    from, so there too only rows with the same first text are kept together.
     """
     rng = random.generator(0, "ranking split", task.spec.name)
-    order = rng.permutation(len(task.train))[: config.max_train_rows or None]
-    if not config.validation_share:
-        return Task(task.spec, task.train.select(order), task.validation, task.notes), task
+    order = rng.permutation(len(task.train))[:count]
+    if not share:
+        task = Task(task.spec, task.train.select(order), task.validation, task.notes)
+        return task, task
     texts = task.train["context" if task.spec.kind == "spans" else "text_a"][:]
     numbers: dict[str, int] = {}
     group = np.array([numbers.setdefault(texts[row], len(numbers)) for row in order])
@@ -324,10 +356,10 @@ def split_task(task: Task, config: TaskConfig) -> tuple[Task, Task]:
         )
     drawn = rng.permutation(len(numbers))
     sizes = np.bincount(group)[drawn].cumsum()
-    count = 1 + int(np.searchsorted(sizes, max(1, round(len(order) * config.validation_share))))
-    ranking = np.isin(group, drawn[: min(count, len(numbers) - 1)])
+    cut = 1 + int(np.searchsorted(sizes, max(1, round(len(order) * share))))
+    ranking = np.isin(group, drawn[: min(cut, len(numbers) - 1)])
     train, rank = task.train.select(order[~ranking]), task.train.select(order[ranking])
-    return Task(task.spec, train, rank), Task(task.spec, task.validation, task.validation)
+    return Task(task.spec, train, rank), Task(task.spec, train, task.validation)
 
 
 def fingerprints(
@@ -472,18 +504,19 @@ def pretrain(workspace: Workspace, target: Path, phase: Phase, say: Say, steps: 
     keep(model, target, result, tokenizer=tokenizer)
 
 
-def tuned_teacher(workspace: Workspace, base: str, task: EncodedTask, say: Say, steps: Steps) -> Teacher:
+def tuned_teacher(workspace: Workspace, base: str, name: str, say: Say, steps: Steps) -> Teacher:
     """The teacher of one task: the encoder `base` fine-tuned with a head for it."""
-    name, folder = task.spec.name, workspace.folder / "teacher"
+    task, learnt, folder = workspace.tasks[name], workspace.held_out[name], workspace.folder / "teacher"
     target = folder / "tasks" / name
     target.parent.mkdir(parents=True, exist_ok=True)
     phase = Phase(("teacher", "task", name), workspace.config.seed, folder / f"task-{name}.pt")
     if not target.exists():
-        arguments = workspace.config.teacher_model.finetuning
-        model, result = fine_tune(workspace, base, task, arguments, phase, say, steps)
+        arguments = workspace.config.teacher_model.finetuning_on(name)
+        model, result = fine_tune(workspace, base, learnt, arguments, phase, say, steps)
         must_finish(result, f"fine-tuning the teacher on {name}", "--teacher_model.finetuning.learning_rate")
-        scores = teacher_scores(workspace, model, task)
-        say(f"teacher for {name}: {show(scores)} on the ranking rows after {result.seconds:.0f} s")
+        unseen, what = (task, "ranking") if learnt.train is task.train else (learnt, "held-out")
+        scores = teacher_scores(workspace, model, unseen)
+        say(f"teacher for {name}: {show(scores)} on the {what} rows after {result.seconds:.0f} s")
         keep(model, target, result, tokenizer=workspace.tokenizer)
     forget([phase])
     return Teacher(load_model(target, task.spec.kind)).to(workspace.device)
@@ -499,8 +532,8 @@ def fine_tune(
     steps: Steps,
     world: World = ALONE,
 ) -> tuple[torch.nn.Module, TrainingResult]:
-    """The encoder `base` fine-tuned under a new head on a task's labels, in their order, by all processes of a world
-    together."""
+    """The encoder `base` fine-tuned under a new head on a task's training rows, with its labels in their order, by all
+    processes of a world together."""
     config, spec = workspace.config, task.spec
     labels = {"regression": ("score",), "spans": ("start", "end")}.get(spec.kind, spec.labels)
     torch.manual_seed(random.key(config.seed, "teacher", spec.name, "head"))

@@ -8,7 +8,7 @@ JSON file in <run>/final, so a resumed run redoes none.
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -82,7 +82,8 @@ def final_rows(
             for row in missing
         }
         students = {name: Student(start.model, phases[name]) for name, start in begun.items() if not start.diverged}
-        distilled = distil(workspace, list(students.values()), workspace.config.final, on_step, world)
+        learning = replace(workspace, tasks=workspace.held_out)  # from all rows that are meant for it
+        distilled = distil(learning, list(students.values()), workspace.config.final, on_step, world)
         outcomes = dict(zip(students, distilled, strict=True))
         for row in missing:
             start, outcome = begun[row.name], outcomes.get(row.name)

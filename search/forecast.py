@@ -1,10 +1,10 @@
 """What a search will cost, said before it starts: tokens, hours, memory and, where the GPU tells, kWh of every part.
 
-The one idea: time is tokens times seconds a token, of four kinds: a teacher's pass, a candidate's step, a step of the
-whole supernet, and scoring. `measure` times these on a few real batches here; `assume` derives them from counted FLOPs
-and assumed rates. Tokens are those of the batches that will be drawn, padding included, or follow from sizes that are
-only declared (effbert.bench.forecast). Left out: loading data, extracting candidates, the sampler, what teachers take
-(training the run's own, fine-tuning for a task), and what is saved where a CPU keeps the teacher's outputs.
+The one idea: time is tokens times seconds a token, of five kinds: a teacher's pass and a step of its training, a
+candidate's step, a step of the whole supernet, and scoring. `measure` times these on a few real batches here; `assume`
+derives them from counted FLOPs and assumed rates. Tokens are those of the batches that will be drawn, padding included,
+or follow from sizes that are only declared (effbert.bench.forecast). Left out: loading data, extracting candidates, the
+sampler, and what is saved where a CPU keeps the teacher's outputs.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import torch
 
 from effbert.architecture import Architecture, Dimensions, bert_flops, count_flops
 from effbert.config import Budget, SearchConfig, SearchStage, published
-from effbert.data.batches import BatchPlan, subset
+from effbert.data.batches import Batch, BatchPlan, subset
 from effbert.data.encode import EncodedTask
 from effbert.errors import first_line
 from effbert.kernels import gradients_in_place
@@ -34,7 +34,7 @@ from effbert.search.shared import mixed_tasks
 from effbert.step import general_lesson
 from effbert.supernet import FULL_STRUCTURE, Supernet, derive_config, supernet_config
 from effbert.teacher import Teacher, load_model
-from effbert.workspace import Workspace, model_inputs
+from effbert.workspace import Workspace, answers, model_inputs
 
 WARM_UP_STEPS, TIMED_STEPS = 1, 3
 POWER_SECONDS = 2.0  # of steps while the power is read: a GPU tells the mean of up to the last second
@@ -57,10 +57,12 @@ class Power:
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds a token: a teacher's forward pass, a candidate's training step without it, the whole supernet's, and a
-    candidate's forward pass. source: where they are from. power: of the GPU, None where nothing is known of one."""
+    """Seconds a token: a teacher's forward pass, a step of its own training, a candidate's training step without the
+    teacher, the whole supernet's, and a candidate's forward pass. source: where they are from. power: of the GPU, None
+    where nothing is known of one."""
 
     teacher: float
+    tuning: float
     candidate: float
     supernet: float
     scoring: float
@@ -70,7 +72,8 @@ class Rates:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the search. tokens: of students in training, padding included; seconds: all of it, scoring too."""
+    """A part of the search. candidates: models that are trained or scored. tokens: of models in training, padding
+    included; seconds: all of it, scoring too."""
 
     name: str
     candidates: int
@@ -81,20 +84,26 @@ class Part:
 class DataSizes(Protocol):
     """How many tokens, padding included, one pass over some data has."""
 
+    main: str  # the main task
+    tuned: Sequence[str]  # the tasks whose teachers the run fine-tunes
+
     def general(self, share: float, batch_size: int, of_candidates: bool = False) -> int:
         """A share of the corpus, or of the one that candidates learn from."""
 
-    def task(self, share: float, batch_size: int) -> int:
-        """A share of the main task's training rows."""
+    def of_candidates(self, share: float, batch_size: int) -> int:
+        """A share of the main task's rows that candidates train on."""
 
     def ranking(self, share: float) -> int:
         """A share of the rows that rank candidates."""
 
-    def batches(self, share: float, batch_size: int) -> int:
-        """How many batches a share of the main task's training rows makes."""
+    def task(self, name: str, share: float, batch_size: int) -> int:
+        """A share of a task's rows that teachers and final rows train on."""
 
-    def held_out(self) -> int:
-        """The main task's official validation rows."""
+    def batches(self, name: str, share: float, batch_size: int) -> int:
+        """How many batches these make."""
+
+    def held_out(self, name: str) -> int:
+        """A task's official validation rows."""
 
     def mixed(self, settings: SearchStage) -> float:
         """Stage 3's pass over all tasks."""
@@ -104,7 +113,9 @@ class Drawn:
     """Of the batches that will be drawn from a workspace's data."""
 
     def __init__(self, workspace: Workspace):
-        self.workspace = workspace
+        self.workspace, self.main = workspace, workspace.main_task.spec.name
+        given = workspace.config.teacher and answers(workspace.teacher_config, workspace.main_task.spec)
+        self.tuned = [name for name in workspace.tasks if not (given and name == self.main)]
 
     def general(self, share: float, batch_size: int, of_candidates: bool = False) -> int:
         """A share of the corpus, or of the one that candidates learn from."""
@@ -112,24 +123,28 @@ class Drawn:
         read = dataclasses.replace(self.workspace, corpus=corpus)
         return read.general_plan(share, batch_size, 0).tokens.padded
 
-    def task(self, share: float, batch_size: int) -> int:
-        """A share of the main task's training rows."""
-        return self._task(share, batch_size).tokens.padded
-
-    def batches(self, share: float, batch_size: int) -> int:
-        """How many batches a share of the main task's training rows makes."""
-        return len(self._task(share, batch_size))
-
-    def _task(self, share: float, batch_size: int) -> BatchPlan:
-        return self.workspace.plan(subset(self.workspace.main_task.train, share), batch_size, "task", 0)
+    def of_candidates(self, share: float, batch_size: int) -> int:
+        """A share of the main task's rows that candidates train on."""
+        return self._plan(self.workspace.main_task.train, share, batch_size).tokens.padded
 
     def ranking(self, share: float) -> int:
         """A share of the rows that rank candidates."""
         return self._scored(self.workspace.main_task.ranked_on(share))
 
-    def held_out(self) -> int:
-        """The main task's official validation rows."""
-        return self._scored(self.workspace.held_out[self.workspace.main_task.spec.name])
+    def task(self, name: str, share: float, batch_size: int) -> int:
+        """A share of a task's rows that teachers and final rows train on."""
+        return self._plan(self.workspace.held_out[name].train, share, batch_size).tokens.padded
+
+    def batches(self, name: str, share: float, batch_size: int) -> int:
+        """How many batches these make."""
+        return len(self._plan(self.workspace.held_out[name].train, share, batch_size))
+
+    def held_out(self, name: str) -> int:
+        """A task's official validation rows."""
+        return self._scored(self.workspace.held_out[name])
+
+    def _plan(self, rows, share: float, batch_size: int) -> BatchPlan:
+        return self.workspace.plan(subset(rows, share), batch_size, "task", 0)
 
     def _scored(self, task: EncodedTask) -> int:
         return self.workspace.plan(task.validation, 128, "ranking", 0).tokens.padded
@@ -143,11 +158,12 @@ class Drawn:
 
 def forecast(config: SearchConfig, data: DataSizes, rates: Rates, together: int) -> list[Part]:
     """Every part in its order, the final distillation last. together: candidates that train at once."""
-    warm = _passes(config.supernet, partial(data.general, 1.0))
-    parts = [Part("supernet", 1, warm, warm * (rates.teacher + rates.supernet))]
+    parts = [teachers(config, data, rates)] if data.tuned or not config.teacher else []
     if config.candidate_corpus:
         first = _passes(config.supernet, partial(data.general, 1.0, of_candidates=True))
-        parts.insert(0, Part(FIRST_SUPERNET, 1, first, first * (rates.teacher + rates.supernet)))
+        parts.append(Part(FIRST_SUPERNET, 1, first, first * (rates.teacher + rates.supernet)))
+    warm = _passes(config.supernet, partial(data.general, 1.0))
+    parts.append(Part("supernet", 1, warm, warm * (rates.teacher + rates.supernet)))
     for name in ("stage1", "stage2"):
         parts.append(candidates(name, getattr(config, name), data, rates, together))
     parts.append(shared_weights(config, data, rates))
@@ -159,9 +175,21 @@ def forecast(config: SearchConfig, data: DataSizes, rates: Rates, together: int)
     rows = 3 + config.final.num_random + (config.final.num_front if config.minimize else 0)  # at most
     tokens = student_tokens(data, config.final) * config.seeds
     seconds = tokens * (rows * rates.candidate + rates.teacher)
-    seconds += config.seeds * rows * times_scored(config.final, data) * data.held_out() * rates.scoring
+    scored = times_scored(config.final.task_phase, partial(data.batches, data.main, config.final.task_share))
+    seconds += config.seeds * rows * scored * data.held_out(data.main) * rates.scoring
     seconds += config.seeds * warm * (rates.teacher + rates.candidate)  # the plain BERT warms up by itself
     return [*parts, Part("final", rows * config.seeds, rows * tokens, seconds)]
+
+
+def teachers(config: SearchConfig, data: DataSizes, rates: Rates) -> Part:
+    """The run's own teacher on text where none is given, then fine-tuning, a teacher a task."""
+    settings, scored = config.teacher_model, 0
+    tokens = 0 if config.teacher else _passes(settings.pretraining, partial(data.general, 1.0))
+    for name in data.tuned:
+        arguments = settings.finetuning_on(name)
+        tokens += _passes(arguments, partial(data.task, name, 1.0))
+        scored += times_scored(arguments, partial(data.batches, name, 1.0)) * data.held_out(name)
+    return Part("teachers", len(data.tuned), tokens, tokens * rates.tuning + scored * rates.teacher)
 
 
 def candidates(name: str, settings: SearchStage, data: DataSizes, rates: Rates, together: int) -> Part:
@@ -194,19 +222,19 @@ def shared_weights(config: SearchConfig, data: DataSizes, rates: Rates) -> Part:
     )
 
 
-def times_scored(budget: Budget, data: DataSizes) -> int:
-    """How often a student's task phase scores it to find its best step."""
-    task = budget.task_phase
+def times_scored(task: TrainingArguments, batches_of: Callable[[int], int]) -> int:
+    """How often a phase scores what it trains to find its best step. batches_of: rows of one -> batches of an epoch."""
     if not task.load_best_model_at_end:
         return 0
-    of_epoch = -(-data.batches(budget.task_share, task.per_device_train_batch_size) // task.gradient_accumulation_steps)
+    of_epoch = -(-batches_of(task.per_device_train_batch_size) // task.gradient_accumulation_steps)
     return task.num_train_epochs * (1 + ((of_epoch - 1) // task.eval_steps if task.eval_steps else 0))
 
 
 def student_tokens(data: DataSizes, budget: Budget, of_candidates: bool = False) -> int:
-    """Tokens of one student's general and task distillation."""
+    """Tokens of one student's general and task distillation: of a candidate, or of a final row."""
+    rows = data.of_candidates if of_candidates else partial(data.task, data.main)
     general = _passes(budget.general_phase, partial(data.general, budget.general_share, of_candidates=of_candidates))
-    return general + _passes(budget.task_phase, partial(data.task, budget.task_share))
+    return general + _passes(budget.task_phase, partial(rows, budget.task_share))
 
 
 def _passes(arguments: TrainingArguments, tokens_of: Callable[[int], int]) -> int:
@@ -229,19 +257,23 @@ def _together(workspace: Workspace) -> int:
     return room_for(workspace.device, largest, workspace.config.population)
 
 
-def assume(config: SearchConfig, dims: Dimensions, teacher, teaching: float, training: float) -> Rates:
+def assume(
+    config: SearchConfig, dims: Dimensions, teacher, teaching: float, training: float, tuning: float | None = None
+) -> Rates:
     """Rates from counted FLOPs at max_length: products of linears and attention, nothing else.
 
-    dims: the students'; teacher: a config with BERT's names. teaching, training: FLOP/s of the teacher's forward pass,
-    and of everything the students do.
+    dims: the students'; teacher: a config with BERT's names. teaching, training, tuning: FLOP/s of the teacher's
+    forward pass, of everything the students do, and of the teacher's own training, None for as much.
     """
     length, layers = config.max_length, config.student.num_hidden_layers
     sizes = teacher.hidden_size, teacher.intermediate_size, teacher.num_hidden_layers
     student = count_flops(published(layers), dims, length).total / length
     everything = count_flops(Architecture.uniform(FULL_STRUCTURE, layers), dims, length).total / length
     said = f"{teaching:.3g}" if teaching == training else f"{teaching:.3g} (teacher), {training:.3g} (students)"
+    reading = bert_flops(length, *sizes).total / length
     return Rates(
-        bert_flops(length, *sizes).total / length / teaching,
+        reading / teaching,
+        BACKWARD * reading / (tuning or training),
         BACKWARD * student / training,
         BACKWARD * everything / training,
         student / training,
@@ -254,8 +286,8 @@ def measure(workspace: Workspace) -> Rates:
     NVIDIA GPU the power too, of a candidate's steps with the teacher's passes."""
     config, device = workspace.config, workspace.device
     given = load_model(config.teacher) if config.teacher else new_bert(workspace.teacher_config, config.seed)
-    workspace.general_teacher = Teacher(given).to(device)
-    lesson, layers = general_lesson(workspace), config.student.num_hidden_layers
+    given = given.to(device).requires_grad_(True)
+    layers = config.student.num_hidden_layers
     spec = workspace.main_task.spec
     torch.manual_seed(0)
     student = new_student(derive_config(workspace.student_config(), published(layers)), spec.kind, spec.labels).to(
@@ -265,6 +297,9 @@ def measure(workspace: Workspace) -> Rates:
     arguments = config.stage1.general_phase
     plan = workspace.general_plan(1.0, arguments.per_device_train_batch_size, 0)
     batches = [plan[index % len(plan)].to(device) for index in range(WARM_UP_STEPS + TIMED_STEPS)]
+    tuning = _seconds_a_token(_tuning_step(given, config.teacher_model.finetuning, batches), batches, device)
+    workspace.general_teacher = Teacher(given)
+    lesson = general_lesson(workspace)
 
     def teach(index):
         with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
@@ -294,12 +329,28 @@ def measure(workspace: Workspace) -> Rates:
     train_candidate = step(student, trace_of(student, head=False))
     return Rates(
         _seconds_a_token(teach, batches, device),
+        tuning,
         _seconds_a_token(train_candidate, batches, device),
         _seconds_a_token(step(supernet, trace_of(supernet)), batches, device),
         _seconds_a_token(scoring, batches, device),
         f"measured: {TIMED_STEPS} steps of {batches[0].input_ids.shape[0]} texts on {device}",
         measure_power(lambda: (teach(0), train_candidate(0)), device),
     )
+
+
+def _tuning_step(model, arguments: TrainingArguments, batches: Sequence[Batch]) -> Callable[[int], None]:
+    """A step of the training of a BERT's encoder, with the mean of its outputs for a loss."""
+    encoder = getattr(model, model.base_model_prefix, model).train()
+    optimizer = Optimizer(encoder, arguments, len(batches))
+
+    def run(index: int) -> None:
+        input_ids, attention_mask, _ = model_inputs(batches[index])
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=arguments.bf16):
+            loss = encoder(input_ids, attention_mask).last_hidden_state.float().mean()
+        loss.backward()
+        optimizer.step(index)
+
+    return run
 
 
 def _seconds_a_token(run: Callable[[int], object], batches, device: torch.device) -> float:
@@ -354,7 +405,7 @@ def lines(parts: Sequence[Part], rates: Rates, config: SearchConfig, together: i
     for part in parts:
         cost = f"{part.tokens / 1e6:12,.2f} M tokens {part.seconds / 3600:10.3f} h"
         said.append(
-            f"{part.name:{width}}{part.candidates:7,} candidates {cost}{_energy(rates.power, part.seconds, ' ', 10)}"
+            f"{part.name:{width}}{part.candidates:7,} models {cost}{_energy(rates.power, part.seconds, ' ', 10)}"
         )
     search, final = search_hours(parts), parts[-1].seconds / 3600
     search_kwh, final_kwh = (_energy(rates.power, 3600 * hours, " and ") for hours in (search, final))

@@ -78,8 +78,8 @@ class PaperConfig(SearchConfig):
         distillation: Task distillation.
         predictions: Also write what those who score take: glue.zip, the winner's predictions for the GLUE tasks'
             official test files, and its answers to SQuAD's validation questions.
-        per_task: TASK.NAME=VALUE, where a task differs: rows, seeds, epochs, learning_rate, max_length, eval_steps
-            (also of its teacher where the search has none).
+        per_task: TASK.NAME=VALUE, where a task differs: rows, seeds, epochs, learning_rate, max_length, eval_steps (of
+            its teacher too).
     """
 
     final_tasks: tuple[str, ...] = ()
@@ -209,7 +209,7 @@ def plan(config: PaperConfig, world: World, reporter: Callable[[], Reporter], tu
     folder = Path(config.output_dir)
 
     def search() -> None:
-        found = run_search(part(config, SearchConfig, folder / "search"), reporter(), world, final=False)
+        found = run_search(searching(config), reporter(), world, final=False)
         world.on_first(write_atomic, folder / WINNER, json.dumps(found, indent=1))
 
     def pretrain(name: str) -> None:
@@ -446,6 +446,16 @@ def part(config: PaperConfig, kind: type, folder: Path, **changes):
     """The fields of the plan's config that a step's has too, with `changes`."""
     own = {f.name: getattr(config, f.name) for f in dataclasses.fields(kind) if hasattr(config, f.name)}
     return kind(**{**own, "output_dir": str(folder), **changes})
+
+
+def searching(config: PaperConfig) -> SearchConfig:
+    """The plan's search, whose teachers are scored as often as --per_task says."""
+    teachers = config.teacher_model
+    if teachers.finetuning.load_best_model_at_end:
+        own = [f"{task}={value}" for task, name, value in map(split_setting, config.per_task) if name == "eval_steps"]
+        steps = (*teachers.finetuning_eval_steps, *own)
+        teachers = dataclasses.replace(teachers, finetuning_eval_steps=steps)
+    return part(config, SearchConfig, Path(config.output_dir) / "search", teacher_model=teachers)
 
 
 def groups(config: PaperConfig) -> list[str]:

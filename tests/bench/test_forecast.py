@@ -24,9 +24,9 @@ def test_the_fast_preset_is_forecast_below_six_hours_and_says_so_in_its_file(tmp
     fast, published = (found["presets"][name]["search_hours"] for name in ("paper-fast", "paper"))
     assert fast < 6 < published
     assert [part["name"] for part in found["presets"]["paper"]["parts"]] == [
-        "supernet-stage1", "supernet", "stage1", "stage2", "stage3", "final",
+        "teachers", "supernet-stage1", "supernet", "stage1", "stage2", "stage3", "final",
     ]  # fmt: skip
-    assert found["presets"]["paper-fast"]["parts"][0]["name"] == "supernet"
+    assert found["presets"]["paper-fast"]["parts"][1]["name"] == "supernet"
 
 
 def test_energy_is_at_most_what_the_data_sheet_allows_and_says_so(tmp_path, capsys):

@@ -116,7 +116,7 @@ def test_a_given_head_of_the_main_tasks_kind_is_used_as_it_is_and_its_encoder_is
 
 def test_a_further_task_never_gets_the_given_head_even_where_it_has_as_many_labels(config, tmp_path):
     workspace, _ = opened(config, tmp_path / "run", teachers=False)
-    workspace.tasks["further"] = dataclasses.replace(
+    workspace.tasks["further"] = workspace.held_out["further"] = dataclasses.replace(
         workspace.main_task,
         raw=dataclasses.replace(workspace.main_task.raw, spec=dataclasses.replace(SPEC, name="further")),
     )
@@ -163,7 +163,8 @@ def test_a_spans_task_gets_a_head_of_two_outputs_over_any_other(config, tmp_path
     workspace, _ = opened(config, tmp_path / "run", teachers=False)
     spans = Task(TaskSpec("squad", "spans", (), ("f1", "exact_match"), True), rows, rows)
     task = rooms.encode_task(spans, workspace.tokenizer, 32)
-    teacher = rooms.tuned_teacher(workspace, config.teacher, task, lambda text: None, rooms.no_steps)
+    workspace.tasks["squad"] = workspace.held_out["squad"] = task
+    teacher = rooms.tuned_teacher(workspace, config.teacher, "squad", lambda text: None, rooms.no_steps)
     batch = workspace.plan(task.train, 4, "x", 0)[0]
     assert teacher.trace(*rooms.model_inputs(batch)).logits.shape == (*batch.input_ids.shape, 2)
 
@@ -329,6 +330,58 @@ def test_the_ranking_share_is_met_exactly_where_every_text_is_another(rows, shar
     assert len(split.validation) == max(1, round(share * rows))
 
 
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(2, 60), share=st.floats(0.05, 0.9), limit=st.sampled_from([0, 7]))
+def test_released_ranking_rows_are_the_last_of_the_file_and_teachers_learn_from_all(rows, share, limit):
+    data = Dataset.from_dict({"text_a": ["the same"] * rows, "row": list(range(rows))})
+    config = SearchConfig(output_dir="", validation_share=share, ranking_rows="released", max_train_rows=limit)
+    count = min(rows, limit or rows)
+    ranking = max(1, round(share * count))
+    if ranking == count:
+        with pytest.raises(ValueError, match=f"{count} training rows leave none to train on"):
+            rooms.split_task(Task(SPEC, data, data), config)
+        return
+    split, whole = rooms.split_task(Task(SPEC, data, data), config)
+    assert split.train["row"] == list(range(count - ranking))
+    assert split.validation["row"] == list(reversed(range(count - ranking, count)))
+    assert whole.train["row"] == list(range(count)) and whole.validation is data
+
+
+@pytest.mark.parametrize("ranking_rows", ["drawn", "released"])
+def test_teachers_learn_from_released_ranking_rows_and_from_no_others(config, tmp_path, monkeypatch, ranking_rows):
+    monkeypatch.setattr(rooms, "answers", lambda given, spec: False)  # so that it is fine-tuned here
+    seen, plan = [], rooms.Workspace.plan
+
+    def spied(self, data, batch_size, name, *rest, **more):
+        if name.startswith("teacher"):
+            seen.append(len(data))
+        return plan(self, data, batch_size, name, *rest, **more)
+
+    monkeypatch.setattr(rooms.Workspace, "plan", spied)
+    workspace, said = opened(dataclasses.replace(config, ranking_rows=ranking_rows), tmp_path / "run")
+    released = ranking_rows == "released"
+    assert seen == [16 if released else 12]  # of 16 rows a quarter ranks
+    assert len(workspace.main_task.train) == 12 and len(workspace.main_task.validation) == 4
+    line = "task own: 12 rows to train on, 4 to rank on, 8 held out"
+    assert any(text == line + (", teachers and final rows on all" if released else "") for text in said)
+    assert any(("held-out" if released else "ranking") + " rows after" in text for text in said)
+
+
+def test_a_tasks_teacher_is_scored_after_steps_of_its_own():
+    best = dataclasses.replace(ONE_EPOCH, load_best_model_at_end=True, eval_steps=50)
+    found = TeacherArguments(finetuning=best, finetuning_eval_steps=("qqp=7", "qqp=250", "squad1.1=500"))
+    steps = {task: found.finetuning_on(task).eval_steps for task in ("QQP", "mnli", "squad")}
+    assert steps == {"QQP": 250, "mnli": 50, "squad": 500}
+    assert TeacherArguments().finetuning_on("qqp") == TeacherArguments().finetuning
+    for wrong in (
+        {"finetuning": ONE_EPOCH},
+        {"finetuning_eval_steps": ("qqp",)},
+        {"finetuning_eval_steps": ("qqp=-1",)},
+    ):
+        with pytest.raises(ValueError, match="it should be TASK=N"):
+            dataclasses.replace(found, **wrong)
+
+
 def longer(config, epochs, **changes):
     """Released samples of uneven length, of which the supernet sees so many epochs."""
     supernet = dataclasses.replace(ONE_EPOCH, num_train_epochs=epochs)
@@ -356,7 +409,7 @@ def test_each_epoch_has_released_samples_of_its_own_up_to_five_and_as_many_batch
         assert len({len(plan) for plan in plans}) == 1 and len(rows[0]) == round(share * 30)
         assert rows[:sets] == rows[sets:] and len({str(found) for found in rows}) == sets
     assert len({plan.tokens.real for plan in plans}) > 1 or sets == 1
-    lines = forecast.lines_of_workspace(workspace, forecast.Rates(1.0, 1.0, 1.0, 1.0, "test"))
+    lines = forecast.lines_of_workspace(workspace, forecast.Rates(1.0, 1.0, 1.0, 1.0, 1.0, "test"))
     assert any(line.startswith("supernet") for line in lines)
 
 

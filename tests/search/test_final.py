@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from datasets import concatenate_datasets
 from transformers import AutoModelForSequenceClassification
 
 from effbert.config import PRESETS
@@ -91,3 +92,18 @@ def test_a_row_whose_warm_up_diverges_is_no_student(small, supernet, space, arch
     (line,) = report.summarise([result], "accuracy")
     assert (line["score"], line["repeats"], report.cells(line)[1]) == (None, 0, "diverged")
     assert result["parameters"] > 0
+
+
+def test_final_rows_learn_from_all_rows_that_are_meant_for_it(small, supernet, space, architectures, monkeypatch):
+    name, seen, real = small.main_task.spec.name, [], final.distil
+    more = concatenate_datasets([small.main_task.train] * 2)
+    held_out = {name: dataclasses.replace(small.held_out[name], train=more)}
+
+    def spied(workspace, *rest):
+        seen.append(len(workspace.main_task.train))
+        return real(workspace, *rest)
+
+    monkeypatch.setattr(final, "distil", spied)
+    lines = [line for line in rows(small, architectures[0], space) if line.name == "winner"]
+    final_rows(dataclasses.replace(small, held_out=held_out), supernet, lines, 0, Reporter())
+    assert seen == [len(more)] and len(more) == 2 * len(small.main_task.train)

@@ -1,9 +1,11 @@
 """The forecast counts the batches that will be drawn and adds up what they cost; a dry run leaves nothing behind."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
+from datasets import concatenate_datasets
 
 from effbert.__main__ import main
 from effbert.search import forecast
@@ -19,7 +21,7 @@ def stage(workspace, **changes):
     return changed(workspace, stage1=dataclasses.replace(workspace.config.stage1, **changes))
 
 
-TRAINING = Rates(0.0, 1.0, 0.0, 0.0, "test")
+TRAINING = Rates(0.0, 0.0, 1.0, 0.0, 0.0, "test")
 
 
 def parts(workspace, rates=TRAINING):
@@ -40,7 +42,7 @@ def test_tokens_are_those_of_the_batches_that_will_be_drawn(workspace):
 
 def test_halving_is_forecast_rung_by_rung_and_a_small_last_cohort_too(workspace):
     tokens = {
-        share: forecast.student_tokens(forecast.Drawn(workspace), forecast.cut(workspace.config.stage1, share))
+        share: forecast.student_tokens(forecast.Drawn(workspace), forecast.cut(workspace.config.stage1, share), True)
         for share in (0.25, 1.0)
     }
     halved = stage(workspace, num_candidates=9, cohort=8, rungs=(0.25, 1.0))
@@ -55,7 +57,7 @@ def test_no_more_train_at_once_than_a_cohort_has_and_memory_holds(workspace, coh
 
 
 def test_the_teacher_reads_once_for_all_that_train_together(workspace):
-    teacher_only = Rates(1.0, 0.0, 0.0, 0.0, "test")
+    teacher_only = Rates(1.0, 0.0, 0.0, 0.0, 0.0, "test")
     base = stage(workspace, num_candidates=6, cohort=6, rungs=(1.0,))
     together, by_two = parts(base, teacher_only)["stage1"], parts(changed(base, population=2), teacher_only)["stage1"]
     assert by_two.seconds == 3 * together.seconds > 0
@@ -68,26 +70,54 @@ def test_others_of_the_front_are_forecast_where_costs_count(workspace):
 
 
 def test_scoring_is_counted_for_every_candidate(workspace):
-    scoring = parts(workspace, Rates(0.0, 0.0, 0.0, 1.0, "test"))
+    scoring = parts(workspace, Rates(0.0, 0.0, 0.0, 0.0, 1.0, "test"))
     assert scoring["stage3"].seconds == workspace.config.stage3.num_candidates * forecast.Drawn(workspace).ranking(1.0)
     assert scoring["stage1"].seconds > 0 and scoring["supernet"].seconds == 0
     fewer = stage(workspace, ranking_share=0.5)
-    assert parts(fewer, Rates(0.0, 0.0, 0.0, 1.0, "test"))["stage1"].seconds < scoring["stage1"].seconds
+    assert parts(fewer, Rates(0.0, 0.0, 0.0, 0.0, 1.0, "test"))["stage1"].seconds < scoring["stage1"].seconds
 
 
 def test_a_supernet_of_the_candidates_and_the_scores_of_best_steps_are_counted(workspace):
     half = [sequences.select(range(len(sequences) // 2)) for sequences in workspace.corpus]
     two = dataclasses.replace(changed(workspace, candidate_corpus=("other",)), candidate_corpus=half)
     one, found = parts(workspace), parts(two)
-    assert list(found)[:2] == [FIRST_SUPERNET, "supernet"] and FIRST_SUPERNET not in one
+    assert list(found)[:3] == ["teachers", FIRST_SUPERNET, "supernet"] and FIRST_SUPERNET not in one
     assert found["supernet"] == one["supernet"] and 0 < found[FIRST_SUPERNET].tokens < one["supernet"].tokens
     assert found["stage1"].tokens < one["stage1"].tokens and found["final"].tokens == one["final"].tokens
     final, data = workspace.config.final, forecast.Drawn(workspace)
     best = dataclasses.replace(final.task_phase, load_best_model_at_end=True, eval_steps=10, num_train_epochs=2)
-    steps = data.batches(final.task_share, best.per_device_train_batch_size)
+    batches_of = partial(data.batches, data.main, final.task_share)
+    steps = batches_of(best.per_device_train_batch_size)
     drawn = sum(step % 10 == 0 or step == steps for step in range(1, steps + 1))
-    chosen = dataclasses.replace(final, task_phase=best)
-    assert forecast.times_scored(chosen, data) == 2 * drawn > 2 and forecast.times_scored(final, data) == 0
+    assert forecast.times_scored(best, batches_of) == 2 * drawn > 2
+    assert forecast.times_scored(final.task_phase, batches_of) == 0
+
+
+def test_teachers_are_counted_with_their_scores_and_where_one_is_given_without_its_text(workspace):
+    tuning, data = Rates(0.0, 1.0, 0.0, 0.0, 0.0, "test"), forecast.Drawn(workspace)
+    settings = workspace.config.teacher_model
+    size, name = settings.finetuning.per_device_train_batch_size, data.main
+    tuned = settings.finetuning.num_train_epochs * data.task(name, 1.0, size)
+    own = forecast.of_workspace(workspace, tuning)[0]
+    text = settings.pretraining.num_train_epochs * data.general(1.0, settings.pretraining.per_device_train_batch_size)
+    assert own == forecast.Part("teachers", 1, text + tuned, text + tuned) and min(text, tuned) > 0
+    best = dataclasses.replace(settings.finetuning, load_best_model_at_end=True, eval_steps=10)
+    chosen = dataclasses.replace(settings, finetuning=best, finetuning_eval_steps=(f"{name}=3",))
+    given = changed(workspace, teacher="an encoder", teacher_model=chosen)
+    reading = Rates(1.0, 0.0, 0.0, 0.0, 0.0, "test")
+    part = forecast.of_workspace(given, reading)[0]
+    steps, epochs = data.batches(name, 1.0, size), best.num_train_epochs
+    scored = epochs * sum(step % 3 == 0 or step == steps for step in range(1, steps + 1))
+    assert part.tokens == tuned and part.seconds == scored * data.held_out(name) > 0
+
+
+def test_final_rows_are_counted_with_released_ranking_rows(workspace):
+    task = workspace.main_task
+    more = dataclasses.replace(task, train=concatenate_datasets([task.train, task.train]))
+    held_out = dataclasses.replace(more, validation=workspace.held_out[task.spec.name].validation)
+    all_rows = dataclasses.replace(workspace, held_out={task.spec.name: held_out})
+    one, two = parts(workspace), parts(all_rows)
+    assert two["final"].tokens > one["final"].tokens and two["stage1"] == one["stage1"]
 
 
 def test_assumed_rates_follow_the_sizes_and_measured_ones_are_times(workspace):

@@ -13,15 +13,20 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
+from datasets import Dataset
 from transformers import BertConfig, BertModel
 
 from commands import Command, finished
 from effbert.__main__ import main
 from effbert.answers import Reading
 from effbert.config import GLUE_TASKS, PRESETS, StudentArguments
+from effbert.data.batches import subset
+from effbert.data.encode import EncodedTask
+from effbert.data.tasks import Task, TaskSpec
 from effbert.parallel import World
 from effbert.search import paper, report
 from effbert.search.paper import PAPERS, PaperConfig, distillation, plan, pretraining, teacher_of
+from effbert.workspace import split_task
 
 ALONE = (paper.ALONE, paper.Reporter)
 
@@ -43,7 +48,12 @@ def test_the_published_plan_has_all_tasks_and_each_its_own_settings(tmp_path):
     assert (
         config.of_task("squad") == {"learning_rate": 1e-4, "eval_steps": 500} and given[0].finetuning.eval_steps == 500
     )
+    tuning = paper.searching(config).teacher_model
+    assert [tuning.finetuning_on(task).eval_steps for task in ("qqp", "mnli", "squad")] == [250, 50, 500]
+    seldom = dataclasses.replace(config, per_task=("mnli.eval_steps=9",))
+    assert paper.searching(seldom).teacher_model.finetuning_on("mnli").eval_steps == 9
     assert PAPERS["paper-fast"]().of_task("squad") == {"learning_rate": 1e-4}
+    assert paper.searching(PAPERS["paper-fast"]()).teacher_model.finetuning_eval_steps == ()
     phases = config.distillation, config.teacher_model.finetuning, config.final.task_phase
     assert [(phase.load_best_model_at_end, phase.eval_steps) for phase in phases] == [(True, 50)] * 3
     with pytest.raises(ValueError, match=r"per_task qqp\.eval_steps=250: nothing is chosen by it: give --distillation"):
@@ -54,6 +64,27 @@ def test_the_published_plan_has_all_tasks_and_each_its_own_settings(tmp_path):
     assert names[3:6] == ["teacher-wnli", "teacher-squad", "teacher-squad2.0"]
     assert len(names) == 6 + 11 + 6
     assert names[-6:] == ["results.json", "export", "evaluate.json", "glue.zip", "squad.json", "squad2.0.json"]
+
+
+def test_the_published_search_has_the_rows_and_batches_of_its_scripts():
+    config = PRESETS["paper"]()
+    rows = Dataset.from_dict({"text_a": [str(row) for row in range(1000)], "row": list(range(1000))})
+    spec = TaskSpec("mnli", "classification", ("no", "yes"), ("accuracy",), False)
+    split, whole = split_task(Task(spec, rows, rows), config)
+    encoded = EncodedTask(split, split.train, split.validation)
+    for stage, (trains, ranks) in {
+        config.stage1: (100, 10),
+        config.stage2: (100, 10),
+        config.stage3: (900, 100),
+    }.items():
+        assert subset(split.train, stage.task_share)["row"] == list(range(trains))
+        assert sorted(encoded.ranked_on(stage.ranking_share).validation["row"]) == list(range(1000 - ranks, 1000))
+    assert whole.train["row"] == list(range(1000))
+    stages = config.stage1, config.stage2, config.stage3
+    text = [config.supernet, *(stage.general_phase for stage in stages), config.final.general_phase]
+    tasks = [config.teacher_model.finetuning, *(stage.task_phase for stage in stages), config.final.task_phase]
+    assert [phase.per_device_train_batch_size for phase in text] == [256, 128, 128, 128, 256]
+    assert [phase.per_device_train_batch_size for phase in tasks] == [32, 128, 128, 128, 32]
 
 
 @pytest.fixture(scope="module")
