@@ -7,8 +7,9 @@ one teacher, data and machine, scored on the whole official validation split; ea
 memory. Cost is the wall time for the list over its length. The settings are those of `effbert search`, the budget that
 of --stage1. Agreement is Kendall's tau with the published values at full budget: first of the published procedure at
 another seed, which is the ceiling, then of ours; with halving of what a sampler is told of each candidate. Ours is
-compared with itself at another seed too. The place of a procedure's best candidate is that among the published values.
-A mode that is done is not run again.
+compared with itself at another seed too. The published procedure ranks by the task's metric, ours by --ranking_metric's
+default, and both are compared by the area under the ROC curve too. The place of a procedure's best candidate is that
+among the published values. A mode that is done is not run again.
 """
 
 import dataclasses
@@ -49,6 +50,7 @@ from effbert.workspace import Workspace, open_teachers, open_workspace, pick_dev
 
 dispatch.BACKENDS |= {"modern": "effbert.bench.modern", "published": "effbert.bench.published"}
 PLAN, RESULT = "plan.json", "search-cost.json"
+BOTH_BY_AREA = "both by roc_auc"
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class Mode:
     """A procedure. what: in words. backend: of the ops. together: candidates share batches and the teacher's pass,
     and on a CPU its kept outputs.
     bf16: autocast, on a GPU. tf32: PyTorch's switch. buckets: batches of like length. halving: over the rungs of stage
-    1. published: the loss too is the published one, over padding. seed: added to the run's. gpu: on a GPU only.
-    graphs: steps are recorded as CUDA graphs, on a GPU."""
+    1. published: the loss too is the published one, over padding. ranking_metric: as --ranking_metric. seed: added to
+    the run's. gpu: on a GPU only. graphs: steps are recorded as CUDA graphs, on a GPU."""
 
     what: str
     backend: str = "auto"
@@ -67,13 +69,20 @@ class Mode:
     buckets: bool = True
     halving: bool = False
     published: bool = False
+    ranking_metric: str = "roc_auc"
     seed: int = 0
     gpu: bool = False
     graphs: bool = True
 
 
-PUBLISHED = Mode("the published procedure", "published", False, False, buckets=False, published=True, graphs=False)
-MODERN = Mode("bf16 on a GPU, fused attention, dynamic padding; one at a time", "modern", together=False, graphs=False)
+PUBLISHED = Mode(
+    "the published procedure", "published", False, False, buckets=False, published=True, ranking_metric="task",
+    graphs=False,
+)  # fmt: skip
+MODERN = Mode(
+    "bf16 on a GPU, fused attention, dynamic padding; one at a time", "modern", together=False, ranking_metric="task",
+    graphs=False,
+)  # fmt: skip
 OURS = Mode("ours", halving=True)
 FULL = dataclasses.replace(OURS, what="ours, all at full budget", halving=False)
 MODES = {
@@ -198,6 +207,7 @@ def run_mode(config: SearchConfig, name: str) -> None:
         "seconds_each": seconds / len(candidates),
         "peak_memory": peak_memory(config),
         "values": [evaluation.value for evaluation in stage.evaluations()],
+        "scores": [evaluation.attrs.get("scores") for evaluation in stage.evaluations()],
         "rungs": [evaluation.attrs["rungs"] for evaluation in stage.evaluations()],
         "states": [evaluation.state for evaluation in stage.evaluations()],
         "tokens": sum(evaluation.attrs["tokens"] for evaluation in stage.evaluations()),
@@ -222,6 +232,7 @@ def configured(config: SearchConfig, mode: Mode) -> SearchConfig:
         teacher_cache=config.teacher_cache if mode.together else 0.0,
         pad_to_max_length=not mode.buckets,
         loss=loss,
+        ranking_metric=mode.ranking_metric,
         stage1=dataclasses.replace(config.stage1, rungs=rungs, ranking_share=1.0, **phases),
     )
 
@@ -258,6 +269,10 @@ def summarise(folder: Path, config: SearchConfig) -> dict:
     if len(first) == len(base["values"]):
         agreement["ours, first rung"] = _agreement(base["values"], first)
         agreement["first rung against our full budget"] = _agreement(modes["ours full"]["values"], first)
+    areas = {name: _areas(mode) for name, mode in modes.items() if not mode["halving"]}
+    for name, values in areas.items():
+        if name != "published":
+            agreement[f"{name}, {BOTH_BY_AREA}"] = _agreement(areas["published"], values)
     if "ours full again" in modes:
         agreement["ours against ours at another seed"] = _agreement(
             modes["ours full"]["values"], modes["ours full again"]["values"]
@@ -271,6 +286,11 @@ def summarise(folder: Path, config: SearchConfig) -> dict:
         "agreement": agreement,
         "places": {name: place_of_best(base["values"], told(mode)) for name, mode in modes.items()},
     }
+
+
+def _areas(mode: dict) -> list[float | None]:
+    """Each candidate's area under the ROC curve, where it has one."""
+    return [scores.get("roc_auc") if scores else None for scores in mode["scores"]]
 
 
 def told(mode: dict) -> list[float | None]:
@@ -307,7 +327,8 @@ def table(result: dict) -> list[str]:
         cost = f"{mode['seconds_each']:9.2f}{result['ratios'][name]:8.1f}{mode['peak_memory'] / 2**20:8.0f}"
         place, tau = result["places"][name] or "-", _tau_text(result["agreement"].get(name))
         lines.append(f"{name:28}{cost}{place:>7}  {tau}".rstrip())
-    for name in ("ours against ours at another seed", "ours, first rung", "first rung against our full budget"):
+    more = ("ours against ours at another seed", "ours, first rung", "first rung against our full budget")
+    for name in (*more, *(name for name in result["agreement"] if name.endswith(BOTH_BY_AREA))):
         if result["agreement"].get(name):
             lines.append(f"{name}: {_tau_text(result['agreement'][name])}")
     return lines

@@ -382,6 +382,9 @@ class SearchConfig(TextConfig, TaskConfig):
             is not --corpus; stage 3 and the final rows then begin with a second supernet, of --corpus.
         tasks: Further tasks that stage 3 learns beside it.
         validation_share: Share of the task's training rows on which candidates are ranked.
+        ranking_metric: What ranks candidates of a classification task: "roc_auc", how well their logits tell the
+            classes apart, wherever the threshold lies (the area under the ROC curve, mean of each class against all
+            others); or "task", the task's first metric, as published. Other tasks are ranked by that.
         ranking_rows: "drawn" cuts them out by a fixed draw, and nothing trains on them; "released" takes the last ones
             of the file, as published, on which teachers and final rows train too.
         min_params: Fewest parameters of a candidate, with the projection, without pooler and head; 0 for the published
@@ -412,6 +415,7 @@ class SearchConfig(TextConfig, TaskConfig):
     candidate_corpus: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     validation_share: float = 0.1
+    ranking_metric: Literal["roc_auc", "task"] = "roc_auc"
     ranking_rows: Literal["drawn", "released"] = "drawn"
     min_params: int = 0
     max_params: int = 0
@@ -658,6 +662,7 @@ def paper() -> SearchConfig:
         doc_stride=32,
         max_query_length=62,
         validation_share=0.1,
+        ranking_metric="task",
         ranking_rows="released",
         population=1,
         loss=LossWeights(loss_mask="released", score_form="direct"),
@@ -707,6 +712,7 @@ def paper_fast() -> SearchConfig:
         max_query_length=0,
         population=0,
         validation_share=0.02,
+        ranking_metric="roc_auc",
         ranking_rows="drawn",
         loss=LossWeights(),
         teacher_model=TeacherArguments(finetuning=fast(base.teacher_model.finetuning, 3)),

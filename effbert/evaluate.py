@@ -9,6 +9,8 @@ from effbert import metrics
 from effbert.data.batches import Batch, BatchPlan
 from effbert.data.encode import EncodedTask
 
+MORE = ("roc_auc", "hits")  # what is known of a classification beside the task's metrics
+
 
 @torch.inference_mode()
 def predict(logits_of: Callable[[Batch], torch.Tensor], plan: BatchPlan, device="cpu") -> list[np.ndarray]:
@@ -31,10 +33,14 @@ def evaluate(
     pad_token_id: int = 0,
     device="cpu",
 ) -> dict[str, float]:
-    """The task's metrics (fractions of 1) on `split`; the first of `task.spec.metrics` ranks."""
-    scores = evaluate_rows(logits_of, task, split, batch_size, pad_token_id, device)
-    scores.pop("hits", None)
-    return scores
+    """The task's metrics (fractions of 1) on `split`."""
+    return split_scores(evaluate_rows(logits_of, task, split, batch_size, pad_token_id, device))[0]
+
+
+def split_scores(found: dict[str, float | str]) -> tuple[dict[str, float], dict[str, float | str]]:
+    """What `evaluate_rows` gives as the task's metrics and the rest."""
+    more = {name: found[name] for name in MORE if name in found}
+    return {name: value for name, value in found.items() if name not in more}, more
 
 
 def evaluate_rows(
@@ -45,7 +51,8 @@ def evaluate_rows(
     pad_token_id: int = 0,
     device="cpu",
 ) -> dict[str, float | str]:
-    """As `evaluate`; for classification with "hits" too, which rows are answered rightly (`pack_hits`)."""
+    """As `evaluate`; for classification with MORE: `metrics.roc_auc`, and which rows are answered rightly, as
+    `pack_hits` gives it."""
     data = getattr(task, split)
     rows = predict(logits_of, BatchPlan(data, batch_size, pad_token_id=pad_token_id), device)
     if task.spec.kind == "spans":
@@ -54,7 +61,8 @@ def evaluate_rows(
     if task.spec.kind == "regression":
         return metrics.compute(task.spec.metrics, logits[:, 0], labels)
     predictions = logits.argmax(axis=1)
-    return {**metrics.compute(task.spec.metrics, predictions, labels), "hits": pack_hits(predictions == labels)}
+    more = {"roc_auc": metrics.roc_auc(logits, labels), "hits": pack_hits(predictions == labels)}
+    return metrics.compute(task.spec.metrics, predictions, labels) | more
 
 
 def pack_hits(hits: np.ndarray) -> str:

@@ -40,6 +40,26 @@ def compute(spec_metrics: Sequence[str], predictions: np.ndarray, references: np
     return result
 
 
+def roc_auc(logits: np.ndarray, labels: np.ndarray) -> float:
+    """How well logits [N, C] tell classes [N] apart, wherever a threshold lies: the area under the ROC curve of the
+    log-odds of each class against all others, mean of the classes that some rows have and others have not.
+
+    0.5 is chance, also for one class alone or logits that are not finite.
+    """
+    from scipy.special import logsumexp
+    from sklearn.metrics import roc_auc_score
+
+    logits, areas = np.asarray(logits, np.float64), []
+    if not np.isfinite(logits).all():
+        return 0.5
+    for number in range(logits.shape[1]):
+        of_class = labels == number
+        if of_class.any() and not of_class.all():
+            others = logsumexp(np.delete(logits, number, axis=1), axis=1)
+            areas.append(roc_auc_score(of_class, logits[:, number] - others))
+    return float(np.mean(areas)) if areas else 0.5
+
+
 def squad_scores(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """Exact match and token F1 by question id, each the best over the accepted answers, mean over the questions.
 

@@ -50,13 +50,15 @@ Member = tuple[int, Architecture]  # a candidate's number and architecture
 class Evaluator:
     """How a stage scores candidates. room: how many of these it evaluates at once. evaluate: with a share of the
     budget, the outcomes as they come. screen: who is not evaluated at all. minimize: costs that count beside the value
-    (effbert.search.pareto). prepare: called in a turn of this worker before it evaluates, for what is made once."""
+    (effbert.search.pareto). prepare: called in a turn of this worker before it evaluates, for what is made once.
+    metric: what the values are."""
 
     room: Callable[[Sequence[Architecture]], int]
     evaluate: Callable[[Sequence[Member], float], Iterable[tuple[int, Outcome]]]
     screen: Screen | None = None
     minimize: tuple[str, ...] = ()
     prepare: Callable[[], object] = lambda: None
+    metric: str = "value"
 
 
 def trained_candidates(
@@ -68,6 +70,7 @@ def trained_candidates(
     folder, workspace = workspace.folder / name, ranking_on(workspace, settings)
     folder.mkdir(exist_ok=True)
     kept = functools.cache(lambda: kept_teacher(workspace, settings, reporter.say))
+    metric = ranking_metric(workspace)
 
     def evaluate(group: Sequence[Member], share: float) -> list[tuple[int, Outcome]]:
         budget, last_epoch = cut(settings, share), settings.task_phase.num_train_epochs - 1
@@ -76,7 +79,7 @@ def trained_candidates(
         on_step = reporter.steps(f"{name} candidates, {len(group)} at once")
         with kernels.few_compilations():
             distilled = distil(workspace, students, budget, on_step, teacher_of=kept())
-        metric, length = workspace.main_task.spec.metrics[0], workspace.config.max_length
+        length = workspace.config.max_length
         return [
             (number, outcome(result, metric, costs_of(architecture, supernet.config, length)))
             for (number, architecture), result in zip(group, distilled, strict=True)
@@ -89,6 +92,15 @@ def trained_candidates(
         screen,
         workspace.config.minimize,
         kept,
+        metric,
+    )
+
+
+def ranking_metric(workspace: Workspace) -> str:
+    """Which of its scores is a candidate's value."""
+    spec = workspace.main_task.spec
+    return (
+        "roc_auc" if workspace.config.ranking_metric == "roc_auc" and spec.kind == "classification" else spec.metrics[0]
     )
 
 

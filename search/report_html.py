@@ -94,18 +94,18 @@ class Candidate:
 
 def page(record: Record) -> str:
     """The report as HTML."""
-    metric = metric_of(record)
-    stages = {name: candidates(record, name, metric) for name in STAGES}
+    metric, ranking = metrics_of(record)
+    stages = {name: candidates(record, name, ranking) for name in STAGES}
     sections: list[tuple[str, str, str]] = [
         ("final", "Final comparison", final_section(record, metric)),
         ("winner", "The winner, layer by layer", winner_section(record, stages)),
-        ("progress", "Candidates and the best so far", _each("progress", stages, record, metric, progress)),
-        ("front", "Pareto front: value against cost", _each("front", stages, record, metric, fronts)),
-        ("rungs", "Who reached which rung", _each("rungs", stages, record, metric, survival)),
+        ("progress", "Candidates and the best so far", _each("progress", stages, record, ranking, progress)),
+        ("front", "Pareto front: value against cost", _each("front", stages, record, ranking, fronts)),
+        ("rungs", "Who reached which rung", _each("rungs", stages, record, ranking, survival)),
         ("agreement", "Do early values predict late ones?", agreement_section(record)),
-        ("curves", "Learning curves", _each("curves", stages, record, metric, curves)),
+        ("curves", "Learning curves", _each("curves", stages, record, ranking, curves)),
         ("cost", "Where the time went", cost_section(record)),
-        ("settings", "Environment and configuration", settings_section(record, metric)),
+        ("settings", "Environment and configuration", settings_section(record, metric, ranking)),
     ]
     title = f"effbert: search on {record.config.get('task', 'a task')}"
     links = "".join(tag("a", escape(head), href=f"#{name}") for name, head, _ in sections)
@@ -114,20 +114,19 @@ def page(record: Record) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title><style>{_STYLE}</style></head>\n'
-        f"<body><header><h1>{escape(title)}</h1>{summary(record, stages, metric)}<nav>{links}</nav></header>\n"
+        f"<body><header><h1>{escape(title)}</h1>{summary(record, stages, metric, ranking)}<nav>{links}</nav></header>\n"
         f"<main>{body}</main></body></html>\n"
     )
 
 
-def metric_of(record: Record) -> str:
-    """The metric that ranks, as the results name it; before there are any, the score that is the candidates' value."""
-    if record.results is not None:
-        return str(record.results.get("metric", "value"))
-    for evaluation in (evaluation for found in record.stages.values() for evaluation in found):
-        for name, score in (evaluation.attrs.get("scores") or {}).items():
-            if score == evaluation.value:
-                return name
-    return "value"
+def metrics_of(record: Record) -> tuple[str, str]:
+    """The task's metric, as the results name it or before there are any as the first of the candidates' scores; and the
+    one that ranks them."""
+    evaluations = (evaluation for found in record.stages.values() for evaluation in found)
+    scores = next((list(scores) for scores in (e.attrs.get("scores") for e in evaluations) if scores), ["value"])
+    metric = scores[0] if record.results is None else str(record.results.get("metric", "value"))
+    ranking = record.config.get("ranking_metric")
+    return metric, ranking if ranking in scores else metric
 
 
 def candidates(record: Record, stage: str, metric: str) -> list[Candidate]:
@@ -142,7 +141,7 @@ def candidates(record: Record, stage: str, metric: str) -> list[Candidate]:
     return found
 
 
-def summary(record: Record, stages: dict[str, list[Candidate]], metric: str) -> str:
+def summary(record: Record, stages: dict[str, list[Candidate]], metric: str, ranking: str) -> str:
     """How far the run is, and its outcome in a few numbers."""
     finished = [c for found in stages.values() for c in found if c.evaluation.state != "running"]
     planned = sum((record.config.get(name) or {}).get("num_candidates", 0) for name in stages)
@@ -153,7 +152,7 @@ def summary(record: Record, stages: dict[str, list[Candidate]], metric: str) -> 
         tiles.append((f"{metric} of the winner, held out", _of_row(rows["winner"])))
         tiles.append(("its parameters, deployed", f"{rows['winner']['parameters']:,.0f}"))
     elif best is not None:
-        tiles.append((f"{metric}, {origin}", f"{best.score:.4f}"))
+        tiles.append((f"{ranking}, {origin}", f"{best.score:.4f}"))
         tiles.append(("its parameters", _whole(best.evaluation.attrs.get("parameters"))))
     of = f" of {planned:,}" if planned else ""
     tiles.append(("candidates evaluated", f"{len(finished):,}{of}"))
@@ -531,7 +530,7 @@ def cost_section(record: Record) -> str:
     )
 
 
-def settings_section(record: Record, metric: str) -> str:
+def settings_section(record: Record, metric: str, ranking: str) -> str:
     """What the run was begun with, and on what it ran."""
     results, config = record.results or (record.plan and record.plan.results) or {}, record.config
     later = "recorded when the run ends"
@@ -539,6 +538,7 @@ def settings_section(record: Record, metric: str) -> str:
     rows = [
         ("task", config.get("task", "–")),
         ("metric", metric),
+        ("what ranks candidates", ranking),
         ("seed", config.get("seed", "–")),
         ("repeats of the final rows", config.get("seeds", "–")),
         ("longest text, tokens", config.get("max_length", "–")),

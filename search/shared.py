@@ -16,7 +16,7 @@ from effbert.config import SearchStage
 from effbert.data.batches import Batch, subset
 from effbert.engine import Phase, forget, train
 from effbert.evaluate import evaluate_rows
-from effbert.search.population import Evaluator, Member, Outcome, costs_of, ranking_on
+from effbert.search.population import Evaluator, Member, Outcome, costs_of, ranking_metric, ranking_on
 from effbert.search.progress import Reporter
 from effbert.search.screen import make_screen
 from effbert.search.space import ArchitectureSpace
@@ -131,7 +131,7 @@ def mixed_tasks(workspace: Workspace, settings: SearchStage, epoch: int) -> Mixe
 def shared_candidates(workspace: Workspace, supernet: Supernet) -> Evaluator:
     """Evaluation of stage 3: the shared weights' score on its share of the ranking rows, without training."""
     workspace = ranking_on(workspace, workspace.config.stage3)
-    task = workspace.main_task
+    task, metric = workspace.main_task, ranking_metric(workspace)
 
     def score(architecture: Architecture) -> dict:
         return evaluate_rows(
@@ -147,9 +147,13 @@ def shared_candidates(workspace: Workspace, supernet: Supernet) -> Evaluator:
             attrs = costs_of(architecture, supernet.config, workspace.config.max_length)
             if "hits" in scores:
                 attrs["hits"] = scores.pop("hits")
-            yield number, Outcome(scores[task.spec.metrics[0]], attrs | {"scores": scores})
+            yield number, Outcome(scores[metric], attrs | {"scores": scores})
 
     screen = make_screen(workspace, supernet, workspace.config.stage3)
     return Evaluator(
-        lambda architectures: min(len(architectures), AT_ONCE), evaluate, screen, workspace.config.minimize
+        lambda architectures: min(len(architectures), AT_ONCE),
+        evaluate,
+        screen,
+        workspace.config.minimize,
+        metric=metric,
     )

@@ -83,7 +83,7 @@ def search_stage(
     if not front:
         raise ValueError(f"{name}: {_why_none(evaluations, name)}")
     best = front[0]
-    reporter.say(f"{name}: {comparison(evaluations, best)}")
+    reporter.say(f"{name}: {comparison(evaluations, best, evaluator.metric)}")
     return Architecture.parse(best.architecture)
 
 
@@ -165,7 +165,7 @@ def run_cohort(
                 with workers.turn(SHARING):
                     counted = record(stage, before[number], index, rung.share, outcome, line)
                 if counted and (last or outcome.diverged):
-                    _show(stage, line, outcome)
+                    _show(stage, line, outcome, evaluator.metric)
         if not last:
             with workers.turn(SHARING):
                 _drop(stage, keys, index, rungs[index + 1].places, rung.share, line, evaluator.minimize)
@@ -263,19 +263,19 @@ def record(stage: StageStudy, before: Evaluation, rung: int, share: float, outco
     return True
 
 
-def _show(stage: StageStudy, line: StageLine, outcome: Outcome) -> None:
+def _show(stage: StageStudy, line: StageLine, outcome: Outcome, metric: str) -> None:
     best = stage.best()
     line.advance(
-        f"{outcome.diverged or f'{outcome.value:.4f}'}  {outcome.attrs['parameters']:,} parameters",
+        f"{outcome.diverged or f'{metric} {outcome.value:.4f}'}  {outcome.attrs['parameters']:,} parameters",
         "none" if best is None else f"{best.value:.4f} (candidate {best.number})",
         _ended(stage),
     )
 
 
-def comparison(evaluations: Sequence[Evaluation], best: Evaluation) -> str:
-    """The best candidate beside the second best, row by row where their answers are known."""
+def comparison(evaluations: Sequence[Evaluation], best: Evaluation, metric: str = "value") -> str:
+    """The best candidate beside the second best, row by row where their answers are known. metric: what values are."""
     others = [e for e in evaluations if e.state == "complete" and e.number != best.number]
-    text = f"candidate {best.number} is best with {best.value:.4f}"
+    text = f"candidate {best.number} is best with {metric} {best.value:.4f}"
     if not others:
         return text
     if all(other.value == best.value for other in others):

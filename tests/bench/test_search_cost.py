@@ -45,9 +45,11 @@ def test_modes_change_the_settings_they_name():
     assert published_config.population == 1 and published_config.pad_to_max_length
     assert published_config.loss.loss_mask == "released" and published_config.stage1.rungs == (1.0,)
     assert not published_config.stage1.task_phase.bf16
+    assert published_config.ranking_metric == configured(config, MODES["modern"]).ranking_metric == "task"
     again = configured(config, MODES["published again"])
     assert again.seed == config.seed + 1 and dataclasses.replace(again, seed=config.seed) == published_config
     ours = configured(config, MODES["ours"])
+    assert ours.ranking_metric == config.ranking_metric == "roc_auc"
     assert ours.population == 0 and not ours.pad_to_max_length and ours.stage1.rungs == config.stage1.rungs
     assert dataclasses.replace(ours, stage1=configured(config, MODES["ours full"]).stage1) == configured(
         config, MODES["ours full"]
@@ -85,13 +87,18 @@ def test_it_runs_to_its_table_and_runs_nothing_twice(quick, tmp_path, capsys):
     assert None not in values["published"] and None not in values["ours full"] and None in values["ours"]
     for full, halved in zip(values["ours full"], values["ours"], strict=True):
         assert halved is None or halved == full  # what reaches the last rung is trained as without halving
+    for name, metric in (("published", "accuracy"), ("ours full", "roc_auc")):
+        assert values[name] == [scores[metric] for scores in result["modes"][name]["scores"]]
+    assert result["agreement"]["ours full again, both by roc_auc"]["count"] == 3
+    assert "ours, both by roc_auc" not in result["agreement"]  # whose scores are those of several rungs
     assert [len(rungs) for rungs in result["modes"]["ours full"]["rungs"]] == [1, 1, 1]
     assert sorted(len(rungs) for rungs in result["modes"]["ours"]["rungs"]) == [1, 2, 2]
     assert result["ratios"]["published"] == 1 and set(result["agreement"]) >= {"ours", "ours full"}
     assert result["agreement"]["ours full"]["count"] == 3 and result["agreement"]["ours full"]["low"] is None
     assert result["places"]["published"] == 1 and 1 <= result["places"]["ours"] <= 3
     shown = capsys.readouterr().out
-    assert "agreement with the published values" in shown and "ours against ours at another seed: " in shown
+    assert "agreement with the published values" in shown and "ours full, both by roc_auc: " in shown
+    assert "ours against ours at another seed: " in shown
     before = path.stat().st_mtime_ns, (tmp_path / "run" / "modes" / "ours.json").stat().st_mtime_ns
     assert search_cost.main(command) == 0
     assert (tmp_path / "run" / "modes" / "ours.json").stat().st_mtime_ns == before[1]

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import softmax
+from sklearn.metrics import roc_auc_score
 
-from effbert.metrics import compute, squad2_scores, squad_scores
+from effbert.metrics import compute, roc_auc, squad2_scores, squad_scores
 
 BINARY = st.integers(1, 40).flatmap(
     lambda n: st.tuples(*[st.lists(st.integers(0, 1), min_size=n, max_size=n).map(np.array)] * 2)
@@ -47,6 +49,34 @@ def test_correlations_follow_their_formulas(sides):
 def test_the_order_of_rows_does_not_matter(order):
     x, y = np.arange(12) % 3, np.arange(12) % 2
     assert compute(("mcc",), x[list(order)], y[list(order)]) == pytest.approx(compute(("mcc",), x, y))
+
+
+def test_the_area_counts_pairs_that_stand_in_the_right_order_wherever_the_threshold_lies():
+    labels = np.array([0, 0, 1, 1, 1])
+    margins = np.array([-9.0, -2.0, -3.0, -2.0, -1.0])  # every prediction is class 0
+    right = [(b > a) + 0.5 * (a == b) for a in margins[labels == 0] for b in margins[labels == 1]]
+    logits = np.stack([np.full(5, 4.0), 4.0 + margins], axis=1)
+    assert roc_auc(logits, labels) == roc_auc(logits + 1.0, labels) == pytest.approx(np.mean(right)) != 0.5
+
+
+def test_the_area_of_several_classes_is_the_mean_of_each_against_the_rest():
+    rng = np.random.default_rng(0)
+    labels, logits = rng.integers(0, 4, 200), rng.normal(size=(200, 4)) * 5
+    expected = roc_auc_score(labels, softmax(logits, axis=1), multi_class="ovr", average="macro")
+    assert roc_auc(logits, labels) == pytest.approx(expected)
+    two = labels < 2  # the others are in no row
+    areas = [roc_auc_score(labels[two] == c, softmax(logits[two], axis=1)[:, c]) for c in (0, 1)]
+    assert roc_auc(logits[two], labels[two]) == pytest.approx(np.mean(areas))
+
+
+@pytest.mark.parametrize(
+    "logits", [np.zeros((4, 2)), np.full((4, 2), np.nan), np.array([[0.0, np.inf]] * 4), np.ones((4, 3), np.float32)]
+)
+def test_what_tells_nothing_apart_has_an_area_of_one_half_and_gives_no_warning(logits):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert roc_auc(logits, np.array([0, 1, 1, 0])) == 0.5
+        assert roc_auc(logits, np.ones(4, np.int64)) == 0.5
 
 
 def test_mcc_of_three_classes():

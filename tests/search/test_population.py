@@ -71,10 +71,17 @@ def test_values_do_not_depend_on_how_many_train_at_once(workspace, supernet, arc
             assert found[number].value == outcome.value
             assert found[number].attrs["hits"] == outcome.attrs["hits"]
     for outcome in expected.values():
-        assert outcome.attrs["scores"]["accuracy"] == outcome.value
-        assert unpack_hits(outcome.attrs["hits"]).mean() == pytest.approx(outcome.value)
+        assert outcome.attrs["scores"]["roc_auc"] == outcome.value
+        assert unpack_hits(outcome.attrs["hits"]).mean() == pytest.approx(outcome.attrs["scores"]["accuracy"])
         assert outcome.attrs["flops"] > outcome.attrs["parameters"] > 0
         assert outcome.attrs["tokens"] > 0 and outcome.attrs["seconds"] > 0 and len(outcome.phases) == 2
+
+
+def test_candidates_may_be_ranked_by_the_tasks_metric_as_published(workspace, supernet, architectures):
+    by_area = evaluated(workspace, supernet, architectures[:1])[0]
+    by_task = evaluated(workspace, supernet, architectures[:1], ranking_metric="task")[0]
+    assert by_task.value == by_task.attrs["scores"]["accuracy"] != by_area.value
+    assert by_task.attrs["scores"].keys() == by_area.attrs["scores"].keys() == {"accuracy", "roc_auc"}
 
 
 def test_a_stage_may_rank_on_a_part_of_the_rows(workspace, supernet, architectures):
