@@ -185,6 +185,7 @@ def evaluate_saved(
     """
     if own.validation_file and data_dir:
         raise ValueError("--data_dir and --validation_file exclude each other: the rows of a known task, or your own")
+    refuse_threshold(null_threshold, "" if own.validation_file else task)
     if own.validation_file:
         model = open_model(folder, _own_spec(folder, task, own, reading), reading)
         splits = {"validation": _own_rows(model, own)}
@@ -194,6 +195,13 @@ def evaluate_saved(
         for note in notes:
             say(note)
     return {name: _scores(model, rows, name, null_threshold) for name, rows in splits.items()}
+
+
+def refuse_threshold(null_threshold: float, task: str) -> None:
+    """ValueError where a threshold is given for another task than SQuAD 2.0."""
+    version2 = plain_name(task) in squad.VERSIONS and squad.spec_of(task).name == squad.NAMES[1]
+    if null_threshold and not version2:
+        raise ValueError(f"--null_threshold {null_threshold}: it is for squad2.0, where a question may have no answer")
 
 
 def _own_spec(folder: str | Path, task: str, own: OwnRows, reading: Reading) -> TaskSpec:
@@ -350,6 +358,7 @@ def predict_squad(
     version2 = spec.name == squad.NAMES[1]
     if null_odds and not version2:
         raise ValueError(f"--null_odds: every question of task {spec.name} has an answer; it is for squad2.0")
+    refuse_threshold(null_threshold, spec.name)
     if n_best_size < 1:
         raise ValueError(f"--n_best_size {n_best_size}: it must be at least 1")
     output = check_output(output)
@@ -504,8 +513,9 @@ def main_predict(arguments: list[str]) -> None:
     quiet_libraries()
     spans = [task for task in models if task in squad.VERSIONS]
     if not spans:
-        if given.predict_file or given.null_odds or given.n_best:
-            raise ValueError("--predict_file, --null_odds and --n_best are for SQuAD, and no model is for it")
+        if given.predict_file or given.null_odds or given.n_best or given.n_best_size != 20 or given.null_threshold:
+            flags = "--predict_file, --null_odds, --null_threshold, --n_best and --n_best_size"
+            raise ValueError(f"{flags} are for SQuAD, and no model is for it")
         predict_glue(models, given.output, given.data_dir or None, given.reading)
     elif len(models) > 1:
         raise ValueError("SQuAD's answers are a file of their own: predict it without other tasks")

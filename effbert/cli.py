@@ -154,6 +154,10 @@ def check_search(config, name: str | None, kept: bool = True) -> None:
         raise ValueError("--teacher is missing, a BERT-like encoder; --preset demo trains a small one")
     if not config.corpus:
         raise ValueError("--corpus is missing, plain text for general distillation: a text file or a folder of them")
+    if name == "paper" and not (config.candidate_corpus or config.start_from):
+        raise ValueError(
+            "--candidate_corpus is missing, the text that the published candidates learn from: Wikipedia alone"
+        )
 
 
 def _single(
@@ -286,10 +290,10 @@ def import_(arguments: list[str]) -> int:
     class Arguments:
         """A student or supernet in the authors' checkpoint format, as a folder that transformers loads.
 
-        checkpoint: their file. architecture: an expression a layer, joined by ", ", or the name of a published model
-        such as efficientbert, whose sizes the file must have. output_dir: a new folder. num_attention_heads: which the
-        file does not tell. task: whose labels its head has, such as mnli; of several heads the one to keep. vocab:
-        BERT's vocab.txt, for a tokenizer.
+        checkpoint: their file. architecture: an expression a layer, joined by ", ", the name of a published model such
+        as efficientbert, whose sizes the file must have, or "supernet" for all weights and heads of one. output_dir: a
+        new folder. num_attention_heads: which the file does not tell. task: whose labels its head has, such as mnli; of
+        several heads the one to keep. vocab: BERT's vocab.txt, for a tokenizer.
         """
 
         checkpoint: tyro.conf.Positional[str]

@@ -17,7 +17,11 @@ from effbert.optim import TrainingArguments
 
 @dataclass(frozen=True)
 class StudentArguments:
-    """Sizes of a supernet and its candidates, or of an architecture that is spelt out; names as in transformers."""
+    """Sizes of a supernet and its candidates, or of an architecture that is spelt out; names as in transformers.
+
+    neighbour_padding, also of named models: what padding contributes to the embedding of its neighbour, "zero", or as
+    published the row of its token, which stays as it was drawn.
+    """
 
     hidden_size: int = 540
     num_hidden_layers: int = 6
@@ -26,6 +30,7 @@ class StudentArguments:
     embedding_size: int = 128
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
+    neighbour_padding: Literal["zero", "released"] = "zero"
 
     def __post_init__(self):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
@@ -636,6 +641,12 @@ def paper() -> SearchConfig:
     tenth of a task's rows trains and the last hundredth ranks, in stage 3 nine tenths and one; teachers and final rows
     learn from all. Give --teacher (BERT-base), --corpus (Wikipedia and BooksCorpus) and --candidate_corpus (Wikipedia).
 
+    What it is not: the released code. There the splits of LaNAS are tuned gradient-boosted trees with no exploration
+    term, and proposals are mutations of plain MLPs by genetic programming, where ours are drawn from the grammar; what
+    a batch of stage 3 does not use decays and moves on by its momentum; candidates take heads over from each other;
+    a best step is that of means over batches of the split, not of the whole; and the teacher computes tanh's form of
+    gelu. It stops when somebody stops it; 500, 500 and 1,000 candidates are ours.
+
     Batches are as many rows as those of all processes that its scripts start: 256 of text (64 in each of four), 128 in
     the stages (64 in each of two), 32 in fine-tuning (8 in each of four). Started as so many processes, give each its
     part; where memory does not suffice, fewer rows and --supernet.gradient_accumulation_steps (but not in stage 3,
@@ -665,6 +676,7 @@ def paper() -> SearchConfig:
         ranking_metric="task",
         ranking_rows="released",
         population=1,
+        student=StudentArguments(neighbour_padding="released"),
         loss=LossWeights(loss_mask="released", score_form="direct"),
         teacher_model=TeacherArguments(finetuning=tuning, finetuning_eval_steps=("qqp=250",)),
         supernet=pretraining,
@@ -714,6 +726,7 @@ def paper_fast() -> SearchConfig:
         validation_share=0.02,
         ranking_metric="roc_auc",
         ranking_rows="drawn",
+        student=StudentArguments(),
         loss=LossWeights(),
         teacher_model=TeacherArguments(finetuning=fast(base.teacher_model.finetuning, 3)),
         supernet=fast(base.supernet, 3),

@@ -7,17 +7,18 @@ layer at full width, as the supernet does: an architecture uses slices of them, 
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from effbert.architecture import Architecture
-from effbert.data.tasks import plain_name
+from effbert.data.tasks import TaskSpec, plain_name
 from effbert.errors import first_line
 from effbert.files import atomic_dir
 from effbert.model import EffBertConfig, EffBertModel, EffBertPreTrainedModel, new_student, num_outputs
 from effbert.models import architecture_of, dimensions, is_name
-from effbert.supernet import used_slices
+from effbert.supernet import FULL_STRUCTURE, Supernet, head_key, used_slices
 
 STUDENT_NAMES = (
     (r"^encoder\.", "layers."),
@@ -59,6 +60,8 @@ def _renamed(name: str, rules, prefix: str) -> str:
 
 
 LEARNT_LENGTH = 128  # tokens of the longest texts that the released models learnt with
+LEARNT_WINDOWS = {"doc_stride": 32, "max_query_length": 62}  # of SQuAD's contexts, as effbert.data.squad means them
+SUPERNET = "supernet"  # in place of an architecture
 MULTI_TASK = ("mnli", "qqp", "qnli", "sst-2", "cola", "sts-b", "mrpc", "rte")  # the order of their `classifiers`
 LABELS = {"mnli": ("contradiction", "entailment", "neutral")}  # where their order is not that of `effbert.data.glue`
 MLP = re.compile(r"encoder\.(\d+)\.all_ffn\.(\d+)\.")
@@ -67,7 +70,8 @@ MLP = re.compile(r"encoder\.(\d+)\.all_ffn\.(\d+)\.")
 def import_checkpoint(
     path: str | Path, architecture: Architecture | str, num_attention_heads: int = 12, task: str | None = None
 ) -> EffBertPreTrainedModel:
-    """A released student or supernet as a model of ours that runs `architecture`, in eval mode, with the head it has.
+    """A released student or supernet as a model of ours that runs `architecture`, in eval mode, with the head it has;
+    for the architecture "supernet" one with all weights and heads, which students and searches begin with.
 
     path: their file, read without running code. architecture: also as text, or by the name of a model, whose sizes the
     checkpoint must have. task: of GLUE or SQuAD, whose labels the head has; of several heads the one to keep. The
@@ -76,8 +80,10 @@ def import_checkpoint(
     that do not go together, a head that is not the task's.
     """
     name = str(architecture)
-    architecture = architecture_of(name)
     state = read_state(path)
+    if name == SUPERNET:
+        return import_supernet(state, num_attention_heads, task, path).eval()
+    architecture = architecture_of(name)
     config = config_of(state, architecture, num_attention_heads, path)
     refuse_other_sizes(config, name, path)
     state = with_one_head(state, task, path)
@@ -89,8 +95,43 @@ def import_checkpoint(
         raise ValueError(f"checkpoint {path}: it has no head, and none for task {task}: leave out --task")
     else:
         model, prefix = EffBertModel(config, add_pooling_layer=pooled), ""
+    if "classifier.weight" in state and kind == "spans":
+        for setting, value in LEARNT_WINDOWS.items():
+            setattr(model.config, setting, value)
     fill(model, used_slices(student_state(state, prefix), architecture, config.intermediate_size, prefix), path)
     return model.eval()
+
+
+def import_supernet(
+    state: Mapping[str, torch.Tensor], num_attention_heads: int, task: str | None, path: str | Path
+) -> Supernet:
+    """A released supernet whole: of several tasks with all their heads, after general distillation with none, and then
+    with a fresh pooler where it lacks one."""
+    if task is not None:
+        raise ValueError(f"checkpoint {path}: a supernet keeps all its heads: leave out --task")
+    if any(name.startswith("classifier.") for name in state):
+        raise ValueError(f"checkpoint {path}: it has the head of one task: it is a student, so give its architecture")
+    layers = 1 + max((int(found[1]) for found in map(MLP.match, state) if found), default=0)
+    config = config_of(state, Architecture.uniform(FULL_STRUCTURE, layers), num_attention_heads, path)
+    heads = any(name.startswith("classifiers.") for name in state)
+    specs = [_spec_of(name) for name in MULTI_TASK] if heads else []
+    supernet, found = Supernet(config, specs), {}
+    for name, tensor in student_state(state).items():
+        _, sign, own = name.partition("classifiers.")
+        number, _, part = own.partition(".")
+        known = sign and number.isdecimal() and int(number) < len(specs)
+        found[f"heads.{head_key(specs[int(number)].name)}.{part}" if known else name] = tensor
+    pooler = {name: tensor for name, tensor in supernet.state_dict().items() if ".pooler." in name}
+    fill(supernet, (pooler | found) if not heads else found, path)
+    return supernet
+
+
+def _spec_of(task: str) -> TaskSpec:
+    """A task as the released models know it."""
+    from effbert.data import glue
+
+    spec = glue.TASKS[plain_name(task)].spec
+    return replace(spec, labels=LABELS.get(plain_name(task), spec.labels))
 
 
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:

@@ -56,6 +56,7 @@ def model_config(
             raise ValueError("--model teacher needs --params: how many parameters are to be left of it")
         model = sized_down(teacher, given.num_hidden_layers, params)
     architecture = architecture_of(model)
+    common["neighbour_padding"] = given.neighbour_padding
     if "(" not in model:
         return EffBertConfig(**{**common, **model_fields(model)})
     sizes = {name: getattr(given, name) for name in ("embedding_size", "hidden_size", "intermediate_size")}
@@ -92,7 +93,9 @@ def check_start(config: EffBertConfig, folder: str) -> None:
     other = [f"{name} {getattr(saved, name)}, not {getattr(config, name)}" for name in SIZES
              if getattr(saved, name) != getattr(config, name)]  # fmt: skip
     if other:
-        raise ValueError(f"--start_from {folder} does not fit the teacher and the model: it has {'; '.join(other)}")
+        flag = "; give --student.neighbour_padding too" if "neighbour_padding" in other[-1] else ""
+        told = "; ".join(other) + flag
+        raise ValueError(f"--start_from {folder} does not fit the teacher and the model: it has {told}")
 
 
 def check_tokens(folder: str, tokenizer) -> None:

@@ -112,6 +112,7 @@ class Workspace:
                 "embedding_size": student.embedding_size,
                 "hidden_dropout_prob": student.hidden_dropout_prob,
                 "attention_probs_dropout_prob": student.attention_probs_dropout_prob,
+                "neighbour_padding": student.neighbour_padding,
                 **student_vocabulary(self.teacher_config),
                 **changes,
             }

@@ -302,9 +302,10 @@ class Expression:
 
 
 def parse_architecture_text(text: str) -> tuple[Expression, ...]:
-    """Layers joined by commas, `expr1, expr2, ...`; ExpressionErrors name the layer, counted from 1."""
+    """Layers joined by commas, `expr1, expr2, ...`, or by blanks, as the released scripts write them; ExpressionErrors
+    name the layer, counted from 1."""
     layers = []
-    for number, part in enumerate(_split_at_top_level_commas(text), start=1):
+    for number, part in enumerate(_split_at_top_level(text), start=1):
         try:
             layers.append(Expression.parse(part))
         except ExpressionError as error:
@@ -312,9 +313,15 @@ def parse_architecture_text(text: str) -> tuple[Expression, ...]:
     return tuple(layers)
 
 
-def _split_at_top_level_commas(text: str) -> Iterator[str]:
+def _split_at_top_level(text: str) -> Iterator[str]:
     depth = start = 0
     for at, character in enumerate(text):
+        begins_anew = (
+            depth == 0 and at and text[at - 1].isspace() and character not in ",()" and not character.isspace()
+        )
+        if begins_anew and text[start:at].rstrip().endswith(")"):
+            yield text[start:at].strip()
+            start = at
         if character == "," and depth == 0:
             yield text[start:at].strip()
             start = at + 1

@@ -434,7 +434,8 @@ def show_plan(config: PaperConfig) -> Table:
         lines = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     else:
         lines = lines_of(folder, plan(config, ALONE, Reporter))
-    view = Table(title=f"plan of {folder}")
+    begun = "" if (folder / PLAN).is_file() else ", which has not begun"
+    view = Table(title=f"plan of {folder}{begun}")
     view.add_column("step")
     view.add_column("state")
     for line in lines:

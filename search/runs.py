@@ -35,7 +35,15 @@ from effbert.search.population import KEPT_TEACHER, kept_teacher
 from effbert.search.progress import Reporter
 from effbert.search.report import OFFICIAL, chosen_by, mean_and_spread, score_text
 from effbert.search.study import GIVEN_PATHS, RunFolder
-from effbert.start import check_start, fresh_projection, load_head, load_start, model_config, start_weights
+from effbert.start import (
+    check_start,
+    fresh_projection,
+    load_head,
+    load_start,
+    model_config,
+    read_student,
+    start_weights,
+)
 from effbert.student import Distillation, Student, distil, distil_generally
 from effbert.supernet import Supernet, supernet_config
 from effbert.teacher import Teacher, load_model, read_config, student_vocabulary
@@ -179,6 +187,8 @@ def one_seed(
         if shared:
             say(f"{PLUS}: with the head that the supernet has for {shared}")
         else:
+            if config.model[number] == PLUS:
+                say(f"{PLUS}: with a fresh head, since the supernet has none for {spec.name}")
             fresh_head(model, random.key(phase.seed, "head"))
         students.append(Student(model.to(workspace.device), phase))
     say(f"seed {phases[0].seed}: {', '.join(f'{student.model.num_parameters():,}' for student in students)} parameters")
@@ -252,6 +262,10 @@ def check_starts(config: TextConfig, plans: Sequence[EffBertConfig]) -> list[str
     notes = {}
     for number, fields in enumerate(plans if config.start_from else ()):
         folder = start_of(config, number)
+        if config.model[number : number + 1] == (PLUS,) and not getattr(read_student(folder), "supernet_tasks", []):
+            raise ValueError(
+                f"--start_from {folder} has learnt no tasks: {PLUS} begins with a search's stage3/supernet"
+            )
         start_weights(fields, folder)
         notes[fresh_projection(fields, folder)] = None
     return [note for note in notes if note]

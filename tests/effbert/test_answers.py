@@ -410,6 +410,11 @@ def test_squads_answers_odds_and_best(tmp_path, tokenizer, monkeypatch):
     assert found["output"] == {"a": "red fox"} and all(entry["text"] for entry in found["n_best"]["a"])
     with pytest.raises(ValueError, match="--null_odds: every question of task squad has an answer"):
         predict("squad", **files)
+    with pytest.raises(ValueError, match="it is for squad2"):
+        predict("squad", output=files["output"], null_threshold=3.0)
+    for task in ("squad", "mrpc"):
+        with pytest.raises(ValueError, match="it is for squad2"):
+            evaluate_saved(folder, task, tmp_path / "data", null_threshold=3.0)
 
 
 def test_a_killed_squad_prediction_asks_the_model_for_nothing_again(tmp_path, tokenizer, monkeypatch):

@@ -12,7 +12,11 @@ import transformers
 from commands import killed_before
 from effbert.__main__ import main
 from effbert.architecture import Architecture
+from effbert.data import glue
+from effbert.data.tasks import plain_name
 from effbert.released import MULTI_TASK, STUDENT_NAMES, import_checkpoint, read_state
+from effbert.start import start_weights
+from effbert.supernet import Supernet, derive_config
 
 
 def student(parity, task="mnli"):
@@ -158,20 +162,59 @@ def test_the_supernet_without_a_head(parity, tmp_path):
 
 @pytest.mark.parametrize("task", MULTI_TASK)
 def test_each_head_of_a_multi_task_checkpoint(parity, tmp_path, task):
-    heads = {k.removeprefix("multitask/"): v for k, v in parity.outputs.items() if k.startswith("multitask/")}
-    recorded = {k: v for k, v in heads.items() if k.startswith("OUT")}
-    state = student(parity, "squad1.1") | {k: v for k, v in heads.items() if k not in recorded}
-    state = {k: v for k, v in state.items() if not k.startswith("classifier.")}
+    state, recorded = multi_task(parity)
     model = import_checkpoint(saved(tmp_path, state), parity.architectures["released_head"], task=task)
     with torch.no_grad():
         found = model(*parity.inputs).logits
-    close(found.squeeze(-1), recorded[f"OUT_logits_task{MULTI_TASK.index(task)}"])
+    close(found.squeeze(-1), recorded[task])
     assert model.config.num_labels == found.shape[1]
+
+
+def multi_task(parity):
+    """The recorded supernet with its eight heads, and what these say, by task."""
+    heads = {k.removeprefix("multitask/"): v for k, v in parity.outputs.items() if k.startswith("multitask/")}
+    recorded = {task: heads.pop(f"OUT_logits_task{number}") for number, task in enumerate(MULTI_TASK)}
+    state = student(parity, "squad1.1") | {k: v for k, v in heads.items() if not k.startswith("OUT")}
+    return {k: v for k, v in state.items() if not k.startswith("classifier.")}, recorded
+
+
+def test_a_whole_supernet_keeps_all_weights_and_heads_and_is_what_students_begin_with(parity, tmp_path, capsys):
+    state, recorded = multi_task(parity)
+    path, folder = saved(tmp_path, state), tmp_path / "net"
+    assert main(["import", str(path), "--architecture", "supernet", "--output_dir", str(folder)]) == 0
+    assert "Supernet" in capsys.readouterr().out
+    supernet = Supernet.from_pretrained(folder).eval()
+    architecture = parity.architectures["released_head"]
+    with torch.no_grad():
+        for task, logits in recorded.items():
+            found = supernet.trace(*parity.inputs, architecture, glue.TASKS[plain_name(task)].spec.name).logits
+            close(found.squeeze(-1), logits)
+    assert supernet.labels["mnli"] == ["contradiction", "entailment", "neutral"]
+    slices = start_weights(derive_config(supernet.config, architecture), str(folder))
+    own = import_checkpoint(path, architecture, task="rte").effbert.state_dict()
+    assert all(torch.equal(slices[name], tensor) for name, tensor in own.items()) and len(own) == len(slices)
+
+
+def test_a_supernet_without_heads_or_pooler_and_what_is_none(parity, tmp_path):
+    bare = {k: v for k, v in student(parity).items() if not k.startswith(("cls_pooler", "classifier"))}
+    supernet = import_checkpoint(saved(tmp_path, bare), "supernet")
+    assert len(supernet.heads) == 0 and supernet.effbert.pooler is not None
+    with torch.no_grad():
+        close(supernet.trace(*parity.inputs).hidden_states[-1], parity.outputs["supernet/last_hidden"])
+    with pytest.raises(ValueError, match="it is a student, so give its architecture"):
+        import_checkpoint(saved(tmp_path, student(parity)), "supernet")
+    with pytest.raises(ValueError, match="a supernet keeps all its heads: leave out --task"):
+        import_checkpoint(saved(tmp_path, bare), "supernet", task="rte")
+    more = multi_task(parity)[0]
+    more["classifiers.8.weight"] = more["classifiers.0.weight"]
+    with pytest.raises(ValueError, match=r"surplus: classifiers\.8\.weight"):
+        import_checkpoint(saved(tmp_path, more), "supernet")
 
 
 def test_a_student_for_spans(parity, tmp_path):
     path = saved(tmp_path, student(parity, "squad1.1"))
     model = import_checkpoint(path, parity.architectures["released_head"], task="squad1.1")
+    assert (model.config.doc_stride, model.config.max_query_length) == (32, 62)  # as it learnt
     supernet = parity.supernet("squad1.1")
     with torch.no_grad():
         output = model(*parity.inputs)

@@ -348,6 +348,8 @@ def test_any_text_parses_or_gets_a_one_line_error(text):
 def test_layers_are_split_at_the_commas_between_expressions():
     layers = parse_architecture_text(f"{LINEAR4_3}, add(x,x) ,\n x")
     assert [str(layer) for layer in layers] == [LINEAR4_3, "add(x,x)", "x"]
+    blanks = parse_architecture_text(f" {LINEAR4_3} add( x, x )\n  {LINEAR4_3}")  # as the released scripts have it
+    assert [str(layer) for layer in blanks] == [LINEAR4_3, "add(x,x)", LINEAR4_3]
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def test_a_phase_that_nothing_scores_has_no_best_step(command, phase, tmp_path, 
     assert f"{phase.rpartition('.')[2]}.load_best_model_at_end" in said and "leave it out" in said
 
 
-def test_efficientbert_plus_begins_with_the_head_that_the_tasks_shared(given, made, tmp_path, monkeypatch):
+def test_efficientbert_plus_begins_with_the_head_that_the_tasks_shared(given, made, tmp_path, monkeypatch, capsys):
     model = f"{MLP}, {MLP}"
     saved = Supernet.from_pretrained(made / "net" / "model")
     torch.manual_seed(3)
@@ -254,6 +254,10 @@ def test_efficientbert_plus_begins_with_the_head_that_the_tasks_shared(given, ma
     for other in (dataclasses.replace(spec, name="wnli"), dataclasses.replace(spec, labels=("good", "ugly"))):
         assert load_head(student, str(tmp_path / "shared"), other) == ""  # qnli's is not there, and an unknown label
     assert load_head(student, str(made / "net" / "model"), spec) == ""
+    begin[1] = str(made / "net" / "model")
+    capsys.readouterr()
+    assert main(distill_command(given, made, tmp_path / "none", *begin)) == 2  # PLUS is `model` by now
+    assert "has learnt no tasks" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 class Counted(World):

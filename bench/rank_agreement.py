@@ -1,0 +1,112 @@
+"""How far procedures agree about the ranks of one list of candidates, each of them run at several seeds.
+
+    python -m effbert.bench.rank_agreement FILE
+    python -m effbert.bench.rank_agreement FILE --write
+
+FILE is JSON with "values": procedure -> for each of its seeds the values of all candidates, in one order. The first
+procedure is the one that the others are held against; what it agrees with itself, at another seed, is the ceiling.
+Kendall's tau-b, the mean over pairs of seeds, since one pair says little, with 95 % of resamplings of the candidates.
+--write puts what is printed into the file, as "kendall".
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from effbert.files import write_atomic
+from effbert.random import generator
+
+DRAWS = 2000
+Values = dict[str, np.ndarray]  # [seeds, candidates] by procedure
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table, with --write into the file too. ValueError for a file of another form."""
+    parser = argparse.ArgumentParser(prog="python -m effbert.bench.rank_agreement", allow_abbrev=False)
+    parser.add_argument("file", type=Path, help='JSON file with "values"')
+    parser.add_argument("--write", action="store_true", help="keep the result in the file")
+    options = parser.parse_args(arguments)
+    record = json.loads(options.file.read_text(encoding="utf-8"))
+    found = agreement(read(record, options.file))
+    for name, numbers in found.items():
+        print(f"{name:60} {numbers['estimate']:6.3f} ({numbers['low']:.3f} to {numbers['high']:.3f})")
+    if options.write:
+        write_atomic(options.file, json.dumps(record | {"kendall": found}, indent=1) + "\n")
+    return 0
+
+
+def read(record: dict, where: Path) -> Values:
+    """The values as arrays; ValueError where they are not of one list of candidates."""
+    given = record.get("values")
+    if not isinstance(given, dict) or not given:
+        raise ValueError(f'{where}: it should have "values": procedure -> a list of values for each of its seeds')
+    try:
+        values = {name: np.array(seeds, dtype=float) for name, seeds in given.items()}
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: each seed of a procedure should have as many values, all of them numbers") from None
+    shapes = {seeds.shape[1:] for seeds in values.values()}
+    if not all(np.isfinite(seeds).all() for seeds in values.values()):
+        raise ValueError(f"{where}: some candidates have no value: leave them out of all procedures")
+    if len(shapes) > 1 or any(len(shape) != 1 or shape[0] < 2 for shape in shapes):
+        raise ValueError(f"{where}: all procedures should have values of the same candidates, of 2 at least")
+    return values
+
+
+def agreement(values: Values) -> dict[str, dict[str, float]]:
+    """Estimate and interval of every mean tau, and of what each procedure's lacks to the ceiling."""
+    count, rng = next(iter(values.values())).shape[1], generator(0, "rank agreement")
+    measures = _measures(values)
+    estimates = {name: measure(values) for name, measure in measures.items()}
+    drawn = {name: [] for name in measures}
+    for _ in range(DRAWS):
+        rows = rng.integers(count, size=count)
+        some = {name: seeds[:, rows] for name, seeds in values.items()}
+        for name, measure in measures.items():
+            drawn[name].append(measure(some))
+    found = {}
+    for name, estimate in estimates.items():
+        low, high = np.nanquantile(drawn[name], (0.025, 0.975))
+        found[name] = {"estimate": estimate, "low": float(low), "high": float(high)}
+    return found
+
+
+def _measures(values: Values) -> dict[str, Callable[[Values], float]]:
+    base, *others = values
+    measures: dict[str, Callable[[Values], float]] = {}
+    for name in values:
+        if len(values[name]) > 1:
+            measures[f"{name} with itself"] = lambda some, name=name: _within(some[name])
+    for name in others:
+        measures[f"{name} with {base}"] = lambda some, name=name: _between(some[name], some[base])
+        if len(values[base]) > 1:
+            measures[f"{name} with {base}, less {base} with itself"] = lambda some, name=name: (
+                _between(some[name], some[base]) - _within(some[base])
+            )
+            measures[f"means over seeds: {name} with {base}"] = lambda some, name=name: _tau(
+                some[name].mean(0), some[base].mean(0)
+            )
+    return measures
+
+
+def _within(seeds: np.ndarray) -> float:
+    return float(np.mean([_tau(*pair) for pair in itertools.combinations(seeds, 2)]))
+
+
+def _between(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.mean([_tau(*pair) for pair in itertools.product(first, second)]))
+
+
+def _tau(first: np.ndarray, second: np.ndarray) -> float:
+    """Kendall's tau-b; NaN where one side is all the same."""
+    upper = np.triu_indices(len(first), 1)
+    a, b = (np.sign(side[:, None] - side[None, :])[upper] for side in (first, second))
+    untied = np.count_nonzero(a) * np.count_nonzero(b)
+    return float(a @ b / untied**0.5) if untied else float("nan")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
