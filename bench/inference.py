@@ -5,7 +5,8 @@
 
 The one idea: what a machine does meanwhile must hit all models alike. For each runtime, length and batch the models
 take turns, round after round; a ratio is the median over rounds of BERT-base's time over the model's in the same round.
-Each has a process of its own, whose peak of memory is the model's (effbert.bench.contenders). A shape whose models are
+Each has a process of its own, whose peak of memory is the model's (effbert.bench.contenders). Memory beyond what the
+libraries hold and the file have ratios too, BERT-base's over the model's at the same shape. A shape whose models are
 all measured is kept in --output, so the same command goes on where it was stopped, and another one adds to it.
 
 Weights are random, tokens are all real. A row without a time says why: it failed, its outputs were not finite, or one
@@ -242,12 +243,26 @@ def run_rounds(entries: Sequence[Entry], batch: int, length: int, options: argpa
                 entry.try_to(lambda entry=entry: entry.turn(batch, length, options.seconds))
 
 
-def with_ratios(rows: Iterable[dict], entries: Sequence[Entry]) -> None:
-    """Add to each row how many times as fast as BERT-base its model was, where both have times."""
+def with_ratios(rows: Sequence[dict], entries: Sequence[Entry]) -> None:
+    """Add to each row how many times as fast as BERT-base its model was, and how many times as small its memory and its
+    file, each where both are known."""
     turns = {entry.name: [statistics.median(turn) for turn in entry.rounds] for entry in entries}
+    base_row = next((row for row in rows if row["model"] == BASE), {})
     for row in rows:
         pairs = list(zip(turns.get(BASE, []), turns[row["model"]], strict=False))
         row["times_base"] = statistics.median(base / own for base, own in pairs) if pairs else None
+        row["times_base_memory"] = _ratio(_memory(base_row), _memory(row))
+        row["times_base_file"] = _ratio(base_row.get("file_bytes"), row.get("file_bytes"))
+
+
+def _memory(row: dict) -> int | None:
+    """Bytes at the peak beyond what the libraries hold."""
+    return row["peak_memory"] - row["memory_without_model"] if "peak_memory" in row else None
+
+
+def _ratio(base: int | None, own: int | None) -> float | None:
+    """None where one is unknown, or so small that the system saw none of it."""
+    return base / own if base and own and min(base, own) > 0 else None
 
 
 def save(record: dict) -> None:
@@ -264,30 +279,45 @@ def _brief(row: dict) -> str:
 def _cell(row: dict | None) -> str:
     if row is None or "median_ms" not in row:
         return "-"
-    ratio = "" if row["times_base"] is None else f" ({row['times_base']:.1f})"
-    return f"{row['median_ms']:.{1 if row['median_ms'] < 100 else 0}f}{ratio}"
+    return _with_ratio(f"{row['median_ms']:.{1 if row['median_ms'] < 100 else 0}f}", row["times_base"])
+
+
+def _with_ratio(text: str, ratio: float | None) -> str:
+    return text if ratio is None else f"{text} ({ratio:.1f})"
 
 
 def table(rows: Sequence[dict]) -> list[str]:
-    """For each runtime its models: ms a call and how many times as fast as BERT-base, file, most memory of all shapes
-    beyond what the libraries hold."""
+    """For each runtime its models: ms a call, file, most memory of all shapes beyond what the libraries hold; each with
+    BERT-base's over it."""
     lines = []
     for runtime in (name for name in RUNTIMES if any(row["runtime"] == name for row in rows)):
         here = [row for row in rows if row["runtime"] == runtime]
         shapes = sorted({(row["batch_size"], row["length"]) for row in here})
-        lines += ["", f"{RUNTIMES[runtime].what}: ms a call (times as fast as {BASE}) at batch x length"]
+        title = f"ms a call (times as fast as {BASE}) at batch x length, file and memory (times as small)"
+        lines += ["", f"{RUNTIMES[runtime].what}: {title}"]
         heads = "".join(f"{f'{batch}x{length}':>15}" for batch, length in shapes)
-        lines.append(f"{'':28}{heads}{'file MB':>9}{'MiB':>7}")
+        lines.append(f"{'':28}{heads}{'file MB':>14}{'memory MiB':>13}")
         reasons = {}
         for name in (name for name in MODELS if any(row["model"] == name for row in here)):
             own = {(row["batch_size"], row["length"]): row for row in here if row["model"] == name}
             cells = "".join(f"{_cell(own.get(shape)):>15}" for shape in shapes)
-            peaks = [row["peak_memory"] - row["memory_without_model"] for row in own.values() if "peak_memory" in row]
-            size = next((f"{row['file_bytes'] / 1e6:.1f}" for row in own.values() if "file_bytes" in row), "-")
-            lines.append(f"{name:28}{cells}{size:>9}{f'{max(peaks) / 2**20:.0f}' if peaks else '-':>7}")
+            lines.append(f"{name:28}{cells}{_file_cell(own.values()):>14}{_memory_cell(own.values()):>13}")
             reasons |= {(name, row["not measured"]): None for row in own.values() if "not measured" in row}
         lines += [f"  {name} not measured: {reason}" for name, reason in reasons]
     return lines[1:]
+
+
+def _file_cell(rows: Iterable[dict]) -> str:
+    """All shapes have one file; only those where BERT-base was measured too have a ratio."""
+    known = (row for row in rows if "file_bytes" in row)
+    row = max(known, key=lambda row: row.get("times_base_file") or 0, default=None)
+    return _with_ratio(f"{row['file_bytes'] / 1e6:.1f}", row.get("times_base_file")) if row else "-"
+
+
+def _memory_cell(rows: Iterable[dict]) -> str:
+    """Of the shape that took most."""
+    row = max((row for row in rows if "peak_memory" in row), key=_memory, default=None)
+    return _with_ratio(f"{_memory(row) / 2**20:.0f}", row.get("times_base_memory")) if row else "-"
 
 
 def figure(rows: Sequence[dict]) -> str:

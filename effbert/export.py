@@ -219,5 +219,5 @@ def _write_transformers(folder: Path, model: EffBertPreTrainedModel, text: str) 
     (folder / standalone.FILE_NAME).write_text(text, encoding="utf-8")
     size = (folder / "model.safetensors").stat().st_size
     return [
-        f"{type(model).__name__}, {size / 1e6:.1f} MB; without effbert it loads with trust_remote_code=True",
+        f"{type(model).__name__}, {size / 1e6:.1f} MB; without effbert: trust_remote_code=True",
     ]

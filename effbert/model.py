@@ -81,7 +81,11 @@ class EffBertConfig(PreTrainedConfig):
 
 
 class Embeddings(nn.Module):
-    """Token ids [B, L] to [B, L, C]: next, current and previous token through one Linear, positions, segments."""
+    """Token ids [B, L] to [B, L, C]: next, current and previous token through one Linear, positions, segments.
+
+    ValueError where a sequence goes beyond the position table. A graph that is compiled, exported or traced does not
+    ask: it serves every length.
+    """
 
     def __init__(self, config: EffBertConfig):
         super().__init__()
@@ -93,7 +97,17 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
+    def _refuse_too_long(self, length: int, position_ids: torch.Tensor) -> None:
+        """ValueError for ids beyond the table. They are read, which waits for a GPU, only where the length is too much:
+        a caller's own may repeat."""
+        size = self.position_embeddings.num_embeddings
+        longest = size - self.config.position_offset
+        if length > longest and position_ids.max() >= size:
+            raise ValueError(f"{length} tokens are too many: the model has positions for {longest}")
+
     def forward(self, input_ids, attention_mask, token_type_ids, position_ids):
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            self._refuse_too_long(input_ids.shape[1], position_ids)
         x = self.token_embeddings(input_ids)
         if self.dense is not None:
             if self.config.neighbour_padding == "zero":

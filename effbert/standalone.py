@@ -245,8 +245,15 @@ ${dense}\
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.longest = config.max_position_embeddings - config.position_offset
+
+    def refuse_too_long(self, length, position_ids):
+        if length > self.longest and position_ids.max() >= self.position_embeddings.num_embeddings:
+            raise ValueError(f"{length} tokens are too many: the model has positions for {self.longest}")
 
     def forward(self, input_ids, attention_mask, token_type_ids, position_ids):
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            self.refuse_too_long(input_ids.shape[1], position_ids)
         x = self.token_embeddings(input_ids)
 ${mix}\
         x = x + self.position_embeddings(position_ids) + self.token_type_embeddings(token_type_ids)

@@ -266,6 +266,10 @@ def _own_gpu(name: str, device: torch.device, world: World) -> torch.device:
 def load_tasks(config: TaskConfig) -> dict[str, Task]:
     """The main task and the further ones of stage 3, raw."""
     own = {}
+    if config.train_file and config.data_dir and not config.tasks:
+        raise ValueError(
+            f"--data_dir {config.data_dir} and --train_file exclude each other: files of known tasks, or your own rows"
+        )
     if config.train_file:
         own = {
             "train_file": config.train_file,

@@ -456,7 +456,8 @@ def searching(config: PaperConfig) -> SearchConfig:
         own = [f"{task}={value}" for task, name, value in map(split_setting, config.per_task) if name == "eval_steps"]
         steps = (*teachers.finetuning_eval_steps, *own)
         teachers = dataclasses.replace(teachers, finetuning_eval_steps=steps)
-    return part(config, SearchConfig, Path(config.output_dir) / "search", teacher_model=teachers)
+    own_rows = {"data_dir": ""} if config.train_file and not config.tasks else {}
+    return part(config, SearchConfig, Path(config.output_dir) / "search", teacher_model=teachers, **own_rows)
 
 
 def groups(config: PaperConfig) -> list[str]:
@@ -639,6 +640,8 @@ def of_one_task(config: PaperConfig, task: str, own: dict) -> dict:
     """The fields that make a run one on `task`: your own files are the search's main task alone."""
     main = task_key(task) == task_key(config.task)
     files = {} if main else {"train_file": "", "validation_file": "", "text_columns": (), "teacher_labels": ()}
+    if main and config.train_file:
+        files = {"data_dir": ""}
     return {
         "task": task,
         "max_train_rows": own.get("rows", config.max_train_rows),

@@ -8,7 +8,15 @@ models were trained on, told from the data scripts released with them. A documen
 gives one sample, whatever its length: segment A from it, segment B from another document, the longer one cut at a
 random end until both fit. The scripts' probability of a shorter sample changes nothing there, since they make a
 document one sentence. Of a long document most is left unread. As there, several sets of samples are drawn from the same
-documents, for the epochs to take in turn. Unlike there, B comes from the same thousand documents instead of all.
+documents, for the epochs to take in turn. Unlike there, B comes from the same thousand documents instead of all, and
+the 20 lines are counted without blank ones.
+
+What is an article and what a line is told of each source as a whole. The records of a data set are articles, however
+short, where it has a column `title` or `url`, as Wikipedia has and BooksCorpus, a sentence a record, has not. Where it
+has neither, they are articles if more than one in a hundred of its first thousand records has several lines, since a
+stray line break does not make an article of a sentence; else every line is a line of a book. In a text file, too, every
+line is one, and blank lines and ends of files mean nothing, so articles belong in a data set. No document runs on from
+one source into the next.
 """
 
 import hashlib
@@ -46,16 +54,21 @@ github.com/cheneydon/efficient-bert); epoch e takes set e modulo their number.""
 _ROWS = 1000  # records read at once
 _CHUNK_CHARACTERS, _BATCH_CHARACTERS = 2**20, 2**17  # of a process's share, and of what it tokenises at once
 _LINES, _DOCUMENTS = 20, 1000  # lines a document where records are lines; documents among which B is drawn
+_TITLES = ("title", "url")  # columns, in any case, of which one says that each record is an article
+_LOOK, _STRAY = 1000, 0.01  # without them: records looked at, and the share of them that may have several lines by slip
+_RULE = 2  # which of the ways to tell documents apart made a file of released samples
 _PROCESSES = 16  # unless told otherwise: each takes some 50 MB
 _SAY_SECONDS = 60.0
 
 
 class Source(NamedTuple):
-    """Text that was found: its name for messages, a hash of its content, and its records, which can be read again."""
+    """Text that was found: its name for messages, a hash of its content, its records, which can be read again, and
+    whether a column says that they are articles."""
 
     name: str
     fingerprint: str
     rows: Callable[[], Iterator[Row]]
+    titled: bool = False
 
 
 class Sequences(NamedTuple):
@@ -116,14 +129,18 @@ def load_corpus(
     prints = [found.fingerprint for found in sources]
 
     def build() -> Iterator[list["Dataset"]]:
-        rows = chain.from_iterable(found.rows() for found in sources)
         work = _Work(tokenizer, max_length, samples, sets)
-        chunks = enumerate(_chunks(rows, _CHUNK_CHARACTERS) if samples == "packed" else _blocks(_documents(rows)))
-        pieces = in_order(work, chunks, num_proc or _cores())
+        if samples == "packed":
+            chunks = _chunks(chain.from_iterable(found.rows() for found in sources), _CHUNK_CHARACTERS)
+        else:
+            chunks = _blocks(chain.from_iterable(_documents(found.rows(), found.titled) for found in sources))
+        pieces = in_order(work, enumerate(chunks), num_proc or _cores())
         return _datasets(_limited(pieces, limit_tokens), ", ".join(found.name for found in sources), say)
 
     key = ("corpus", samples, *prints, tokenizer_fingerprint(tokenizer), max_length, limit_tokens)
-    return cached_together(key if samples == "packed" else (*key, sets), sets, build, cache_dir)
+    if samples == "released":
+        key = (*key, sets, _RULE, *(found.titled for found in sources))
+    return cached_together(key, sets, build, cache_dir)
 
 
 def check_corpus(source: str | Path | Sequence[str | Path]) -> None:
@@ -258,7 +275,7 @@ class _Work:
         documents = [np.array(ids, np.int32) for ids in _tokenize(texts, self.tokenizer)]
         if len(documents) < 2:
             raise ValueError(
-                f"released samples pair documents, and this text has {len(documents)}, of {_LINES} lines or one record "
+                f"released samples pair documents, and this text has {len(documents)}, of {_LINES} lines or an article "
                 "each: use packed samples"
             )
         draws = [generator(0, "released samples", number, "set", which) for which in range(self.sets)]
@@ -311,20 +328,16 @@ def _chunks(rows: Iterable[Row], characters: int) -> Iterator[list[str]]:
         yield lines
 
 
-def _documents(rows: Iterable[Row]) -> Iterator[str]:
-    """A record of several lines is a document; of records of one line each, `_LINES` are."""
-    lines: list[str] = []
-    for row in rows:
-        several = len(row) > 1
-        if lines and (several or len(lines) == _LINES):
-            yield " ".join(lines)
-            lines = []
-        if several:
-            yield " ".join(row)
-        else:
-            lines += row
-    if lines:
-        yield " ".join(lines)
+def _documents(rows: Iterator[Row], titled: bool) -> Iterator[str]:
+    """The documents of one source: its records where it is `titled` or enough of the first have several lines, else
+    every `_LINES` lines and what is left."""
+    first = [] if titled else list(islice(rows, _LOOK))
+    articles = titled or sum(len(row) > 1 for row in first) > _STRAY * len(first)
+    rows = chain(first, rows)
+    if articles:
+        return (" ".join(row) for row in rows)
+    lines = chain.from_iterable(rows)
+    return iter(lambda: " ".join(islice(lines, _LINES)), "")
 
 
 def _blocks(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -505,7 +518,8 @@ def _open_dataset(given: str | Path, split: str, text_column: str) -> Source:
             raise OSError(f"corpus {str(given)!r} cannot be read to its end: {first_line(error)}") from error
 
     reader = "".join(f"/{name}" for name in ("converters", "keep_default_na") if name in arguments)
-    return Source(str(given), f"{fingerprint}/{text_column}{reader}", rows)
+    titled = any(column.lower() in _TITLES for column in dataset.column_names if column != text_column)
+    return Source(str(given), f"{fingerprint}/{text_column}{reader}", rows, titled)
 
 
 def _hash_files(files: list[Path]) -> str:

@@ -233,7 +233,10 @@ def _number(label: str) -> float | None:
 def _refuse_scores(path: str | PathLike[str], labels: Sequence[str]) -> None:
     numbers = [_number(label) for label in labels]
     if all(number is not None for number in numbers) and not all(number.is_integer() for number in numbers):
-        raise ValueError(f"{path}: labels are numbers like {labels[0]}: say kind=regression (or kind=classification)")
+        raise ValueError(
+            f"{path}: labels are numbers like {labels[0]}: scores or classes? give --task_kind regression or "
+            "classification, in Python kind='regression' or 'classification'"
+        )
 
 
 def _check_columns(name: str, text_columns: Sequence[str], label_column: str) -> None:

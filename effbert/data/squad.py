@@ -94,15 +94,27 @@ def _read_validation(spec: TaskSpec, data_dir: str | PathLike[str]) -> list[dict
 
 
 def _found(row: Mapping[str, Any]) -> bool:
-    """Whether the words that the first answer touches hold its text, blanks aside: the test of BERT's code."""
+    """Whether the first answer can be learnt where its offset says, blanks around it aside: it lies within the context,
+    and the words that it touches hold its text.
+
+    The test of BERT's code, but for two things. There an offset on the blank after a word counts as that word, here
+    nothing but what the answer touches counts, since that is what is learnt. And there some Unicode blanks part the
+    words of an answer but not those of the context, so that an answer with a no-break space is never found.
+    """
     if not row["answers"]["text"]:
         return True
-    text, start = row["answers"]["text"][0], row["answers"]["answer_start"][0]
-    context, end = row["context"], start + len(text)
-    if not 0 <= start < len(context):
+    context, words = row["context"], row["answers"]["text"][0].split()
+    start, end = _stretch(row["answers"])
+    if start < len(context) - len(context.lstrip()) or end > len(context.rstrip()):
         return False
-    words = [word for word in re.finditer(r"\S+", context) if word.start() < end and word.end() > start]
-    return " ".join(text.split()) in " ".join(word.group() for word in words)
+    touched = [word.group() for word in re.finditer(r"\S+", context) if word.start() < end and word.end() > start]
+    return " ".join(words) in " ".join(touched)
+
+
+def _stretch(answers: Mapping[str, Sequence[Any]]) -> tuple[int, int]:
+    """First character of the first answer and the one behind its last, as its offset says, blanks around it aside."""
+    text, start = answers["text"][0], answers["answer_start"][0]
+    return start + len(text) - len(text.lstrip()), start + len(text.rstrip())
 
 
 def references(dataset: datasets.Dataset) -> dict[str, list[str]]:
@@ -372,8 +384,7 @@ def _positions(offsets: np.ndarray, context: str, answers: Mapping[str, Sequence
     tokens = np.flatnonzero(offsets[:, 0] >= 0)
     if not answers["text"] or not len(tokens):
         return 0, 0
-    text, start = answers["text"][0], answers["answer_start"][0]
-    start, end = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
+    start, end = _stretch(answers)
     if offsets[tokens[0], 0] > start or offsets[tokens[-1], 1] < end:
         return 0, 0
     covering = tokens[(offsets[tokens, 0] < end) & (offsets[tokens, 1] > start)]

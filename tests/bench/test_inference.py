@@ -54,7 +54,13 @@ def test_rows_ratios_and_a_picture(here, tmp_path, capsys):
     assert rows[OURS, "fp32"]["dtype"] == "float32" and rows[OURS, "bf16"]["dtype"] == "bfloat16"
     assert 1.9 < rows[BASE, "fp32"]["file_bytes"] / rows[BASE, "bf16"]["file_bytes"] <= 2
     assert rows[OURS, "fp32"]["file_bytes"] == rows[OURS_PLAIN, "fp32"]["file_bytes"]
-    assert "PyTorch, fp32: ms a call (times as fast as bert-base)" in capsys.readouterr().out
+    for (_, runtime), row in rows.items():
+        assert row["times_base_file"] == pytest.approx(rows[BASE, runtime]["file_bytes"] / row["file_bytes"])
+        assert "times_base_memory" in row
+    shown = capsys.readouterr().out
+    assert "PyTorch, fp32: ms a call (times as fast as bert-base) at batch x length, file and memory" in shown
+    own = rows[OURS, "fp32"]
+    assert f" {own['file_bytes'] / 1e6:.1f} ({own['times_base_file']:.1f}) " in shown
     texts = [element.text or "" for element in ElementTree.parse(plot).iter()]
     assert f"{OURS}, bf16" in texts and not any(text.startswith(f"{BASE},") for text in texts)
 
@@ -66,6 +72,37 @@ def test_a_ratio_compares_turns_of_the_same_round():
     assert [row["times_base"] for row in rows] == [1, 4]
     inference.with_ratios(rows[1:], [own])
     assert rows[1]["times_base"] is None
+
+
+def test_memory_and_file_are_ratios_where_both_sides_are_known():
+    def row(model, memory=None, size=None):
+        sizes = {} if size is None else {"file_bytes": size}
+        return {"model": model} | sizes | (memory or {})
+
+    def bytes_of(peak):
+        return {"peak_memory": 100 + peak, "memory_without_model": 100}
+
+    rows = [row(OURS, bytes_of(30), 10), row(BASE, bytes_of(90), 70), row("tinybert-4", None, 35), row("tinybert-6")]
+    rows.append(row("bert-equal", bytes_of(0), 7))  # nothing beyond the libraries was seen
+    entries = [inference.Entry(one["model"]) for one in rows]
+    inference.with_ratios(rows, entries)
+    assert [one["times_base_memory"] for one in rows] == [3, 1, None, None, None]
+    assert [one["times_base_file"] for one in rows] == [7, 1, 2, None, 10]
+    alone = rows[:1]
+    inference.with_ratios(alone, entries)
+    assert alone[0]["times_base_memory"] is None and alone[0]["times_base_file"] is None
+
+
+def test_the_table_shows_each_ratio_where_there_is_one():
+    def row(length, mebibytes, **ratios):
+        memory = {"peak_memory": (100 + mebibytes) * 2**20, "memory_without_model": 100 * 2**20}
+        known = {"model": OURS, "runtime": "fp32", "batch_size": 1, "length": length, "median_ms": 5.0}
+        return known | {"times_base": None, "file_bytes": 62_900_000} | memory | ratios
+
+    old = row(8, 60)  # a row of a file that has no ratios but of time
+    new = row(16, 90, times_base=6.0, times_base_memory=5.5, times_base_file=6.96)
+    assert inference.table([old])[-1].split() == [OURS, "5.0", "62.9", "60"]
+    assert inference.table([old, new])[-1].split() == [OURS, "5.0", "5.0", "(6.0)", "62.9", "(7.0)", "90", "(5.5)"]
 
 
 def test_what_is_measured_is_kept_and_added_to(here, tmp_path, monkeypatch):

@@ -363,10 +363,71 @@ def test_released_samples_are_a_pair_a_document(long_text, tokenizer, tmp_path):
     assert unmarked.column_names == ["input_ids", "length"] and unmarked["input_ids"][:] == corpus["input_ids"][:]
 
 
-def test_a_record_of_several_lines_is_a_document_and_so_are_twenty_of_one():
-    rows = [("a",)] * 25 + [("b", "c"), ("d", "e")] + [("f",)] * 3
-    documents = list(module._documents(rows))
-    assert documents == [" ".join("a" * 20), " ".join("a" * 5), "b c", "d e", "f f f"]
+def documents_of(source, text_column: str = "text") -> list[str]:
+    (found,) = module._open(source, "train", text_column, None)
+    return list(module._documents(found.rows(), found.titled))
+
+
+SHORT = [f"Record {n}." for n in range(45)]
+TWENTIES = [" ".join(SHORT[:20]), " ".join(SHORT[20:40]), " ".join(SHORT[40:])]
+
+
+@pytest.mark.parametrize("column", ["title", "URL"])
+def test_an_article_with_a_title_or_an_address_is_a_document_however_short(column, tokenizer, tmp_path):
+    articles = parquet(tmp_path / "articles.parquet", [*SHORT, "", "Two\n\nparagraphs."], **{column: ["x"] * 47})
+    assert documents_of(articles) == [*SHORT, "Two paragraphs."]
+    settings = {"samples": "released", "num_proc": 1, "cache_dir": tmp_path / "cache"}
+    assert len(only_set(articles, tokenizer, 32, **settings)) == 46
+
+
+def test_sentences_are_joined_twenty_to_a_document_numbered_or_not(tmp_path):
+    for name, more in (("bare", {}), ("numbered", {"id": list(range(45))})):
+        assert documents_of(parquet(tmp_path / f"{name}.parquet", SHORT, **more)) == TWENTIES
+    rows = [json.dumps({"id": n, "title": text}) for n, text in enumerate(SHORT)]
+    (tmp_path / "titles.jsonl").write_text("\n".join(rows))
+    assert documents_of(tmp_path / "titles.jsonl", "title") == TWENTIES
+    (tmp_path / "lines.txt").write_text("\n\n".join(SHORT))
+    assert documents_of(tmp_path / "lines.txt") == TWENTIES
+
+
+def test_without_titles_a_data_set_is_articles_or_lines_as_a_whole(tmp_path, monkeypatch):
+    """One record in a hundred with several lines is a slip in a set of sentences, two are articles."""
+    lines = [f"Line {n}." for n in range(100)]
+    slip, articles = ([*lines[:40], *["Of\ntwo."] * times, *lines[40 + times :]] for times in (1, 2))
+    flat = " ".join(slip).split()
+    found = [set(), set()]
+    for size in (1, 7, 1000):  # records read at once
+        monkeypatch.setattr(module, "_ROWS", size)
+        for which, texts in enumerate((slip, articles)):
+            found[which].add(tuple(documents_of(parquet(tmp_path / f"{which}.parquet", texts))))
+    ((joined,), (whole,)) = found
+    assert len(joined) == 6 and " ".join(joined).split() == flat
+    assert whole == tuple(" ".join(text.split()) for text in articles)
+
+
+def test_the_first_thousand_records_decide_for_all(tmp_path):
+    late = parquet(tmp_path / "late.parquet", ["One."] * 1000 + ["Of\ntwo."] * 100)
+    assert len(documents_of(late)) == 1200 // 20
+    early = parquet(tmp_path / "early.parquet", ["Of\ntwo."] * 100 + ["One."] * 1000)
+    assert len(documents_of(early)) == 1100
+
+
+def test_no_document_runs_on_from_one_source_into_the_next(tokenizer, tmp_path):
+    (tmp_path / "lines.txt").write_text("\n".join(SHORT))
+    articles = parquet(tmp_path / "articles.parquet", SHORT, title=SHORT)
+    settings = {"samples": "released", "num_proc": 1, "cache_dir": tmp_path / "cache"}
+    assert len(only_set([tmp_path / "lines.txt", articles, tmp_path / "lines.txt"], tokenizer, 32, **settings)) == 51
+
+
+def test_samples_of_articles_and_of_lines_are_cached_apart(tokenizer, tmp_path, monkeypatch):
+    articles = parquet(tmp_path / "articles.parquet", SHORT, title=SHORT)
+    settings = {"samples": "released", "num_proc": 1, "cache_dir": tmp_path / "cache"}
+    assert len(only_set(articles, tokenizer, 32, **settings)) == 45
+    monkeypatch.setattr(module, "_TITLES", ())
+    assert len(only_set(articles, tokenizer, 32, **settings)) == 3
+
+
+def test_blocks_hold_a_thousand_documents_and_never_one_alone():
     assert [len(block) for block in module._blocks(["x"] * 3001)] == [1000, 1000, 1001]
     assert [len(block) for block in module._blocks(["x"] * 2002)] == [1000, 1000, 2]
 

@@ -67,8 +67,10 @@ def test_whole_numbers_are_classes_and_fractions_must_be_asked_for(tmp_path):
     whole = write(tmp_path / "a.csv", [{"t": "x", "label": "3"}, {"t": "y", "label": "10"}])
     assert load_task("t", whole, whole, ["t"]).spec.labels == ("10", "3")
     scores = write(tmp_path / "b.csv", [{"t": "x", "label": "0.5"}, {"t": "y", "label": "1"}])
-    with pytest.raises(ValueError, match=r"b.csv: labels are numbers like 0.5: say kind=regression"):
+    with pytest.raises(ValueError, match=r"b.csv: labels are numbers like 0.5: scores or classes\?") as caught:
         load_task("t", scores, scores, ["t"])
+    assert "--task_kind regression" in str(caught.value) and "in Python kind='regression'" in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert load_task("t", scores, scores, ["t"], kind="classification").spec.labels == ("0.5", "1")
     task = load_task("t", scores, scores, ["t"], kind="regression")
     assert task.spec.num_labels == 1 and task.spec.metrics == ("pearson", "spearman")

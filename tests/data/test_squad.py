@@ -16,6 +16,7 @@ from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 from effbert.data.squad import (
     _cut_questions,
     _dataset,
+    _found,
     decode_spans,
     encode_spans,
     load_questions,
@@ -379,6 +380,52 @@ def test_training_questions_with_a_wrong_offset_are_left_out_and_counted(tmp_pat
     assert encode_spans(task.validation, TOKENIZERS["wordpiece"])["start_positions"][4] == 0
     write(tmp_path, "1.1", official(GOOD))
     assert load_task("squad", tmp_path).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("context", "text", "start"),
+    [
+        ("Ada wrote the first programme.", "programme.", 23),  # runs on behind the context
+        ("Ada wrote it  ", "it", 11),  # into the blanks behind its text
+        ("  Ada wrote it", "Ada", 1),  # begins in those before it
+    ],
+)
+def test_an_answer_that_reaches_out_of_the_context_is_left_out(context, text, start, tmp_path):
+    """No window could hold all of it, so that each would teach that there is no answer."""
+    good = {**GOOD, "answers": [{"text": "Ada", "answer_start": context.index("Ada")}]}
+    wrong = {"id": "2", "question": "?", "answers": [{"text": text, "answer_start": start}]}
+    write(tmp_path, "1.1", official(good, wrong, context=context))
+    assert load_task("squad", tmp_path).train["id"] == ["1"]
+
+
+def berts_code_keeps(context: str, text: str, start: int) -> bool:
+    """Its test of an answer; IndexError where the answer runs out of the context."""
+    word = [len(context[: place + 1].split()) - 1 for place in range(len(context))]  # a blank is in the word before it
+    touched = context.split()[word[start] : word[start + len(text) - 1] + 1]
+    return " ".join(text.split()) in " ".join(touched)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.sampled_from(["the", "cat", "sat", "(cat)", "on"]), min_size=1, max_size=6),
+    st.sampled_from([" ", "\n", "  "]),
+    st.sampled_from(["", " ", "\n "]),
+    st.sampled_from(["cat", "sat", "cat sat", "the cat"]),
+    st.integers(-4, 30),
+)
+def test_a_kept_answer_is_one_that_berts_code_keeps_and_a_window_teaches(words, blank, edge, text, start):
+    context = edge + blank.join(words) + edge
+    row = example(context, text, start)
+    if _found(row):
+        assert berts_code_keeps(context, text, start)
+        (window,) = encode_spans(_dataset([row]), TOKENIZERS["wordpiece"])
+        assert 0 < window["start_positions"] <= window["end_positions"]
+
+
+def test_a_no_break_space_parts_words_in_answer_and_context_alike(tmp_path):
+    answer = {"id": "1", "question": "?", "answers": [{"text": "10\u00a0km", "answer_start": 8}]}
+    write(tmp_path, "1.1", official(answer, context="She ran 10\u00a0km away."))
+    assert load_task("squad", tmp_path).train["id"] == ["1"]
 
 
 def test_validation_and_questions_are_read_alone(tmp_path):

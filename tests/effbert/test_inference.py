@@ -117,6 +117,14 @@ def test_what_may_be_left_out_of_a_call():
     assert_same(model, (ids, mask, types), position_ids=torch.arange(6)[None].flip(1))
 
 
+def test_more_tokens_than_positions_are_refused_by_their_number():
+    fast = InferenceModel(student(position_offset=3))
+    fast(*batch((37, 2)))
+    with pytest.raises(ValueError, match=r"^38 tokens are too many: the model has positions for 37$"):
+        fast(*batch((38, 2)))
+    fast(*batch((38, 2)), position_ids=torch.arange(38)[None])
+
+
 def test_padding_changes_nothing_and_is_zero_afterwards():
     ids, mask, types = batch()
     model = InferenceModel(student(EffBertModel))

@@ -1,5 +1,7 @@
 """The student as a transformers model: saving, loading, padding, dropout, heads."""
 
+import warnings
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -150,6 +152,38 @@ def test_one_compilation_serves_every_batch_and_length(kind):
         for mine, plain in zip(compiled(*batch(lengths)).to_tuple(), model(*batch(lengths)).to_tuple(), strict=True):
             torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-6)
     assert counted.frame_count == 1
+
+
+TOO_LONG = r"^39 tokens are too many: the model has positions for 38$"
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification, AutoModelForQuestionAnswering])
+@pytest.mark.parametrize("training", [False, True])
+def test_more_tokens_than_positions_are_refused_by_their_number(auto, training):
+    model = auto.from_config(config(position_offset=2, num_labels=2)).train(training)
+    model(*batch((38, 3)))
+    with pytest.raises(ValueError, match=TOO_LONG):
+        model(*batch((39, 3)))
+
+
+def test_positions_of_ones_own_may_repeat_but_not_leave_the_table():
+    model = EffBertModel(config()).eval()
+    ids, mask = batch((60, 3))
+    assert model(ids, mask, position_ids=torch.arange(60)[None] % 40).last_hidden_state.shape == (2, 60, 24)
+    with pytest.raises(ValueError, match=r"^60 tokens are too many: the model has positions for 40$"):
+        model(ids, mask, position_ids=torch.arange(60)[None])
+
+
+def test_a_graph_does_not_ask_for_the_length():
+    model = EffBertForSequenceClassification(config(return_dict=False)).eval()
+    length = {1: torch.export.Dim("length", min=3, max=1000)}  # beyond the table: a graph that asked would be refused
+    program = torch.export.export(model, batch(), dynamic_shapes={"input_ids": length, "attention_mask": length})
+    longer = batch((17, 5, 3))
+    torch.testing.assert_close(program.module()(*longer)[0], model(*longer)[0], rtol=1e-5, atol=1e-6)
+    embeddings, (ids, mask) = model.effbert.embeddings, batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        torch.jit.trace(embeddings, (ids, mask, torch.zeros_like(ids), torch.arange(ids.shape[1])[None]))
 
 
 def test_a_model_in_training_compiles_with_dynamic_shapes_and_draws_the_same_dropout():

@@ -96,6 +96,16 @@ def test_tuples_and_attention_probabilities_as_in_the_student(kind):
     assert type(plain(*batch())) is tuple and type(plain(*batch(), return_dict=True)) is type(whole)
 
 
+@pytest.mark.parametrize("kind", [EffBertModel, EffBertForSequenceClassification, EffBertForQuestionAnswering])
+def test_more_tokens_than_positions_are_refused_by_their_number(kind):
+    model = student(kind, architecture=PUBLISHED, num_labels=2, position_offset=2)
+    plain = plain_model(model, load(source(model.config)))
+    plain(*batch((38, 2)))
+    with pytest.raises(ValueError, match=r"^39 tokens are too many: the model has positions for 38$"):
+        plain(*batch((39, 2)))
+    plain(*batch((39, 2)), position_ids=torch.arange(39)[None])
+
+
 def test_a_padded_maximum_of_released_students_differs_from_the_right_one():
     text = "linear1_2(max(linear1_2(x,wb1),x),wb2)"
     outputs = []

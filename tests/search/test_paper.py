@@ -257,6 +257,9 @@ def test_every_known_task_is_scored_on_whole_splits_for_teacher_and_students(tmp
     teacher, plain = (str(tmp_path / place) for place in ("teacher-rte/model", "distil-rte/model-3"))
     assert found["rte"]["teacher"]["validation"] == {"place": teacher, "data": "DATA", "length": 32}
     assert found["rte"]["plain"]["validation"] == {"place": plain, "data": "DATA", "length": 0}
+    assert paper.searching(config).data_dir == paper.of_one_task(config, "mine", {})["data_dir"] == ""  # own rows alone
+    both = dataclasses.replace(config, tasks=("rte",))
+    assert paper.searching(both).data_dir == "DATA" and "data_dir" not in paper.of_one_task(both, "rte", {})
     only = dataclasses.replace(config, final_tasks=("mine",), per_task=())
     assert [step.name for step in plan(only, *ALONE)][-1] == "export"
 

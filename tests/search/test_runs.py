@@ -725,3 +725,10 @@ def test_named_models_with_wide_inner_layers_go_on(tmp_path, model):
     transformers.BertConfig(**sizes).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").touch()  # of which nothing is read
     check_sizes(PretrainConfig(output_dir="", teacher=str(tmp_path), model=(model,)))
+
+
+def test_own_rows_and_the_folder_of_known_tasks_exclude_each_other(given, tmp_path, capsys):
+    command = teacher_command(given, tmp_path / "run", "--data_dir", "glue")
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "--data_dir glue and --train_file exclude each other" in said and said.count("\n") == 1
