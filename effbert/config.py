@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from effbert.architecture import PUBLISHED, Architecture, Dimensions, count_parameters
-from effbert.data.tasks import task_key
+from effbert.data.tasks import BUILTIN, task_key
 from effbert.distill import LossWeights
 from effbert.models import refuse_plus_without_start
 from effbert.optim import TrainingArguments
@@ -384,7 +384,7 @@ class SearchConfig(TextConfig, TaskConfig):
 
     Attributes:
         candidate_corpus: Text that the candidates of stages 1 and 2 learn from, and a supernet of their own, where that
-            is not --corpus; stage 3 and the final rows then begin with a second supernet, of --corpus.
+            is another than --corpus; stage 3 and the final rows then begin with a second supernet, of --corpus.
         tasks: Further tasks that stage 3 learns beside it.
         validation_share: Share of the task's training rows on which candidates are ranked.
         ranking_metric: What ranks candidates of a classification task: "roc_auc", how well their logits tell the
@@ -454,10 +454,9 @@ class SearchConfig(TextConfig, TaskConfig):
                 f"candidate_corpus is {self.candidate_corpus}, for a supernet of its own, and start_from names one for "
                 "all stages: leave one of them out"
             )
-        if self.candidate_corpus and self.candidate_corpus == self.corpus:
-            raise ValueError(
-                f"candidate_corpus is {self.candidate_corpus}, as corpus is: leave it out, and one supernet serves all"
-            )
+        if self.candidate_corpus == self.corpus:
+            object.__setattr__(self, "candidate_corpus", ())  # one supernet serves all
+        self._check_scored_tasks()
         if len(self.stage3.rungs) > 1:
             raise ValueError(
                 f"stage3.rungs is {self.stage3.rungs}: its candidates are scored, not trained: leave it out"
@@ -479,6 +478,16 @@ class SearchConfig(TextConfig, TaskConfig):
             raise ValueError(f"task_temperature is {self.task_temperature}: it must be at least 1")
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share is {self.validation_share}: it must be above 0 and below 1")
+
+    def _check_scored_tasks(self) -> None:
+        """ValueError where --teacher_model.finetuning_eval_steps names no task."""
+        from effbert.data import glue, squad
+
+        own = (task_key(task) for task in (self.task, *self.tasks))
+        known = {*own, *map(task_key, (*glue.TASKS, *squad.VERSIONS, *BUILTIN))}
+        for text in self.teacher_model.finetuning_eval_steps:
+            if task_key(text.split("=")[0]) not in known:
+                raise ValueError(f"teacher_model.finetuning_eval_steps {text!r}: that is no task")
 
     @property
     def text_epochs(self) -> int:

@@ -202,6 +202,14 @@ class EffBertPreTrainedModel(PreTrainedModel):
     base_model_prefix = "effbert"
     _supports_sdpa = True
 
+    def _init_weights(self, module: nn.Module) -> None:
+        padding = getattr(module, "padding_idx", None)
+        if padding is not None and self.config.neighbour_padding == "released":
+            module.padding_idx = None  # else its row would be zero, for good, since it gets no gradient
+        super()._init_weights(module)
+        if padding is not None:
+            module.padding_idx = padding
+
     def refuse_attentions(self, asked: bool | None) -> None:
         """ValueError where attention probabilities are asked for, by `asked` or else by the config: none are kept."""
         if self.config.output_attentions if asked is None else asked:

@@ -115,7 +115,9 @@ def import_supernet(
     config = config_of(state, Architecture.uniform(FULL_STRUCTURE, layers), num_attention_heads, path)
     heads = any(name.startswith("classifiers.") for name in state)
     specs = [_spec_of(name) for name in MULTI_TASK] if heads else []
-    supernet, found = Supernet(config, specs), {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of what the checkpoint lacks
+        supernet, found = Supernet(config, specs), {}
     for name, tensor in student_state(state).items():
         _, sign, own = name.partition("classifiers.")
         number, _, part = own.partition(".")

@@ -297,7 +297,12 @@ def measure(workspace: Workspace) -> Rates:
     arguments = config.stage1.general_phase
     plan = workspace.general_plan(1.0, arguments.per_device_train_batch_size, 0)
     batches = [plan[index % len(plan)].to(device) for index in range(WARM_UP_STEPS + TIMED_STEPS)]
-    tuning = _seconds_a_token(_tuning_step(given, config.teacher_model.finetuning, batches), batches, device)
+    tuning = 0.0
+    if Drawn(workspace).tuned or not config.teacher:
+        phase = config.teacher_model.finetuning
+        rows = workspace.general_plan(1.0, phase.per_device_train_batch_size, 0)
+        few = [rows[index % len(rows)].to(device) for index in range(len(batches))]
+        tuning = _seconds_a_token(_tuning_step(given, phase, few), few, device)
     workspace.general_teacher = Teacher(given)
     lesson = general_lesson(workspace)
 

@@ -558,7 +558,7 @@ def pretraining(config: PaperConfig, group: str) -> PretrainConfig:
 def teaching(config: PaperConfig, task: str) -> TeacherConfig:
     """Fine-tuning the teacher of a task that the search does not have."""
     folder, own = Path(config.output_dir) / of_teacher(task), config.of_task(task)
-    finetuning = config.teacher_model.finetuning
+    finetuning = config.teacher_model.finetuning_on(task)
     eval_steps = own.get("eval_steps") if finetuning.load_best_model_at_end else None
     return part(
         config,

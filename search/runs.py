@@ -188,7 +188,7 @@ def one_seed(
             say(f"{PLUS}: with the head that the supernet has for {shared}")
         else:
             if config.model[number] == PLUS:
-                say(f"{PLUS}: with a fresh head, since the supernet has none for {spec.name}")
+                say(f"{PLUS}: with a fresh head, since {start_of(config, number)} has no supernet's for {spec.name}")
             fresh_head(model, random.key(phase.seed, "head"))
         students.append(Student(model.to(workspace.device), phase))
     say(f"seed {phases[0].seed}: {', '.join(f'{student.model.num_parameters():,}' for student in students)} parameters")
@@ -262,7 +262,9 @@ def check_starts(config: TextConfig, plans: Sequence[EffBertConfig]) -> list[str
     notes = {}
     for number, fields in enumerate(plans if config.start_from else ()):
         folder = start_of(config, number)
-        if config.model[number : number + 1] == (PLUS,) and not getattr(read_student(folder), "supernet_tasks", []):
+        saved = read_student(folder)
+        headless = saved.architectures == ["Supernet"] and not getattr(saved, "supernet_tasks", [])
+        if config.model[number : number + 1] == (PLUS,) and headless:
             raise ValueError(
                 f"--start_from {folder} has learnt no tasks: {PLUS} begins with a search's stage3/supernet"
             )

@@ -116,6 +116,17 @@ def test_logits_do_not_depend_on_padding(pad):
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-5, atol=1e-6)
 
 
+def test_a_fresh_model_has_a_pad_row_where_neighbours_see_it(tmp_path):
+    rows = {}
+    for padding in ("zero", "released"):
+        model = EffBertModel(config(neighbour_padding=padding))
+        rows[padding] = model.embeddings.token_embeddings.weight[0]
+        model.save_pretrained(tmp_path / padding)
+        loaded = EffBertModel.from_pretrained(tmp_path / padding).embeddings.token_embeddings.weight[0]
+        assert torch.equal(loaded, rows[padding])
+    assert not rows["zero"].any() and 0 < rows["released"].std() < 0.1
+
+
 def test_released_neighbour_padding_lets_the_pad_row_in():
     ids, mask = batch((9, 5))
     outputs = []

@@ -50,6 +50,12 @@ def test_the_published_plan_has_all_tasks_and_each_its_own_settings(tmp_path):
     )
     tuning = paper.searching(config).teacher_model
     assert [tuning.finetuning_on(task).eval_steps for task in ("qqp", "mnli", "squad")] == [250, 50, 500]
+    teachers = dataclasses.replace(config.teacher_model, finetuning_eval_steps=("qqp=7", "squad=8"))
+    alone = dataclasses.replace(config, task="sst2", tasks=(), per_task=(), teacher_model=teachers)
+    assert [paper.teaching(alone, task).finetuning.eval_steps for task in ("qqp", "squad", "wnli")] == [7, 8, 50]
+    unknown = dataclasses.replace(teachers, finetuning_eval_steps=("qpq=3",))
+    with pytest.raises(ValueError, match="finetuning_eval_steps 'qpq=3': that is no task"):
+        dataclasses.replace(config, teacher_model=unknown)
     seldom = dataclasses.replace(config, per_task=("mnli.eval_steps=9",))
     assert paper.searching(seldom).teacher_model.finetuning_on("mnli").eval_steps == 9
     assert PAPERS["paper-fast"]().of_task("squad") == {"learning_rate": 1e-4}

@@ -258,6 +258,8 @@ def test_efficientbert_plus_begins_with_the_head_that_the_tasks_shared(given, ma
     capsys.readouterr()
     assert main(distill_command(given, made, tmp_path / "none", *begin)) == 2  # PLUS is `model` by now
     assert "has learnt no tasks" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    begin[1] = str(tmp_path / "run1" / "model")  # a student of it has a head of its own
+    assert main(distill_command(given, made, tmp_path / "more", *begin)) == 0
 
 
 class Counted(World):
