@@ -12,10 +12,11 @@ Kendall's tau-b, the mean over pairs of seeds, since one pair says little, with 
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import kendalltau
 
 from effbert.files import write_atomic
 from effbert.random import generator
@@ -59,53 +60,35 @@ def read(record: dict, where: Path) -> Values:
 def agreement(values: Values) -> dict[str, dict[str, float]]:
     """Estimate and interval of every mean tau, and of what each procedure's lacks to the ceiling."""
     count, rng = next(iter(values.values())).shape[1], generator(0, "rank agreement")
-    measures = _measures(values)
-    estimates = {name: measure(values) for name, measure in measures.items()}
-    drawn = {name: [] for name in measures}
-    for _ in range(DRAWS):
-        rows = rng.integers(count, size=count)
-        some = {name: seeds[:, rows] for name, seeds in values.items()}
-        for name, measure in measures.items():
-            drawn[name].append(measure(some))
+    draws = [rng.integers(count, size=count) for _ in range(DRAWS)]
+    drawn = [_measured({name: seeds[:, rows] for name, seeds in values.items()}) for rows in draws]
     found = {}
-    for name, estimate in estimates.items():
-        low, high = np.nanquantile(drawn[name], (0.025, 0.975))
+    for name, estimate in _measured(values).items():
+        low, high = np.nanquantile([some[name] for some in drawn], (0.025, 0.975))
         found[name] = {"estimate": estimate, "low": float(low), "high": float(high)}
     return found
 
 
-def _measures(values: Values) -> dict[str, Callable[[Values], float]]:
+def _measured(values: Values) -> dict[str, float]:
     base, *others = values
-    measures: dict[str, Callable[[Values], float]] = {}
-    for name in values:
-        if len(values[name]) > 1:
-            measures[f"{name} with itself"] = lambda some, name=name: _within(some[name])
+    found = {
+        f"{name} with itself": _mean(itertools.combinations(seeds, 2))
+        for name, seeds in values.items()
+        if len(seeds) > 1
+    }
+    ceiling = found.get(f"{base} with itself")
     for name in others:
-        measures[f"{name} with {base}"] = lambda some, name=name: _between(some[name], some[base])
-        if len(values[base]) > 1:
-            measures[f"{name} with {base}, less {base} with itself"] = lambda some, name=name: (
-                _between(some[name], some[base]) - _within(some[base])
-            )
-            measures[f"means over seeds: {name} with {base}"] = lambda some, name=name: _tau(
-                some[name].mean(0), some[base].mean(0)
-            )
-    return measures
+        both = f"{name} with {base}"
+        found[both] = _mean(itertools.product(values[name], values[base]))
+        if ceiling is not None:
+            found[f"{both}, less {base} with itself"] = found[both] - ceiling
+            found[f"means over seeds: {both}"] = _mean([(values[name].mean(0), values[base].mean(0))])
+    return found
 
 
-def _within(seeds: np.ndarray) -> float:
-    return float(np.mean([_tau(*pair) for pair in itertools.combinations(seeds, 2)]))
-
-
-def _between(first: np.ndarray, second: np.ndarray) -> float:
-    return float(np.mean([_tau(*pair) for pair in itertools.product(first, second)]))
-
-
-def _tau(first: np.ndarray, second: np.ndarray) -> float:
-    """Kendall's tau-b; NaN where one side is all the same."""
-    upper = np.triu_indices(len(first), 1)
-    a, b = (np.sign(side[:, None] - side[None, :])[upper] for side in (first, second))
-    untied = np.count_nonzero(a) * np.count_nonzero(b)
-    return float(a @ b / untied**0.5) if untied else float("nan")
+def _mean(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
+    """The mean tau; NaN where one side of a pair is all the same."""
+    return float(np.mean([kendalltau(*pair).statistic for pair in pairs]))
 
 
 if __name__ == "__main__":

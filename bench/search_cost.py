@@ -7,8 +7,8 @@ one teacher, data and machine, scored on the whole official validation split; ea
 memory. Cost is the wall time for the list over its length. The settings are those of `effbert search`, the budget that
 of --stage1. Agreement is Kendall's tau with the published values at full budget: first of the published procedure at
 another seed, which is the ceiling, then of ours; with halving of what a sampler is told of each candidate. Ours is
-compared with itself at another seed too. The published procedure ranks by the task's metric, ours by --ranking_metric's
-default, and both are compared by the area under the ROC curve too. The place of a procedure's best candidate is that
+compared with itself at another seed too. The published procedure ranks by the task's metric, ours by --ranking_metric,
+and both are compared by the area under the ROC curve too. The place of a procedure's best candidate is that
 among the published values. A mode that is done is not run again.
 """
 
@@ -58,8 +58,8 @@ class Mode:
     """A procedure. what: in words. backend: of the ops. together: candidates share batches and the teacher's pass,
     and on a CPU its kept outputs.
     bf16: autocast, on a GPU. tf32: PyTorch's switch. buckets: batches of like length. halving: over the rungs of stage
-    1. published: the loss too is the published one, over padding. ranking_metric: as --ranking_metric. seed: added to
-    the run's. gpu: on a GPU only. graphs: steps are recorded as CUDA graphs, on a GPU."""
+    1. published: the loss too is the published one, over padding. ranking_metric: in place of --ranking_metric. seed:
+    added to the run's. gpu: on a GPU only. graphs: steps are recorded as CUDA graphs, on a GPU."""
 
     what: str
     backend: str = "auto"
@@ -69,7 +69,7 @@ class Mode:
     buckets: bool = True
     halving: bool = False
     published: bool = False
-    ranking_metric: str = "roc_auc"
+    ranking_metric: str = ""
     seed: int = 0
     gpu: bool = False
     graphs: bool = True
@@ -232,7 +232,7 @@ def configured(config: SearchConfig, mode: Mode) -> SearchConfig:
         teacher_cache=config.teacher_cache if mode.together else 0.0,
         pad_to_max_length=not mode.buckets,
         loss=loss,
-        ranking_metric=mode.ranking_metric,
+        ranking_metric=mode.ranking_metric or config.ranking_metric,
         stage1=dataclasses.replace(config.stage1, rungs=rungs, ranking_share=1.0, **phases),
     )
 

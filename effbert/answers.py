@@ -513,7 +513,13 @@ def main_predict(arguments: list[str]) -> None:
     quiet_libraries()
     spans = [task for task in models if task in squad.VERSIONS]
     if not spans:
-        if given.predict_file or given.null_odds or given.n_best or given.n_best_size != 20 or given.null_threshold:
+        if (
+            given.predict_file
+            or given.null_odds
+            or given.n_best
+            or given.n_best_size != Arguments.n_best_size
+            or given.null_threshold
+        ):
             flags = "--predict_file, --null_odds, --null_threshold, --n_best and --n_best_size"
             raise ValueError(f"{flags} are for SQuAD, and no model is for it")
         predict_glue(models, given.output, given.data_dir or None, given.reading)

@@ -9,8 +9,6 @@ from effbert import metrics
 from effbert.data.batches import Batch, BatchPlan
 from effbert.data.encode import EncodedTask
 
-MORE = ("roc_auc", "hits")  # what is known of a classification beside the task's metrics
-
 
 @torch.inference_mode()
 def predict(logits_of: Callable[[Batch], torch.Tensor], plan: BatchPlan, device="cpu") -> list[np.ndarray]:
@@ -34,13 +32,7 @@ def evaluate(
     device="cpu",
 ) -> dict[str, float]:
     """The task's metrics (fractions of 1) on `split`."""
-    return split_scores(evaluate_rows(logits_of, task, split, batch_size, pad_token_id, device))[0]
-
-
-def split_scores(found: dict[str, float | str]) -> tuple[dict[str, float], dict[str, float | str]]:
-    """What `evaluate_rows` gives as the task's metrics and the rest."""
-    more = {name: found[name] for name in MORE if name in found}
-    return {name: value for name, value in found.items() if name not in more}, more
+    return evaluate_rows(logits_of, task, split, batch_size, pad_token_id, device, more=False)
 
 
 def evaluate_rows(
@@ -50,8 +42,9 @@ def evaluate_rows(
     batch_size: int = 128,
     pad_token_id: int = 0,
     device="cpu",
+    more: bool = True,
 ) -> dict[str, float | str]:
-    """As `evaluate`; for classification with MORE: `metrics.roc_auc`, and which rows are answered rightly, as
+    """As `evaluate`; for classification with `more`: "roc_auc", and as "hits" which rows are answered rightly, as
     `pack_hits` gives it."""
     data = getattr(task, split)
     rows = predict(logits_of, BatchPlan(data, batch_size, pad_token_id=pad_token_id), device)
@@ -61,8 +54,10 @@ def evaluate_rows(
     if task.spec.kind == "regression":
         return metrics.compute(task.spec.metrics, logits[:, 0], labels)
     predictions = logits.argmax(axis=1)
-    more = {"roc_auc": metrics.roc_auc(logits, labels), "hits": pack_hits(predictions == labels)}
-    return metrics.compute(task.spec.metrics, predictions, labels) | more
+    found = metrics.compute(task.spec.metrics, predictions, labels)
+    if more:
+        found |= {"roc_auc": metrics.roc_auc(logits, labels), "hits": pack_hits(predictions == labels)}
+    return found
 
 
 def pack_hits(hits: np.ndarray) -> str:

@@ -17,7 +17,7 @@ from effbert import random
 from effbert.architecture import Architecture, bert_flops, count_flops, count_parameters, mlp_parameters
 from effbert.config import published
 from effbert.engine import Phase, forget
-from effbert.evaluate import evaluate_rows, split_scores
+from effbert.evaluate import evaluate_rows
 from effbert.files import atomic_dir, write_atomic
 from effbert.model import EffBertConfig, EffBertHeadModel, new_student
 from effbert.search.latency import latency
@@ -188,14 +188,14 @@ def fresh_head(model: EffBertHeadModel, key: int) -> None:
 def held_out(workspace: Workspace, model) -> tuple[dict[str, float], str]:
     """Metrics of the main task on its official validation rows, for a student or a teacher with a `trace`; and for
     classification which of them it answers rightly (`pack_hits`), else ""."""
-    found = evaluate_rows(
+    scores = evaluate_rows(
         lambda batch: model.trace(*model_inputs(batch)).logits,
         workspace.held_out[workspace.main_task.spec.name],
         pad_token_id=workspace.pad_token_id,
         device=workspace.device,
     )
-    scores, more = split_scores(found)
-    return scores, more.get("hits", "")
+    scores.pop("roc_auc", None)
+    return scores, scores.pop("hits", "")
 
 
 def costs(model: EffBertHeadModel, architecture: Architecture, length: int) -> dict:

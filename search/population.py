@@ -98,10 +98,8 @@ def trained_candidates(
 
 def ranking_metric(workspace: Workspace) -> str:
     """Which of its scores is a candidate's value."""
-    spec = workspace.main_task.spec
-    return (
-        "roc_auc" if workspace.config.ranking_metric == "roc_auc" and spec.kind == "classification" else spec.metrics[0]
-    )
+    spec, asked = workspace.main_task.spec, workspace.config.ranking_metric
+    return asked if asked == "roc_auc" and spec.kind == "classification" else spec.metrics[0]
 
 
 def ranking_on(workspace: Workspace, settings: SearchStage) -> Workspace:
