@@ -37,6 +37,7 @@ ROWS = {
     "lanas": ("lanas", None),
     "lanas, initial 12": ("lanas", 12),
     "predictor": ("predictor", None),
+    "released": ("released", None),
 }
 CHECKPOINTS = (20, 40, 80, 150, 300)
 AFTER = 80

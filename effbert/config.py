@@ -109,7 +109,8 @@ class SearchStage(Budget):
 
     In stages 1 and 2 the budget is each candidate's own; in stage 3 it is that of the one shared supernet, on which
     candidates are scored without training. sampler: who proposes candidates, the first initial_samples at random; what
-    it learns from their values is learned anew every refit_every of them. cohort: candidates proposed at once, before
+    it learns from their values is learned anew every refit_every of them; "released" is the published search's, which
+    has ways of its own to draw architectures too (effbert.search.released). cohort: candidates proposed at once, before
     any of them has a value, so a whole first cohort is random. rungs: rising shares of the budget, the last one 1; a
     cohort is trained on the first, its best on the next, so many that every rung costs the same. filter: a score before
     any training by which filter_share of a cohort, all but one at the most, is discarded (effbert.search.proxies).
@@ -117,7 +118,7 @@ class SearchStage(Budget):
     """
 
     num_candidates: int = 80
-    sampler: Literal["random", "evolution", "lanas", "predictor"] = "predictor"
+    sampler: Literal["random", "evolution", "lanas", "predictor", "released"] = "predictor"
     initial_samples: int = 12
     refit_every: int = 2
     cohort: int = 1
@@ -645,16 +646,17 @@ GLUE_TASKS = ("mnli", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "rte")
 
 def paper() -> SearchConfig:
     """The published choices, from its paper and code: fp32, everything padded to 128, candidates one at a time and all
-    at full budget, LaNAS, ten epochs for each supernet, of which stage 3 and the final rows have their own, teachers
-    and students as they are after the step that did best on the official validation rows. In stages 1 and 2 the first
-    tenth of a task's rows trains and the last hundredth ranks, in stage 3 nine tenths and one; teachers and final rows
-    learn from all. Give --teacher (BERT-base), --corpus (Wikipedia and BooksCorpus) and --candidate_corpus (Wikipedia).
+    at full budget, the released sampler and its proposals, ten epochs for each supernet, of which stage 3 and the final
+    rows have their own, teachers and students as they are after the step that did best on the official validation rows.
+    In stages 1 and 2 the first tenth of a task's rows trains and the last hundredth ranks, in stage 3 nine tenths and
+    one; teachers and final rows learn from all. Give --teacher (BERT-base; the released code computes tanh's form of
+    gelu in it, as one does whose config.json has "hidden_act": "gelu_new"), --corpus (Wikipedia and BooksCorpus) and
+    --candidate_corpus (Wikipedia).
 
-    What it is not: the released code. There the splits of LaNAS are tuned gradient-boosted trees with no exploration
-    term, and proposals are mutations of plain MLPs by genetic programming, where ours are drawn from the grammar; what
-    a batch of stage 3 does not use decays and moves on by its momentum; candidates take heads over from each other;
-    a best step is that of means over batches of the split, not of the whole; and the teacher computes tanh's form of
-    gelu. It stops when somebody stops it; 500, 500 and 1,000 candidates are ours.
+    What it is not: the released code to the letter. There candidates take heads over from each other, in the order in
+    which they happen to be trained; a best step is that of means over batches of the split, which for accuracy is that
+    of the whole; the sampler's trees are LightGBM's; and with a torch before 2 what a batch of stage 3 does not use
+    decays and moves on by its momentum. It stops when somebody stops it; 500, 500 and 1,000 candidates are ours.
 
     Batches are as many rows as those of all processes that its scripts start: 256 of text (64 in each of four), 128 in
     the stages (64 in each of two), 32 in fine-tuning (8 in each of four). Started as so many processes, give each its
@@ -666,8 +668,8 @@ def paper() -> SearchConfig:
     general = TrainingArguments(learning_rate=1e-4, per_device_train_batch_size=128)
     task = TrainingArguments(learning_rate=4e-4, num_train_epochs=3, per_device_train_batch_size=128)
     stage = SearchStage(
-        num_candidates=500, sampler="lanas", initial_samples=80, refit_every=10, general_share=0.02, task_share=1 / 9,
-        ranking_share=0.1, general_phase=general, task_phase=task,
+        num_candidates=500, sampler="released", initial_samples=80, refit_every=10, general_share=0.02,
+        task_share=1 / 9, ranking_share=0.1, general_phase=general, task_phase=task,
     )  # fmt: skip
     ten = dataclasses.replace(general, num_train_epochs=10)
     pretraining = dataclasses.replace(ten, per_device_train_batch_size=256)

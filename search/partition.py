@@ -11,6 +11,7 @@ synthetic objective of the tests as well as boosted trees at a fraction of their
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -26,26 +27,31 @@ CANDIDATES = 32
 LEAF_SIZE = 10
 
 
-class LanasSampler(RememberingSampler):
-    """Random until `initial` architectures have a value, then from a partition refitted every `refit_every` values.
-
-    `fallbacks` counts the proposals for which no candidate was classified into the chosen leaf; the one that came
-    closest was proposed instead; it counts since this object was made.
-    """
+class PartitionSampler(RememberingSampler):
+    """Random until `initial` architectures have a value, then from what is learned of them anew every `refit_every`."""
 
     def __init__(self, space: Space, initial: int = 80, refit_every: int = 10):
         if initial < 2 or refit_every < 1:
-            raise ValueError(f"lanas needs initial >= 2 and refit_every >= 1; got {initial} and {refit_every}")
+            raise ValueError(
+                f"lanas and released need initial >= 2 and refit_every >= 1; got {initial} and {refit_every}"
+            )
         super().__init__(space)
         self.initial, self.refit_every = initial, refit_every
-        self.fallbacks = 0
         self._scored: list[Architecture] = []
         self._codes: list[np.ndarray] = []
         self._values: list[float] = []
-        self._partition: Partition | None = None
+        self._model, self._fitted_on = None, 0
 
     def _propose(self, rng: np.random.Generator) -> Architecture:
         return self._sample_new(rng) if len(self._values) < self.initial else self._from_best_leaf(rng)
+
+    @abstractmethod
+    def _from_best_leaf(self, rng: np.random.Generator) -> Architecture:
+        """A new architecture from the region that promises most."""
+
+    @abstractmethod
+    def _fit(self, codes: np.ndarray, values: np.ndarray):
+        """The model of `codes` [N, D] with fitness `values` [N]."""
 
     def _learn(self, architecture: Architecture, value: float) -> None:
         self._scored.append(architecture)
@@ -53,12 +59,35 @@ class LanasSampler(RememberingSampler):
         self._values.append(value)
 
     def _relearn(self, values: list[float]) -> None:
-        self._values, self._partition = values, None
+        self._values, self._model = values, None
+
+    def _refitted(self):
+        scored = len(self._values)
+        fit_on = scored - (scored - self.initial) % self.refit_every
+        if self._model is None or self._fitted_on != fit_on:
+            self._model = self._fit(np.array(self._codes[:fit_on]), np.array(self._values[:fit_on]))
+            self._fitted_on = fit_on
+        return self._model
+
+
+class LanasSampler(PartitionSampler):
+    """Proposals come from the leaf of `Partition` with the highest upper confidence bound.
+
+    `fallbacks` counts the proposals for which no candidate was classified into the chosen leaf; the one that came
+    closest was proposed instead; it counts since this object was made.
+    """
+
+    def __init__(self, space: Space, initial: int = 80, refit_every: int = 10):
+        super().__init__(space, initial, refit_every)
+        self.fallbacks = 0
+
+    def _fit(self, codes: np.ndarray, values: np.ndarray) -> "Partition":
+        return Partition(codes, values)
 
     def _from_best_leaf(self, rng: np.random.Generator) -> Architecture:
         partition = self._refitted()
         values, codes = np.array(self._values), np.array(self._codes)
-        leaf_of = np.concatenate([partition.fitted_leaf_of, partition.leaf_of(codes[partition.fitted_on :])])
+        leaf_of = np.concatenate([partition.fitted_leaf_of, partition.leaf_of(codes[self._fitted_on :])])
         leaf = best_leaf(values, leaf_of, len(partition.paths))
         members = np.flatnonzero(leaf_of == leaf)
         candidates = list(self._candidates(members, rng))
@@ -67,13 +96,6 @@ class LanasSampler(RememberingSampler):
         self.fallbacks += not inside.any()
         likelihood = partition.log_likelihood(codes, leaf)
         return candidates[int(np.argmax(np.where(inside | ~inside.any(), likelihood, -np.inf)))]
-
-    def _refitted(self) -> "Partition":
-        scored = len(self._values)
-        fit_on = scored - (scored - self.initial) % self.refit_every
-        if self._partition is None or self._partition.fitted_on != fit_on:
-            self._partition = Partition(np.array(self._codes[:fit_on]), np.array(self._values[:fit_on]))
-        return self._partition
 
     def _candidates(self, members: np.ndarray, rng: np.random.Generator) -> Iterator[Architecture]:
         """At least one new architecture, at most CANDIDATES."""
@@ -128,11 +150,6 @@ class Partition:
         self._indicators = Indicators(self.codes)
         self.fitted_leaf_of = np.zeros(len(self.values), dtype=int)
         self._grow(self._indicators(self.codes), np.arange(len(self.values)), ())
-
-    @property
-    def fitted_on(self) -> int:
-        """How many evaluations it was built from."""
-        return len(self.values)
 
     def leaf_of(self, codes: np.ndarray) -> np.ndarray:
         """The leaf number [M] that the classifiers send each encoding [M, D] to."""

@@ -15,7 +15,7 @@ import torch
 
 from effbert import __version__
 from effbert.architecture import Architecture
-from effbert.config import SearchConfig, as_dict
+from effbert.config import SearchConfig, SearchStage, as_dict
 from effbert.files import remove_partial, write_atomic
 from effbert.parallel import ALONE, World
 from effbert.search import forecast, report
@@ -25,6 +25,7 @@ from effbert.search.pareto import best_front
 from effbert.search.population import KEPT_TEACHER, Evaluator, remove_stale, trained_candidates
 from effbert.search.progress import Reporter
 from effbert.search.record import AGREEMENT, training_files
+from effbert.search.released import ReleasedSpace
 from effbert.search.report_html import write_report
 from effbert.search.screen import FILTER, STAYS, check_latency
 from effbert.search.shared import shared_candidates, shared_supernet
@@ -142,7 +143,7 @@ def coarse_space(workspace: Workspace, reporter: Reporter) -> ArchitectureSpace:
     low, high = workspace.config.band(dims)
     reporter.say(f"a candidate has {low:,} to {high:,} parameters, with the projection, without pooler and head")
     config = workspace.config
-    return ArchitectureSpace(
+    return space_of(config.stage1)(
         "coarse",
         dims,
         config.student.num_hidden_layers,
@@ -153,6 +154,11 @@ def coarse_space(workspace: Workspace, reporter: Reporter) -> ArchitectureSpace:
     )
 
 
+def space_of(settings: SearchStage) -> type[ArchitectureSpace]:
+    """The kind of space that a stage's sampler draws from."""
+    return ReleasedSpace if settings.sampler == "released" else ArchitectureSpace
+
+
 def three_stages(
     workspace: Workspace, coarse: ArchitectureSpace, study: Study | None, reporter: Reporter, turn: Turn
 ) -> Architecture:
@@ -161,9 +167,9 @@ def three_stages(
     with turn("the supernet"):
         candidates, supernet = candidate_start(workspace, reporter)
 
-    def space(stage: str, base: Architecture) -> ArchitectureSpace:
-        band = config.band(coarse.dims)
-        return ArchitectureSpace(
+    def space(stage: str, base: Architecture, settings: SearchStage) -> ArchitectureSpace:
+        kind, band = space_of(settings), config.band(coarse.dims)
+        return kind(
             stage, coarse.dims, coarse.num_layers, *band, base, max_flops=coarse.max_flops, length=coarse.length
         )
 
@@ -181,8 +187,8 @@ def three_stages(
     trained = trained_candidates(candidates, supernet, "stage1", config.stage1, reporter)
     found = on_first(run, "stage1", config.stage1, coarse, trained, None)
     trained = trained_candidates(candidates, supernet, "stage2", config.stage2, reporter)
-    found = on_first(run, "stage2", config.stage2, space("operations", found), trained, found)
-    fine = space("fine", found)
+    found = on_first(run, "stage2", config.stage2, space("operations", found, config.stage2), trained, found)
+    fine = space("fine", found, config.stage3)
     with turn("stage 3's supernet"):
         shared = shared_supernet(workspace, warm_supernet(workspace, reporter), fine, config.stage3, reporter)
     winner = on_first(run, "stage3", config.stage3, fine, shared_candidates(workspace, shared), found)

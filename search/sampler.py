@@ -16,7 +16,7 @@ from effbert.architecture import Architecture
 from effbert.search.space import Space
 
 MAX_TRIES = 10_000
-SAMPLERS = ("random", "evolution", "lanas", "predictor")
+SAMPLERS = ("random", "evolution", "lanas", "predictor", "released")
 
 
 class SpaceExhausted(ValueError):
@@ -52,7 +52,7 @@ def make_sampler(name: str, space: Space, initial: int | None = None, refit_ever
     """The sampler of this name, one of SAMPLERS. None: the sampler's own default.
 
     initial: random architectures first; `evolution` keeps as many as its population, with a tournament of a quarter.
-    refit_every: `lanas` and `predictor` learn anew every so many values.
+    refit_every: `lanas`, `predictor` and `released` learn anew every so many values.
     """
     counts = {"initial": initial, "refit_every": refit_every}
     given = {argument: count for argument, count in counts.items() if count is not None}
@@ -70,6 +70,10 @@ def make_sampler(name: str, space: Space, initial: int | None = None, refit_ever
         from effbert.search.predictor import PredictorSampler
 
         return PredictorSampler(space, **given)
+    if name == "released":
+        from effbert.search.released import ReleasedSampler
+
+        return ReleasedSampler(space, **given)
     raise ValueError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
 
 

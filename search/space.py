@@ -97,10 +97,19 @@ class ArchitectureSpace:
         """
         if self.stage == "operations":
             return Architecture(tuple(self._edited(layer, rng) for layer in self.base.layers))
-        structures = _from_ids(self.band.sample(rng))
+        structures = self.drawn_structures(rng)
         if self.stage == "fine":
             return self.base.with_structures(structures)
         return Architecture(tuple(random_expression(structure, rng) for structure in structures))
+
+    def drawn_structures(self, rng: np.random.Generator) -> tuple[Structure, ...]:
+        """The structures of a random architecture, uniform over all in-band combinations."""
+        return _from_ids(self.band.sample(rng))
+
+    def holds(self, architecture: Architecture) -> bool:
+        """Whether its structures lie in the band and below its ceiling."""
+        choice = _to_ids(architecture.structures)
+        return self.band.low <= self.band.total(choice) <= self.band.high and self.band.allows(choice)
 
     def extreme(self, largest: bool) -> Architecture:
         """An in-band architecture of `fine` with the most parameters, or with the fewest, that the ceiling admits."""
@@ -271,6 +280,15 @@ class Band:
             )
         rank = _random_below(self.count - 1, rng)
         return self.choice(rank + (rank >= self.rank(other_than)))
+
+    def drawn_structures(self, rng: np.random.Generator) -> tuple[Structure, ...]:
+        """The structures of a random architecture, uniform over all in-band combinations."""
+        return _from_ids(self.band.sample(rng))
+
+    def holds(self, architecture: Architecture) -> bool:
+        """Whether its structures lie in the band and below its ceiling."""
+        choice = _to_ids(architecture.structures)
+        return self.band.low <= self.band.total(choice) <= self.band.high and self.band.allows(choice)
 
     def extreme(self, largest: bool) -> tuple[int, ...]:
         """The first choice with the largest or the smallest sum in the band that has one below the ceiling; of those

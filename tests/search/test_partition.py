@@ -107,7 +107,7 @@ def test_four_evaluations_and_a_refit_every_two_are_enough():
     sampler = LanasSampler(Structures(), initial=4, refit_every=2)
     search(sampler, 0, 4)
     sampler.ask(generator(0, "next"))
-    assert len(sampler._partition.paths) == 2 and sampler._partition.fitted_on == 4
+    assert len(sampler._model.paths) == 2 and sampler._fitted_on == 4
 
 
 def test_it_refits_only_every_so_many_values_and_on_all_of_them():
@@ -115,7 +115,7 @@ def test_it_refits_only_every_so_many_values_and_on_all_of_them():
     fitted_on = []
     for number in range(45):
         ids = sampler.ask(generator(0, "ask", number))
-        fitted_on.append(sampler._partition.fitted_on if sampler._partition else 0)
+        fitted_on.append(sampler._fitted_on)
         sampler.tell(ids, objective(ids))
     assert fitted_on == [0] * 20 + [20] * 10 + [30] * 10 + [40] * 5
 
@@ -126,7 +126,7 @@ def test_failed_candidates_count_as_seen_and_not_as_values():
     for number in range(5):
         sampler.tell(sampler.ask(generator(1, number)), None)
     sampler.ask(generator(2))
-    assert sampler._partition is None
+    assert sampler._model is None
 
 
 def test_a_leaf_that_was_visited_often_gives_way_to_a_nearly_as_good_one():
@@ -143,7 +143,7 @@ def test_a_proposal_lies_in_the_chosen_leaf_or_is_counted_as_a_fallback():
     for number in range(10):
         before = sampler.fallbacks
         proposal = sampler.ask(generator(0, "proposal", number))
-        partition = sampler._partition
+        partition = sampler._model
         leaf = best_leaf(np.array(sampler._values), partition.fitted_leaf_of, len(partition.paths))
         inside = partition.leaf_of(np.array([sampler.space.encode(proposal)]))[0] == leaf
         assert inside == (sampler.fallbacks == before)
