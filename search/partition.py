@@ -1,4 +1,4 @@
-"""The published search's sampler: LaNAS (arXiv 1906.06832), learned good/bad splits of what was evaluated so far.
+"""LaNAS (arXiv 1906.06832), the sampler that the published search names: learned splits of what was evaluated so far.
 
 The evaluated architectures are split at their median fitness, again and again; at each split a classifier learns to
 tell the good half from the bad one by their encodings. A leaf is a region of the space with a mean fitness and a number
