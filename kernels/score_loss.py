@@ -43,6 +43,8 @@ MASK_BLOCK = 1024  # positions of a mask row that are read at a time
 WHOLE_LENGTH = 128  # up to here one program has a whole head, where the tile table lets it
 MIN_DOT = 16
 MIN_WARPS = 4
+FULL_ROWS = 64  # with fewer a tile cut to the length needs fewer warps; so many spill if warps are halved
+ODD = 256
 _SIZES = [
     "student_batch", "student_head", "student_row", "teacher_batch", "teacher_head", "teacher_row",
     "mask_batch", "mask_row", "heads", "length", "student_cols", "teacher_cols",
@@ -526,16 +528,22 @@ def _forward(
     return *loss_mean(sums, counts, batch * heads * length**2, 1 if released else heads, 2.0), *kept
 
 
+def _tile_size(constants: dict) -> int:
+    """The size by which tiles are chosen: columns of both tiles, and ODD more where too many loads are short ones."""
+    wide = max(constants["STUDENT"], constants["TEACHER"]) > 64
+    odd = constants["TEACHER_UNIT"] < 8 or (wide and constants["STUDENT_UNIT"] < 8)
+    return constants["STUDENT"] + constants["TEACHER"] + odd * ODD
+
+
 def _direct_launch(student_query: Tensor, constants: dict, widest: torch.dtype, released: bool):
     """Kernel, grid and further constants of the direct form."""
     batch, heads, length, _ = student_query.shape
-    columns = constants["STUDENT"] + constants["TEACHER"]
-    tile = dict(tiles.choose("score_mse_direct", student_query.device, widest, columns))
-    area = tile["BLOCK_M"] * tile["BLOCK_N"]
-    positions = _padded(length)
+    tile = dict(tiles.choose("score_mse_direct", student_query.device, widest, _tile_size(constants)))
+    area, positions = tile["BLOCK_M"] * tile["BLOCK_N"], _padded(length)
     tile["BLOCK_M"] = block = min(tile["BLOCK_M"], positions)
     tile["BLOCK_N"] = min(tile["BLOCK_N"], positions)
-    tile["num_warps"] = max(MIN_WARPS, tile["num_warps"] * block * tile["BLOCK_N"] // area)
+    if block < FULL_ROWS:
+        tile["num_warps"] = max(MIN_WARPS, tile["num_warps"] * block * tile["BLOCK_N"] // area)
     whole = length <= block
     roles = 1 if whole or not constants["NEED_GRAD"] else 2
     grid = (batch * heads, -(-length // block), roles)
@@ -546,7 +554,7 @@ def _gram_launch(student_query: Tensor, constants: dict, widest: torch.dtype, re
     """Kernel, grid and further constants of the Gram form."""
     batch, heads, length, _ = student_query.shape
     student, teacher = constants["STUDENT"], constants["TEACHER"]
-    tile = dict(tiles.choose("score_mse_gram", student_query.device, widest, student + teacher))
+    tile = dict(tiles.choose("score_mse_gram", student_query.device, widest, _tile_size(constants)))
     columns = tile.pop("COLUMNS")
     student_columns, teacher_columns = min(student, columns), min(teacher, columns)
     grid = (batch * heads if length else 0, student // student_columns + teacher // teacher_columns)

@@ -85,9 +85,10 @@ ALL_REGISTERS = {"maxnreg": 255}
 
 # The first rule that matches holds.
 RULES: tuple[Rule, ...] = (
-    # score_mse_direct: size = columns of a student's and a teacher's tile together; BLOCK_M held, BLOCK_N going by.
-    # IEEE fp32 has no matrix instructions and keeps its operands in registers: small tiles, 8 warps (16 would have half
-    # the registers each). At 192 columns a head of 64 meets one of 128, at 256 both have 128.
+    # score_mse_direct: size = columns of a student's and a teacher's tile together, and 256 more where many rows begin
+    # at odd addresses, each load of which has an address of its own; BLOCK_M held, BLOCK_N going by. IEEE fp32 has no
+    # matrix instructions and keeps its operands in registers: small tiles, 8 warps (16 would have half the registers
+    # each). At 192 columns a head of 64 meets one of 128, at 256 both have 128.
     Rule("score_mse_direct", dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=1), "interpreter"),
     Rule("score_mse_direct", dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1), "gfx*", itemsize=4, up_to=128),
     Rule("score_mse_direct", dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=1), "gfx*", itemsize=4),  # 32: spills
@@ -95,18 +96,24 @@ RULES: tuple[Rule, ...] = (
     Rule("score_mse_direct", _pair(32, 16, 8, 1) | ALL_REGISTERS, itemsize=4, up_to=192),
     Rule("score_mse_direct", _pair(16, 16, 8, 1) | ALL_REGISTERS, itemsize=4),
     Rule("score_mse_direct", dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=1), "sm_90*", up_to=128),
-    Rule("score_mse_direct", _pair(128, 32, 8, 1) | ALL_REGISTERS, "sm_[91]0*"),
+    Rule("score_mse_direct", _pair(128, 32, 8, 1) | ALL_REGISTERS, "sm_[91]0*", up_to=256),
     Rule("score_mse_direct", _pair(128, 32, 8, 1) | ALL_REGISTERS, up_to=96),  # two heads of 64 take 255 and spill
     Rule("score_mse_direct", _pair(128, 32, 8, 1), up_to=128),
-    Rule("score_mse_direct", dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=1)),
+    Rule("score_mse_direct", dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=1), up_to=256),
+    Rule("score_mse_direct", _pair(64, 16, 8, 1) | ALL_REGISTERS, up_to=256 + 128),
+    Rule("score_mse_direct", _pair(32, 16, 8, 1) | ALL_REGISTERS),
     # score_mse_gram: size as above; BLOCK positions at a time, COLUMNS of the Gram matrices a program.
     Rule("score_mse_gram", dict(BLOCK=32, COLUMNS=64, num_warps=4, num_stages=1), "interpreter"),
     Rule("score_mse_gram", dict(BLOCK=32, COLUMNS=32, num_warps=4, num_stages=1), "gfx*"),
-    Rule("score_mse_gram", dict(BLOCK=16, COLUMNS=32, num_warps=8, num_stages=1) | ALL_REGISTERS, itemsize=4),
+    Rule(
+        "score_mse_gram", dict(BLOCK=16, COLUMNS=32, num_warps=8, num_stages=1) | ALL_REGISTERS, itemsize=4, up_to=256
+    ),
+    Rule("score_mse_gram", dict(BLOCK=16, COLUMNS=16, num_warps=8, num_stages=1) | ALL_REGISTERS, itemsize=4),
     Rule("score_mse_gram", dict(BLOCK=64, COLUMNS=64, num_warps=8, num_stages=2), "sm_90*", up_to=128),
     Rule("score_mse_gram", dict(BLOCK=64, COLUMNS=64, num_warps=8, num_stages=2) | ALL_REGISTERS, "sm_1*", up_to=128),
-    Rule("score_mse_gram", dict(BLOCK=64, COLUMNS=32, num_warps=8, num_stages=1) | ALL_REGISTERS, "sm_1*"),
-    Rule("score_mse_gram", dict(BLOCK=64, COLUMNS=32, num_warps=8, num_stages=1)),
+    Rule("score_mse_gram", dict(BLOCK=64, COLUMNS=32, num_warps=8, num_stages=1) | ALL_REGISTERS, "sm_1*", up_to=256),
+    Rule("score_mse_gram", dict(BLOCK=64, COLUMNS=32, num_warps=8, num_stages=1), up_to=256),
+    Rule("score_mse_gram", dict(BLOCK=32, COLUMNS=16, num_warps=8, num_stages=1) | ALL_REGISTERS),
     # score_mse_bwd: size = elements of one gradient.
     Rule("score_mse_bwd", dict(BLOCK=128, num_warps=4), "interpreter"),
     Rule("score_mse_bwd", dict(BLOCK=2048, num_warps=4)),

@@ -172,15 +172,21 @@ def test_the_full_set_covers_all_structures_and_the_published_expressions():
 
 
 def test_the_full_set_covers_head_sizes_to_128_equal_and_different_each_case_once():
-    cases, pairs = meta_cases.cases(), meta_cases.HEAD_SIZES
+    cases, pairs, odd = meta_cases.cases(), meta_cases.HEAD_SIZES, meta_cases.ODD_HEAD_SIZES
     assert {(45, 64), (16, 16), (32, 64), (96, 96), (128, 64), (128, 128)} <= set(pairs)
     shapes = [case.shape for case in cases if case.op == "score_mse"]
-    for shape in ("64x12x128x45 teacher 64", "16x12x512x30 teacher 64", "64x12x128x128 teacher 128"):
+    some = (
+        "64x12x128x45 teacher 64",
+        "16x12x512x30 teacher 64",
+        "64x12x128x128 teacher 128",
+        "128x12x64x63 teacher 39",
+    )
+    for shape in some:
         forms = {found.removeprefix(shape) for found in shapes if found.startswith(shape)}
         assert forms == {" direct real", " gram real", " direct released"}
-    assert len(shapes) == len(set(shapes)) == 2 * 3 * len(pairs)
+    assert len(shapes) == len(set(shapes)) == 3 * 3 * len(pairs + odd)
     alone = [case.shape for case in cases if case.op == "attention"]
-    assert len(alone) == len(set(alone)) == 2 * len({student for student, _ in pairs})
+    assert len(alone) == len(set(alone)) == 3 * len({student for student, _ in pairs})
 
 
 @pytest.mark.parametrize(

@@ -315,3 +315,26 @@ def test_three_launches_and_nothing_of_length_times_length(monkeypatch, way):
     names = [one.name for one in launches]
     assert names == [f"score_mse_{form}_fwd_kernel", "loss_mean_kernel", "score_mse_bwd_kernel"]
     assert max(sizes) == query.numel()
+
+
+def launched(form, student, teacher, length=128):
+    """The arguments of the first launch for sm_90, heads laid out as a model has them."""
+    query, key, *others = (
+        torch.empty(2, length, 12, size, device="meta", dtype=torch.bfloat16).transpose(1, 2)
+        for size in (student, student, teacher, teacher)
+    )
+    with recording("sm_90") as launches:
+        score_loss.score_mse(query, key, *others, torch.ones(2, length, device="meta"), "real", form)
+    return launches[0].arguments | launches[0].options
+
+
+# Which pairs have more short loads than a large tile has registers for is known from builds (bench/results).
+@pytest.mark.parametrize(("student", "teacher"), [(63, 39), (105, 7), (25, 83), (55, 120), (96, 36)])
+def test_rows_at_odd_addresses_get_smaller_tiles(student, teacher):
+    for form, name in (("direct", "BLOCK_N"), ("gram", "STUDENT_COLUMNS")):
+        assert launched(form, student, teacher)[name] == 16 < launched(form, 45, 64)[name]
+
+
+@pytest.mark.parametrize(("length", "warps"), [(128, 8), (64, 8), (32, 4), (16, 4)])
+def test_a_tile_cut_to_the_length_keeps_its_warps_down_to_64_rows(length, warps):
+    assert launched("direct", 64, 64, length)["num_warps"] == warps
