@@ -71,6 +71,10 @@ def _pair(m: int, n: int, num_warps: int, num_stages: int) -> dict[str, int]:
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": num_warps, "num_stages": num_stages}
 
 
+def _gram(block: int, columns: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    return {"BLOCK": block, "COLUMNS": columns, "num_warps": num_warps, "num_stages": num_stages}
+
+
 def _whole(m: int, e: int, k: int, num_warps: int, num_stages: int) -> dict[str, int]:
     return {"BLOCK_M": m, "BLOCK_E": e, "BLOCK_K": k, "num_warps": num_warps, "num_stages": num_stages}
 
@@ -96,24 +100,24 @@ RULES: tuple[Rule, ...] = (
     Rule("score_mse_direct", _pair(32, 16, 8, 1) | ALL_REGISTERS, itemsize=4, up_to=192),
     Rule("score_mse_direct", _pair(16, 16, 8, 1) | ALL_REGISTERS, itemsize=4),
     Rule("score_mse_direct", dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=1), "sm_90*", up_to=128),
-    Rule("score_mse_direct", _pair(128, 32, 8, 1) | ALL_REGISTERS, "sm_[91]0*", up_to=256),
+    Rule("score_mse_direct", _pair(128, 32, 8, 1) | ALL_REGISTERS, "sm_90*", up_to=192),
+    Rule("score_mse_direct", _pair(128, 16, 8, 1) | ALL_REGISTERS, "sm_90*", up_to=256),
+    Rule("score_mse_direct", _pair(128, 32, 8, 1) | ALL_REGISTERS, "sm_10*", up_to=256),
     Rule("score_mse_direct", _pair(128, 32, 8, 1) | ALL_REGISTERS, up_to=96),  # two heads of 64 take 255 and spill
     Rule("score_mse_direct", _pair(128, 32, 8, 1), up_to=128),
     Rule("score_mse_direct", dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=1), up_to=256),
     Rule("score_mse_direct", _pair(64, 16, 8, 1) | ALL_REGISTERS, up_to=256 + 128),
     Rule("score_mse_direct", _pair(32, 16, 8, 1) | ALL_REGISTERS),
     # score_mse_gram: size as above; BLOCK positions at a time, COLUMNS of the Gram matrices a program.
-    Rule("score_mse_gram", dict(BLOCK=32, COLUMNS=64, num_warps=4, num_stages=1), "interpreter"),
-    Rule("score_mse_gram", dict(BLOCK=32, COLUMNS=32, num_warps=4, num_stages=1), "gfx*"),
-    Rule(
-        "score_mse_gram", dict(BLOCK=16, COLUMNS=32, num_warps=8, num_stages=1) | ALL_REGISTERS, itemsize=4, up_to=256
-    ),
-    Rule("score_mse_gram", dict(BLOCK=16, COLUMNS=16, num_warps=8, num_stages=1) | ALL_REGISTERS, itemsize=4),
-    Rule("score_mse_gram", dict(BLOCK=64, COLUMNS=64, num_warps=8, num_stages=2), "sm_90*", up_to=128),
-    Rule("score_mse_gram", dict(BLOCK=64, COLUMNS=64, num_warps=8, num_stages=2) | ALL_REGISTERS, "sm_1*", up_to=128),
-    Rule("score_mse_gram", dict(BLOCK=64, COLUMNS=32, num_warps=8, num_stages=1) | ALL_REGISTERS, "sm_1*", up_to=256),
-    Rule("score_mse_gram", dict(BLOCK=64, COLUMNS=32, num_warps=8, num_stages=1), up_to=256),
-    Rule("score_mse_gram", dict(BLOCK=32, COLUMNS=16, num_warps=8, num_stages=1) | ALL_REGISTERS),
+    Rule("score_mse_gram", _gram(32, 64, 4, 1), "interpreter"),
+    Rule("score_mse_gram", _gram(32, 32, 4, 1), "gfx*"),
+    Rule("score_mse_gram", _gram(16, 32, 8, 1) | ALL_REGISTERS, itemsize=4, up_to=256),
+    Rule("score_mse_gram", _gram(16, 16, 8, 1) | ALL_REGISTERS, itemsize=4),
+    Rule("score_mse_gram", _gram(64, 64, 8, 2), "sm_90*", up_to=128),
+    Rule("score_mse_gram", _gram(64, 64, 8, 2) | ALL_REGISTERS, "sm_1*", up_to=128),
+    Rule("score_mse_gram", _gram(64, 32, 8, 1) | ALL_REGISTERS, "sm_1*", up_to=256),
+    Rule("score_mse_gram", _gram(64, 32, 8, 1), up_to=256),
+    Rule("score_mse_gram", _gram(32, 16, 8, 1) | ALL_REGISTERS),
     # score_mse_bwd: size = elements of one gradient.
     Rule("score_mse_bwd", dict(BLOCK=128, num_warps=4), "interpreter"),
     Rule("score_mse_bwd", dict(BLOCK=2048, num_warps=4)),
@@ -204,7 +208,8 @@ RULES: tuple[Rule, ...] = (
     Rule("attention_bwd", _pair(16, 16, 8, 1) | ALL_REGISTERS, "sm_*", itemsize=4),
     Rule("attention_bwd", _pair(16, 16, 8, 1), itemsize=4),
     Rule("attention_bwd", _pair(32, 32, 4, 1) | ALL_REGISTERS, "sm_8*"),
-    Rule("attention_bwd", _pair(32, 64, 8, 1), "sm_[91]*", up_to=64),
+    Rule("attention_bwd", _pair(32, 64, 8, 2), "sm_9*", up_to=64),  # 1 stage spills with two heads of 64
+    Rule("attention_bwd", _pair(32, 64, 8, 1) | ALL_REGISTERS, "sm_1*", up_to=64),
     Rule("attention_bwd", _pair(32, 128, 8, 2), "sm_9*", up_to=128),  # 1 stage spills with two heads of 64
     Rule("attention_bwd", _pair(32, 128, 8, 1), "sm_[91]*", up_to=128),
     Rule("attention_bwd", _pair(32, 64, 8, 2), "sm_9*"),  # 64 queries spill with heads of 32, 1 stage with one of 45
