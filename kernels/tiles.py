@@ -96,7 +96,8 @@ RULES: tuple[Rule, ...] = (
     Rule("score_mse_direct", dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=1), "interpreter"),
     Rule("score_mse_direct", dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1), "gfx*", itemsize=4, up_to=128),
     Rule("score_mse_direct", dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=1), "gfx*", itemsize=4),  # 32: spills
-    Rule("score_mse_direct", dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=1), "gfx*"),
+    Rule("score_mse_direct", _pair(64, 32, 4, 1), "gfx*", up_to=256 + 192),
+    Rule("score_mse_direct", _pair(32, 32, 4, 1), "gfx*"),
     Rule("score_mse_direct", _pair(32, 16, 8, 1) | ALL_REGISTERS, itemsize=4, up_to=192),
     Rule("score_mse_direct", _pair(16, 16, 8, 1) | ALL_REGISTERS, itemsize=4),
     Rule("score_mse_direct", dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=1), "sm_90*", up_to=128),
@@ -110,7 +111,8 @@ RULES: tuple[Rule, ...] = (
     Rule("score_mse_direct", _pair(32, 16, 8, 1) | ALL_REGISTERS),
     # score_mse_gram: size as above; BLOCK positions at a time, COLUMNS of the Gram matrices a program.
     Rule("score_mse_gram", _gram(32, 64, 4, 1), "interpreter"),
-    Rule("score_mse_gram", _gram(32, 32, 4, 1), "gfx*"),
+    Rule("score_mse_gram", _gram(32, 32, 4, 1), "gfx*", up_to=256 + 192),
+    Rule("score_mse_gram", _gram(16, 16, 4, 1), "gfx*"),
     Rule("score_mse_gram", _gram(16, 32, 8, 1) | ALL_REGISTERS, itemsize=4, up_to=256),
     Rule("score_mse_gram", _gram(16, 16, 8, 1) | ALL_REGISTERS, itemsize=4),
     Rule("score_mse_gram", _gram(64, 64, 8, 2), "sm_90*", up_to=128),
