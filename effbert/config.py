@@ -450,13 +450,11 @@ class SearchConfig(TextConfig, TaskConfig):
         refuse_best(supernet=self.supernet)
         if len(self.start_from) > 1:
             raise ValueError(f"start_from is {self.start_from}: a search begins with one supernet")
-        if self.start_from and self.candidate_corpus:
+        if self.start_from and self.other_corpus:
             raise ValueError(
                 f"candidate_corpus is {self.candidate_corpus}, for a supernet of its own, and start_from names one for "
                 "all stages: leave one of them out"
             )
-        if self.candidate_corpus == self.corpus:
-            object.__setattr__(self, "candidate_corpus", ())  # one supernet serves all
         self._check_scored_tasks()
         if len(self.stage3.rungs) > 1:
             raise ValueError(
@@ -479,6 +477,11 @@ class SearchConfig(TextConfig, TaskConfig):
             raise ValueError(f"task_temperature is {self.task_temperature}: it must be at least 1")
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share is {self.validation_share}: it must be above 0 and below 1")
+
+    @property
+    def other_corpus(self) -> tuple[str, ...]:
+        """The candidates' text where it is another than all else's; with none, one supernet serves all."""
+        return () if self.candidate_corpus == self.corpus else self.candidate_corpus
 
     def _check_scored_tasks(self) -> None:
         """ValueError where --teacher_model.finetuning_eval_steps names no task."""

@@ -166,8 +166,8 @@ def open_workspace(config: RunConfig, folder: Path, say: Say, world: World = ALO
     tasks, held_out = ({name: found[place] for name, found in both.items()} for place in (0, 1))
     corpus = open_corpus(config, tokenizer, say) if isinstance(config, TextConfig) and config.reads_text else []
     candidate_corpus = corpus
-    if isinstance(config, SearchConfig) and config.candidate_corpus:
-        own = replace(config, corpus=config.candidate_corpus, candidate_corpus=())
+    if isinstance(config, SearchConfig) and config.other_corpus:
+        own = replace(config, corpus=config.other_corpus, candidate_corpus=())
         candidate_corpus = open_corpus(own, tokenizer, say)
     check_inputs(folder, fingerprints(config, tokenizer, corpus, loaded, candidate_corpus))
     for name, task in tasks.items():

@@ -159,7 +159,7 @@ class Drawn:
 def forecast(config: SearchConfig, data: DataSizes, rates: Rates, together: int) -> list[Part]:
     """Every part in its order, the final distillation last. together: candidates that train at once."""
     parts = [teachers(config, data, rates)] if data.tuned or not config.teacher else []
-    if config.candidate_corpus:
+    if config.other_corpus:
         first = _passes(config.supernet, partial(data.general, 1.0, of_candidates=True))
         parts.append(Part(FIRST_SUPERNET, 1, first, first * (rates.teacher + rates.supernet)))
     warm = _passes(config.supernet, partial(data.general, 1.0))

@@ -289,7 +289,7 @@ def comparison(evaluations: Sequence[Evaluation], best: Evaluation, metric: str 
 
 def candidate_start(workspace: Workspace, reporter: Reporter) -> tuple[Workspace, Supernet]:
     """What the candidates of stages 1 and 2 learn from, and the warm supernet that they begin with."""
-    if not workspace.config.candidate_corpus:
+    if not workspace.config.other_corpus:
         return workspace, warm_supernet(workspace, reporter)
     first = replace(workspace, corpus=workspace.candidate_corpus)
     return first, warm_supernet(first, reporter, FIRST_SUPERNET)

@@ -79,3 +79,5 @@ def test_the_presets_say_what_has_to_be_given(name, capsys, tmp_path):
         assert main([*command, "--teacher", "bert-base-uncased", "--corpus", "books"]) == 2
         assert "--candidate_corpus is missing" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+    assert main([*command, "--teacher", "./no-teacher", "--corpus", "books", "--candidate_corpus", "books"]) == 2
+    assert "candidate_corpus" not in (said := capsys.readouterr().err) and "no-teacher" in said

@@ -87,9 +87,8 @@ def test_candidates_may_learn_from_another_text_than_the_rest(tmp_path, monkeypa
     with pytest.raises(ValueError, match="the candidates' corpus changed since this run began"):
         texts[0].write_text(texts[0].read_text() + "one more.\n")
         search(config)
-    assert dataclasses.replace(config, candidate_corpus=config.corpus) == dataclasses.replace(
-        config, candidate_corpus=()
-    )
+    assert config.other_corpus == config.candidate_corpus
+    assert dataclasses.replace(config, candidate_corpus=config.corpus).other_corpus == ()
     with pytest.raises(FileNotFoundError, match=r"no corpus at \./nowhere\.txt"):
         search(dataclasses.replace(config, candidate_corpus=("./nowhere.txt",), output_dir=str(tmp_path / "none")))
     with pytest.raises(ValueError, match="leave one of them out"):
