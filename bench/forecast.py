@@ -64,7 +64,7 @@ class Declared:
 
     def general(self, share: float, batch_size: int, of_candidates: bool = False) -> int:
         """A share of the corpus, or of the one that candidates learn from: Wikipedia where that is another."""
-        own = of_candidates and self.config.candidate_corpus
+        own = of_candidates and self.config.other_corpus
         return round(share * PAPER_CORPUS_TOKENS * (WIKIPEDIA_SHARE if own else 1))
 
     def of_candidates(self, share: float, batch_size: int) -> int:

@@ -55,7 +55,7 @@ HEAD_SIZES = (
     (96, 96),  # padded to 128
     (128, 64),  # a student wider than its teacher
 )
-ODD_HEAD_SIZES = (  # of score_mse: rows that begin at odd addresses, of both models
+ODD_HEAD_SIZES = (  # of score_mse: heads of both models begin at odd addresses
     (63, 39),
     (105, 7),
     (121, 113),
@@ -100,8 +100,8 @@ def cases(drawn: int | None = None, reduced: bool = False) -> list[Case]:
         for size, teacher in REDUCED_HEAD_SIZES if reduced else HEAD_SIZES:
             found += _attention_cases(batch, length, size=size, teacher=teacher)
         for size, teacher in () if reduced else ODD_HEAD_SIZES:
-            cases = _attention_cases(batch, length, size=size, teacher=teacher)
-            found += [case for case in cases if case.op == "score_mse"]
+            pair = _attention_cases(batch, length, size=size, teacher=teacher)
+            found += [case for case in pair if case.op == "score_mse"]
     found = list({(case.op, case.shape, case.expression): case for case in found}.values())  # pairs share students
     return [*found, _projection_case(), *_logit_cases()]
 

@@ -110,7 +110,8 @@ class SearchStage(Budget):
     In stages 1 and 2 the budget is each candidate's own; in stage 3 it is that of the one shared supernet, on which
     candidates are scored without training. sampler: who proposes candidates, the first initial_samples at random; what
     it learns from their values is learned anew every refit_every of them; "released" is the published search's, which
-    has ways of its own to draw architectures too (effbert.search.released). cohort: candidates proposed at once, before
+    learns nothing of less than 50 and draws architectures in ways of its own, also those that stage 3 trains its
+    supernet on (effbert.search.released). cohort: candidates proposed at once, before
     any of them has a value, so a whole first cohort is random. rungs: rising shares of the budget, the last one 1; a
     cohort is trained on the first, its best on the next, so many that every rung costs the same. filter: a score before
     any training by which filter_share of a cohort, all but one at the most, is discarded (effbert.search.proxies).
@@ -526,6 +527,8 @@ def as_dict(config: RunConfig) -> dict:
     the storage's password."""
     fields = dataclasses.asdict(config)
     fields.pop("output_dir")
+    if "candidate_corpus" in fields:
+        fields["candidate_corpus"] = config.other_corpus
     if fields.get("storage"):
         fields["storage"] = without_password(fields["storage"])
     return _plain(fields)
@@ -658,8 +661,9 @@ def paper() -> SearchConfig:
 
     What it is not: the released code to the letter. There candidates take heads over from each other, in the order in
     which they happen to be trained; a best step is that of means over batches of the split, which for accuracy is that
-    of the whole; the sampler's trees are LightGBM's; and with a torch before 2 what a batch of stage 3 does not use
-    decays and moves on by its momentum. It stops when somebody stops it; 500, 500 and 1,000 candidates are ours.
+    of the whole; the sampler is another in what effbert.search.released names; and with a torch before 2 what a batch
+    of stage 3 does not use decays and moves on by its momentum. It stops when somebody stops it; 500, 500 and 1,000
+    candidates are ours.
 
     Batches are as many rows as those of all processes that its scripts start: 256 of text (64 in each of four), 128 in
     the stages (64 in each of two), 32 in fine-tuning (8 in each of four). Started as so many processes, give each its

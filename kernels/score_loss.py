@@ -44,7 +44,6 @@ WHOLE_LENGTH = 128  # up to here one program has a whole head, where the tile ta
 MIN_DOT = 16
 MIN_WARPS = 4
 FULL_ROWS = 64  # with fewer a tile cut to the length needs fewer warps; so many spill if warps are halved
-ODD = 256
 _SIZES = [
     "student_batch", "student_head", "student_row", "teacher_batch", "teacher_head", "teacher_row",
     "mask_batch", "mask_row", "heads", "length", "student_cols", "teacher_cols",
@@ -529,10 +528,11 @@ def _forward(
 
 
 def _tile_size(constants: dict) -> int:
-    """The size by which tiles are chosen: columns of both tiles, and ODD more where too many loads are short ones."""
+    """The size by which tiles are chosen: columns of both tiles, and `tiles.SHORT_LOADS` more where rows begin at
+    multiples of less than 8 elements: the teacher's, or with a head above 64 the student's."""
     wide = max(constants["STUDENT"], constants["TEACHER"]) > 64
-    odd = constants["TEACHER_UNIT"] < 8 or (wide and constants["STUDENT_UNIT"] < 8)
-    return constants["STUDENT"] + constants["TEACHER"] + odd * ODD
+    short = constants["TEACHER_UNIT"] < 8 or (wide and constants["STUDENT_UNIT"] < 8)
+    return constants["STUDENT"] + constants["TEACHER"] + short * tiles.SHORT_LOADS
 
 
 def _direct_launch(student_query: Tensor, constants: dict, widest: torch.dtype, released: bool):

@@ -19,6 +19,7 @@ import torch
 from effbert.kernels.launch import architecture, ceil_div, multiprocessors
 
 ENVIRONMENT = "EFFBERT_TILES"
+SHORT_LOADS = 256  # more than any two heads have columns (`score_mse_direct`)
 FILLED = 0.75  # of the multiprocessors' time, that programs of many rows must use (`choose_rows`)
 
 
@@ -89,14 +90,14 @@ ALL_REGISTERS = {"maxnreg": 255}
 
 # The first rule that matches holds.
 RULES: tuple[Rule, ...] = (
-    # score_mse_direct: size = columns of a student's and a teacher's tile together, and 256 more where many rows begin
-    # at odd addresses, each load of which has an address of its own; BLOCK_M held, BLOCK_N going by. IEEE fp32 has no
+    # score_mse_direct: size = columns of a student's and a teacher's tile together, and SHORT_LOADS more where many
+    # loads take less than 8 elements, each with an address of its own; BLOCK_M held, BLOCK_N going by. IEEE fp32 has no
     # matrix instructions and keeps its operands in registers: small tiles, 8 warps (16 would have half the registers
     # each). At 192 columns a head of 64 meets one of 128, at 256 both have 128.
     Rule("score_mse_direct", dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=1), "interpreter"),
     Rule("score_mse_direct", dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1), "gfx*", itemsize=4, up_to=128),
     Rule("score_mse_direct", dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=1), "gfx*", itemsize=4),  # 32: spills
-    Rule("score_mse_direct", _pair(64, 32, 4, 1), "gfx*", up_to=256 + 192),
+    Rule("score_mse_direct", _pair(64, 32, 4, 1), "gfx*", up_to=SHORT_LOADS + 192),
     Rule("score_mse_direct", _pair(32, 32, 4, 1), "gfx*"),
     Rule("score_mse_direct", _pair(32, 16, 8, 1) | ALL_REGISTERS, itemsize=4, up_to=192),
     Rule("score_mse_direct", _pair(16, 16, 8, 1) | ALL_REGISTERS, itemsize=4),
@@ -107,11 +108,11 @@ RULES: tuple[Rule, ...] = (
     Rule("score_mse_direct", _pair(128, 32, 8, 1) | ALL_REGISTERS, up_to=96),  # two heads of 64 take 255 and spill
     Rule("score_mse_direct", _pair(128, 32, 8, 1), up_to=128),
     Rule("score_mse_direct", dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=1), up_to=256),
-    Rule("score_mse_direct", _pair(64, 16, 8, 1) | ALL_REGISTERS, up_to=256 + 128),
+    Rule("score_mse_direct", _pair(64, 16, 8, 1) | ALL_REGISTERS, up_to=SHORT_LOADS + 128),
     Rule("score_mse_direct", _pair(32, 16, 8, 1) | ALL_REGISTERS),
     # score_mse_gram: size as above; BLOCK positions at a time, COLUMNS of the Gram matrices a program.
     Rule("score_mse_gram", _gram(32, 64, 4, 1), "interpreter"),
-    Rule("score_mse_gram", _gram(32, 32, 4, 1), "gfx*", up_to=256 + 192),
+    Rule("score_mse_gram", _gram(32, 32, 4, 1), "gfx*", up_to=SHORT_LOADS + 192),
     Rule("score_mse_gram", _gram(16, 16, 4, 1), "gfx*"),
     Rule("score_mse_gram", _gram(16, 32, 8, 1) | ALL_REGISTERS, itemsize=4, up_to=256),
     Rule("score_mse_gram", _gram(16, 16, 8, 1) | ALL_REGISTERS, itemsize=4),

@@ -22,7 +22,7 @@ from effbert.files import atomic_dir, write_atomic
 from effbert.model import EffBertConfig, EffBertHeadModel, new_student
 from effbert.search.latency import latency
 from effbert.search.progress import Reporter
-from effbert.search.space import Space
+from effbert.search.space import ArchitectureSpace
 from effbert.student import Student, distil, warm_up
 from effbert.supernet import Supernet, derive_config
 from effbert.workspace import Workspace, best_step, model_inputs, note_windows, show
@@ -40,9 +40,11 @@ class Row:
     plain_width: int = 0
 
 
-def rows(workspace: Workspace, winner: Architecture, space: Space, others: Sequence[Architecture] = ()) -> list[Row]:
+def rows(
+    workspace: Workspace, winner: Architecture, space: ArchitectureSpace, others: Sequence[Architecture] = ()
+) -> list[Row]:
     """Winner, others of its Pareto front, published architecture at this size, plain BERT with as many parameters,
-    random architectures."""
+    random architectures, drawn alike whatever the samplers."""
     config = workspace.config
     layers = config.student.num_hidden_layers
     plain_width = equal_plain_width(winner, workspace.student_config())
@@ -53,7 +55,7 @@ def rows(workspace: Workspace, winner: Architecture, space: Space, others: Seque
         Row("plain BERT", Architecture.uniform("1_1", layers), plain_width),
     ]
     for index in range(config.final.num_random):
-        architecture = space.sample(random.generator(config.seed, "final", "random", index))
+        architecture = ArchitectureSpace.sample(space, random.generator(config.seed, "final", "random", index))
         lines.append(Row(f"random {index + 1}", architecture))
     return lines
 

@@ -14,6 +14,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -40,18 +41,18 @@ class PartitionSampler(RememberingSampler):
         self._scored: list[Architecture] = []
         self._codes: list[np.ndarray] = []
         self._values: list[float] = []
-        self._model, self._fitted_on = None, 0
+        self._model, self._fitted_on = None, 0  # what `_fit` made, and of how many values
 
     def _propose(self, rng: np.random.Generator) -> Architecture:
-        return self._sample_new(rng) if len(self._values) < self.initial else self._from_best_leaf(rng)
+        return self._sample_new(rng) if len(self._values) < self.initial else self._from_model(rng)
 
     @abstractmethod
-    def _from_best_leaf(self, rng: np.random.Generator) -> Architecture:
+    def _from_model(self, rng: np.random.Generator) -> Architecture:
         """A new architecture from the region that promises most."""
 
     @abstractmethod
-    def _fit(self, codes: np.ndarray, values: np.ndarray):
-        """The model of `codes` [N, D] with fitness `values` [N]."""
+    def _fit(self, codes: np.ndarray, values: np.ndarray) -> Any:
+        """What `_from_model` wants to know of `codes` [N, D] with fitness `values` [N]."""
 
     def _learn(self, architecture: Architecture, value: float) -> None:
         self._scored.append(architecture)
@@ -61,7 +62,8 @@ class PartitionSampler(RememberingSampler):
     def _relearn(self, values: list[float]) -> None:
         self._values, self._model = values, None
 
-    def _refitted(self):
+    def _refitted(self) -> Any:
+        """What `_fit` makes of the first values, as many as were there when it was last due."""
         scored = len(self._values)
         fit_on = scored - (scored - self.initial) % self.refit_every
         if self._model is None or self._fitted_on != fit_on:
@@ -84,7 +86,7 @@ class LanasSampler(PartitionSampler):
     def _fit(self, codes: np.ndarray, values: np.ndarray) -> "Partition":
         return Partition(codes, values)
 
-    def _from_best_leaf(self, rng: np.random.Generator) -> Architecture:
+    def _from_model(self, rng: np.random.Generator) -> Architecture:
         partition = self._refitted()
         values, codes = np.array(self._values), np.array(self._codes)
         leaf_of = np.concatenate([partition.fitted_leaf_of, partition.leaf_of(codes[self._fitted_on :])])

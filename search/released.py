@@ -9,8 +9,9 @@ tell the halves apart by gradient-boosted trees over the node ids, which are rea
 until all the trees call one good: there is no exploration term, and the better side of every split is taken.
 
 Facts are those of the released code. Not so here: the trees are scikit-learn's, which have none of LightGBM's bagging,
-L1 penalty and least weight of a leaf to be tuned; a changed MLP keeps its structure; every proposal lies in the band,
-which the released code gives up after 1,000 draws; and equal proposals are told by their canonical text, not by what
+L1 penalty and least weight of a leaf to be tuned, and are tried with 20 seeds at most; a changed MLP keeps its
+structure and has 20 nodes at most; everything lies in the band, also what comes first, where the released code gives
+the band up after 1,000 or, in stage 3, 10,000 draws; and equal proposals are told by their canonical text, not by what
 they compute from fixed numbers.
 """
 
@@ -26,14 +27,13 @@ from effbert.search.space import MAX_NODES, ArchitectureSpace
 
 TRIES = {"coarse": 1000, "operations": 400}  # changes of a layer before it stays as it was
 SUBTREE_HEIGHT = 3
-BAND_TRIES = 10_000
 SPLITS = (400, 800, 1600, 3200)  # one split up to so many evaluations, two up to the next, ...
-LEAF_TRIES = 20_000
+DRAWS = 20_000  # for a proposal that all trees call good
 DRAWN_AT_ONCE = 16
 TREES = 100
 SETTINGS = 10  # of the trees, that are tried
 HELD_OUT = 0.2
-LEAF = 20  # rows of one, at least
+LEAF_ROWS = 20  # of a tree, at least
 FITS = 20  # until trees are right more often than wrong
 
 
@@ -54,8 +54,8 @@ class ReleasedSpace(ArchitectureSpace):
         """A random in-band architecture.
 
         `coarse` draws the structures uniformly from all in-band combinations and changes the plain MLPs of them;
-        `operations` changes in each layer the base's MLP or the plain one; `fine` draws for each layer the base's own
-        structure or one of the 16, each of these 17 as often, until the band holds them.
+        `operations` changes in each layer the base's MLP or the plain one; `fine` takes for each layer the base's own
+        structure or one of the 16, each of these 17 as often among what the band holds.
         """
         draw = random.Random(int(rng.integers(2**63)))
         if self.stage == "fine":
@@ -67,22 +67,23 @@ class ReleasedSpace(ArchitectureSpace):
         return Architecture(tuple(changed(draw.choice(source), self.stage, draw) for source in sources))
 
     def _with_drawn_structures(self, draw: random.Random, rng: np.random.Generator) -> Architecture:
-        for _ in range(BAND_TRIES):
-            drawn = self.base.with_structures([draw.choice((own, *STRUCTURES)) for own in self.base.structures])
-            if self.holds(drawn):
-                return drawn
-        return super().sample(rng)
+        while True:  # uniform in the band, then kept half as often for each layer whose structure is not the base's
+            drawn = self.drawn_structures(rng)
+            others = sum(one != own for one, own in zip(drawn, self.base.structures, strict=True))
+            if draw.random() < 0.5**others:
+                return self.base.with_structures(drawn)
 
     def _plain(self, structures: Sequence[Structure]) -> Architecture:
         return Architecture.uniform(STRUCTURES[0], self.num_layers).with_structures(structures)
 
 
 class ReleasedSampler(PartitionSampler):
-    """A space's `first` architectures, where it names some, and random ones until `initial` have a value; then draws of
-    the space that all the trees call good, learned anew every `refit_every` values."""
+    """The `first` architectures of a ReleasedSpace and random ones until `initial` have a value; then draws of the
+    space that all the trees call good, learned anew every `refit_every` values. Below 50 values there are no trees, and
+    every draw is good."""
 
     def _propose(self, rng: np.random.Generator) -> Architecture:
-        for architecture in getattr(self.space, "first", ()):
+        for architecture in self.space.first if isinstance(self.space, ReleasedSpace) else ():
             if architecture not in self.seen:
                 return architecture
         return super()._propose(rng)
@@ -91,22 +92,24 @@ class ReleasedSampler(PartitionSampler):
         splits, members = [], np.arange(len(values))
         for _ in range(1 + np.searchsorted(SPLITS, len(values))):
             good = split_at_median(values[members])
-            if good.all() or len(members) < 2:
+            if good.all():
                 break
             splits.append(Trees(codes[members], good))
             members = members[good]
         return splits
 
-    def _from_best_leaf(self, rng: np.random.Generator) -> Architecture:
-        splits = self._refitted()
-        for _ in range(LEAF_TRIES // DRAWN_AT_ONCE):
+    def _from_model(self, rng: np.random.Generator) -> Architecture:
+        splits, unseen = self._refitted(), None
+        for _ in range(DRAWS // DRAWN_AT_ONCE):
             drawn = [self.space.sample(rng) for _ in range(DRAWN_AT_ONCE)]
             codes = np.array([np.asarray(self.space.encode(one)).ravel() for one in drawn])
             good = np.logical_and.reduce([trees(codes) for trees in splits]) if splits else np.ones(len(drawn), bool)
             for architecture, taken in zip(drawn, good, strict=True):
-                if taken and architecture not in self.seen:
-                    return architecture
-        return self._sample_new(rng)
+                if architecture not in self.seen:
+                    if taken:
+                        return architecture
+                    unseen = unseen or architecture
+        return unseen or self._sample_new(rng)
 
 
 class Trees:
@@ -122,7 +125,7 @@ class Trees:
 
         self.error, self._model = 1.0, None
         rows, held_out = train_test_split(np.arange(len(good)), test_size=HELD_OUT, random_state=1)
-        if len(rows) < 2 * LEAF or len(set(good[rows])) < 2:
+        if len(rows) < 2 * LEAF_ROWS or len(set(good[rows])) < 2:
             return
         for seed in range(FITS):
             for settings in _settings():
@@ -135,7 +138,7 @@ class Trees:
 
         def fitted(trees: int):
             return HistGradientBoostingClassifier(
-                max_iter=trees, min_samples_leaf=LEAF, early_stopping=False, **settings
+                max_iter=trees, min_samples_leaf=LEAF_ROWS, early_stopping=False, **settings
             ).fit(codes[rows], good[rows])
 
         stages = fitted(TREES).staged_predict(codes[held_out])

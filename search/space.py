@@ -281,15 +281,6 @@ class Band:
         rank = _random_below(self.count - 1, rng)
         return self.choice(rank + (rank >= self.rank(other_than)))
 
-    def drawn_structures(self, rng: np.random.Generator) -> tuple[Structure, ...]:
-        """The structures of a random architecture, uniform over all in-band combinations."""
-        return _from_ids(self.band.sample(rng))
-
-    def holds(self, architecture: Architecture) -> bool:
-        """Whether its structures lie in the band and below its ceiling."""
-        choice = _to_ids(architecture.structures)
-        return self.band.low <= self.band.total(choice) <= self.band.high and self.band.allows(choice)
-
     def extreme(self, largest: bool) -> tuple[int, ...]:
         """The first choice with the largest or the smallest sum in the band that has one below the ceiling; of those
         with one of the smallest second sum."""

@@ -330,7 +330,7 @@ def launched(form, student, teacher, length=128):
 
 # Which pairs have more short loads than a large tile has registers for is known from builds (bench/results).
 @pytest.mark.parametrize(("student", "teacher"), [(63, 39), (105, 7), (25, 83), (55, 120), (96, 36)])
-def test_rows_at_odd_addresses_get_smaller_tiles(student, teacher):
+def test_heads_that_take_short_loads_get_smaller_tiles(student, teacher):
     for form, name in (("direct", "BLOCK_N"), ("gram", "STUDENT_COLUMNS")):
         assert launched(form, student, teacher)[name] == 16 < launched(form, 45, 64)[name]
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from effbert.architecture import PUBLISHED, Architecture, Dimensions
+from effbert.architecture import PUBLISHED, Architecture, Dimensions, count_parameters
 from effbert.config import PRESETS, SearchStage
 from effbert.kernels.expression import ACTIVATIONS, BINARY, LINEAR, STRUCTURES, Expression
 from effbert.random import generator
 from effbert.search.released import SPLITS, ReleasedSampler, ReleasedSpace, Trees, changed, mlp_of, mutated
 from effbert.search.run import space_of
+from effbert.search.sampler import SpaceExhausted
 from effbert.search.space import MAX_NODES, ArchitectureSpace
 
 WINNER = Architecture.parse(PUBLISHED)
@@ -83,11 +84,23 @@ def test_the_published_first_architectures_come_first():
     assert space("coarse").first == (plain,)
     assert space("operations").first == (WINNER, plain.with_structures(WINNER.structures))
     assert space("fine").first == (WINNER,)
-    assert space("coarse", 15_500_000).first == ()  # 15,34 million parameters
+    assert space("coarse", 15_500_000).first == ()  # 15.34 million parameters
     sampler = ReleasedSampler(space("operations"))
     sampler.asked(WINNER)
     assert sampler.ask(generator(0)) == plain.with_structures(WINNER.structures)
     assert sampler.ask(generator(0)) == space("operations").sample(generator(0))
+
+
+@pytest.mark.parametrize("margin", [0, 150_000])
+def test_a_narrow_band_is_drawn_to_its_end(margin):
+    smallest = space("fine", 0, 10**9).extreme(largest=False)
+    least = count_parameters(smallest, Dimensions()).total_with_projection
+    here = space("fine", least, least + margin)
+    sampler = ReleasedSampler(here, 2, 1)
+    for number in range(here.band.count):
+        sampler.tell(sampler.ask(generator(number)), float(number))
+    with pytest.raises(SpaceExhausted):
+        sampler.ask(generator(0))
 
 
 class Ids:
@@ -124,9 +137,9 @@ def search(seed, count):
 
 
 def test_it_gets_as_far_as_recorded_of_the_released_code():
-    values, published = search(1, 300), FIXTURE["published"]  # over 12 seeds 0.83, from 0.64 to 0.98
-    assert values[80:].mean() == pytest.approx(published["mean_81_300"], abs=0.2)
-    assert values[:80].mean() == pytest.approx(published["random_mean_81_300"], abs=0.4)
+    """Its mean value was 0.88, that of random draws 0.14; ours over 12 seeds 0.83, from 0.64 to 0.98."""
+    values = search(1, 300)
+    assert 0.5 < values[80:].mean() < 1.15 and values[:80].mean() < 0.5
 
 
 @pytest.mark.parametrize(("count", "splits"), [(80, 1), (SPLITS[0], 1), (SPLITS[0] + 1, 2), (SPLITS[1] + 1, 3)])
