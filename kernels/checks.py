@@ -118,7 +118,7 @@ def distill_attention(
     value: torch.Tensor,
     teacher_query: torch.Tensor,
     teacher_key: torch.Tensor,
-    attention_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
     dropout: Dropout | None = None,
     mask: str = "real",
 ) -> None:
@@ -126,7 +126,6 @@ def distill_attention(
     name = "distill_attention"
     _check_choice(name, "mask", mask, MASKS)
     _check_attention(name, backend, query, key, value, attention_mask, dropout)
-    _check_present(name, attention_mask)
     _check_teacher_heads(name, backend, query, teacher_query, teacher_key)
 
 
@@ -244,6 +243,8 @@ def _check_unlike(op, backend, x, others, names) -> None:
 def _check_rows(op: str, x: torch.Tensor) -> None:
     if x.dim() == 0:
         raise ValueError(f"{op}: the input is a scalar: it must have at least one dimension")
+    if not x.shape[-1]:
+        raise ValueError(f"{op}: the input is {_size(x)}: it needs a column at least")
     numel = x.numel()
     if numel >= MAX_ROWS and numel // x.shape[-1] >= MAX_ROWS:
         raise ValueError(f"{op}: {numel // x.shape[-1]} rows: they must be fewer than 2**31; give them in parts")
@@ -297,12 +298,18 @@ def _check_norm(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 
 
 def _check_dropout(op: str, x: torch.Tensor, dropout: Dropout) -> None:
-    p, key, _ = dropout
+    if not isinstance(dropout, tuple) or len(dropout) != 3:
+        raise TypeError(f"{op}: dropout is a {type(dropout).__name__}: it must be a Dropout(p, key, site), or None")
+    p, key, site = dropout
     if not 0 <= p < 1:
         raise ValueError(f"{op}: dropout probability {p}: it must be at least 0 and below 1")
     if isinstance(key, torch.Tensor) and (key.dtype != torch.int64 or key.dim() or key.device != x.device):
         found = f"{_short(key.dtype)} {_size(key)} on {key.device}"
         raise ValueError(f"{op}: the dropout key is {found}: an int, or a 0-d int64 tensor on {x.device}")
+    if not isinstance(key, torch.Tensor) and not 0 <= key < 2**63:
+        raise ValueError(f"{op}: the dropout key is {key}: it must be at least 0 and below 2**63")
+    if not 0 <= site < 2**31:
+        raise ValueError(f"{op}: the dropout site is {site}: it must be at least 0 and below 2**31")
 
 
 def _check_attention(op, backend, query, key, value, attention_mask, dropout) -> None:
@@ -321,6 +328,8 @@ def _check_heads(op, backend, like: torch.Tensor, tensors: Sequence[torch.Tensor
     if len(shape) != 4 or (first is not like and shape[:3] != like.shape[:3]):
         wanted = "[B, H, L, D]" if first is like else f"[{', '.join(map(str, like.shape[:3]))}, D]"
         raise ValueError(f"{op}: {names[0]} is {_size(first)}, it must be {wanted}")
+    if not shape[3]:
+        raise ValueError(f"{op}: {names[0]} is {_size(first)}: a head needs a column at least")
     for other in tensors:
         if other.shape != shape:
             raise ValueError(f"{op}: {' and '.join(names)} must have one shape, not {', '.join(map(_size, tensors))}")
@@ -376,6 +385,8 @@ def _check_mask(op: str, query: torch.Tensor, attention_mask: torch.Tensor) -> N
 
 
 def _check_mask_shape(op: str, x: torch.Tensor, mask: torch.Tensor, shape: Sequence[int]) -> None:
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"{op}: the mask is a {type(mask).__name__}: it must be a tensor")
     if mask.shape != shape:
         raise ValueError(f"{op}: the mask is {_size(mask)}, it must be [{', '.join(map(str, shape))}]")
     if mask.device != x.device:

@@ -12,9 +12,10 @@ exchanged under them. Each checks its inputs (effbert.kernels.checks), then call
 import contextlib
 import functools
 import importlib
+import inspect
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -37,6 +38,7 @@ OPS = (
     "projected_mse",
     "soft_cross_entropy",
 )
+OF_LISTS = ("projected_mse",)  # whose first argument is a list of tensors
 ENVIRONMENT = "EFFBERT_BACKEND"
 OLDEST_CAPABILITY = (8, 0)
 _chosen: str | None = None
@@ -54,7 +56,7 @@ def resolve(name: str) -> str:
 
 def current() -> str:
     """The backend in use, "auto" included: the innermost `use_backend`, else EFFBERT_BACKEND, else auto."""
-    return _chosen or resolve(os.environ.get(ENVIRONMENT, "auto"))
+    return _chosen or resolve(os.environ.get(ENVIRONMENT) or "auto")
 
 
 @contextlib.contextmanager
@@ -71,10 +73,14 @@ def use_backend(name: str):
         _chosen = outer
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@torch.compiler.assume_constant_result  # a plain function: torch.compile traces into what functools.cache makes
 def why_not_triton(device: torch.device) -> str | None:
     """What keeps the Triton kernels from running on `device`, in a line; None where they run."""
+    return _why_not_on(device)
+
+
+@functools.cache
+def _why_not_on(device: torch.device) -> str | None:
     missing = _why_no_triton()
     if missing or device.type == "meta":
         return missing
@@ -146,20 +152,39 @@ def _implementation(backend: str, op: str) -> Callable:
 
 
 def _make(op: str) -> Callable:
-    def dispatched(first, *args, backend: str | None = None, **kwargs):
-        tensor = first if isinstance(first, torch.Tensor) else first[0] if len(first) else _NOTHING
+    eager = _implementation("eager", op)
+    signature = inspect.signature(eager)
+    first_name = next(iter(signature.parameters))
+
+    def dispatched(*args, backend: str | None = None, **kwargs):
+        device = _device(op, first_name, args[0] if args else kwargs.get(first_name, _NOTHING))
         chosen = current() if backend is None else resolve(backend)
         if chosen == "auto":
-            chosen = _automatic(op, tensor.device, (first, *args), kwargs)
+            chosen = _automatic(op, device, args, kwargs)
         else:
-            _explicit(op, chosen, tensor.device, (first, *args), kwargs)
-        return _implementation(chosen, op)(first, *args, **kwargs)
+            _explicit(op, chosen, device, args, kwargs)
+        return _implementation(chosen, op)(*args, **kwargs)
 
     dispatched.__name__ = dispatched.__qualname__ = op
-    dispatched.__doc__ = _implementation("eager", op).__doc__
-    if torch.cuda.is_available() and _why_no_triton() is None:
+    dispatched.__doc__ = eager.__doc__
+    own = inspect.Parameter("backend", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | None")
+    dispatched.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])
+    if (torch.cuda.is_available() or is_interpreted()) and _why_no_triton() is None:
         _implementation("triton", op)
+    if os.environ.get(ENVIRONMENT) == "compile":
+        _implementation("compile", op)
     return dispatched
+
+
+def _device(op: str, name: str, first: torch.Tensor | Sequence[torch.Tensor]) -> torch.device:
+    """Where an op's first argument lies, of `projected_mse` the first of these."""
+    tensor = first
+    if op in OF_LISTS and isinstance(first, (list, tuple)):
+        tensor = first[0] if first else _NOTHING
+    if not isinstance(tensor, torch.Tensor):
+        what = "a list of tensors" if op in OF_LISTS else "a tensor"
+        raise TypeError(f"{op}: {name} is a {type(first).__name__}: it must be {what}")
+    return tensor.device
 
 
 def __getattr__(name):

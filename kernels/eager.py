@@ -129,7 +129,8 @@ def attention(
     attention_mask: torch.Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
-    """softmax(QKᵀ/√D) V for query, key, value [B, H, L, D] -> [B, H, L, D]; masked keys get no weight.
+    """softmax(QKᵀ/√D) V for query, key, value [B, H, L, D] -> [B, H, L, D]; masked keys get no weight, and a sequence
+    without any other key gets zeros.
 
     With dropout the probabilities [B, H, L, L] are formed, because their mask comes from Philox; without it this is
     scaled_dot_product_attention.
@@ -138,9 +139,10 @@ def attention(
     if dropout is None or philox.threshold(dropout.p) == 0:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=keep)
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    if keep is not None:
-        scores = scores.masked_fill(~keep, float("-inf"))
-    return philox.apply(torch.softmax(scores, dim=-1), dropout) @ value
+    if keep is None:
+        return philox.apply(torch.softmax(scores, dim=-1), dropout) @ value
+    p = torch.softmax(scores.masked_fill(~keep, torch.finfo(scores.dtype).min), dim=-1)
+    return philox.apply(p.masked_fill(~keep, 0.0), dropout) @ value
 
 
 def distill_attention(
@@ -167,10 +169,11 @@ def _without_autocast(loss):
     """A loss is computed in the precision of its widened inputs, also where the caller runs under autocast."""
 
     @wraps(loss)
-    def run(first, *args, **kwargs):
+    def run(*args, **kwargs):
+        first = next(iter(args or kwargs.values()))
         device = first.device if isinstance(first, torch.Tensor) else first[0].device
         with torch.autocast(autocast_kind(device), enabled=False):
-            return loss(first, *args, **kwargs)
+            return loss(*args, **kwargs)
 
     return run
 
@@ -187,6 +190,7 @@ def score_mse(
 ) -> torch.Tensor:
     """Mean squared difference of the raw attention scores QKᵀ/√D of student [B, H, L, D] and teacher [B, H, L, D'].
 
+    Tokens are real where attention_mask [B, L] is not 0; what stands at others has no influence.
     mask "real": only pairs of real tokens count, in the sum and in the mean (H · Σ_b length_b²).
     mask "released": the published form; masked keys contribute 0, a score at or below -100 is replaced by 0 on its own
     side, and the mean runs over all B · H · L² entries.
@@ -212,22 +216,25 @@ def score_mse(
         return _released_score_mse(student_query, student_key, teacher_query, teacher_key, attention_mask)
 
     heads, length = student_query.shape[1:3]
-    real = attention_mask.to(student_query.dtype)[:, None, :, None]
-    count = heads * (attention_mask.sum(dim=1).to(student_query.dtype) ** 2).sum()
+    real = attention_mask != 0
+    count = heads * (real.sum(dim=1).to(student_query.dtype) ** 2).sum()
+    student_query, student_key, teacher_query, teacher_key = (
+        t.masked_fill(~real[:, None, :, None], 0.0) for t in (student_query, student_key, teacher_query, teacher_key)
+    )
     if form == "auto":
         form = "gram" if gram_is_cheaper(length, student_query.shape[-1], teacher_query.shape[-1]) else "direct"
     if form == "direct":
         # both sides are zero in masked rows of Q and K, so nothing else needs masking
-        scores = (student_query * real) @ (student_key * real).transpose(-1, -2)
-        target = (teacher_query * real) @ (teacher_key * real).transpose(-1, -2)
+        scores = student_query @ student_key.transpose(-1, -2)
+        target = teacher_query @ teacher_key.transpose(-1, -2)
         return (scores - target).square().sum() / count
-    queries = torch.cat((student_query, -teacher_query), dim=-1) * real
-    keys = torch.cat((student_key, teacher_key), dim=-1) * real
+    queries = torch.cat((student_query, -teacher_query), dim=-1)
+    keys = torch.cat((student_key, teacher_key), dim=-1)
     return ((queries.transpose(-1, -2) @ queries) * (keys.transpose(-1, -2) @ keys)).sum() / count
 
 
 def _released_score_mse(student_query, student_key, teacher_query, teacher_key, attention_mask):
-    masked_keys = (1 - attention_mask.to(student_query.dtype))[:, None, None, :] * RELEASED_MASK
+    masked_keys = (attention_mask == 0).to(student_query.dtype)[:, None, None, :] * RELEASED_MASK
 
     def scores(query, key):
         raw = query @ key.transpose(-1, -2) + masked_keys

@@ -90,11 +90,11 @@ def soft_cross_entropy_fwd_kernel(
         inside = in_rows & (col < cols)
         blocked = 0.0
         if HAS_MASK:
-            keep = tl.load(mask + col * mask_step, mask=inside, other=0).to(tl.float32)
+            keep = tl.load(mask + col.to(tl.int64) * mask_step, mask=inside, other=0).to(tl.float32)
             kept += tl.sum(keep, axis=1)
             blocked = (1.0 - keep) * MASKED
-        z_s = load_logits(student, col * student_step, inside, blocked, temperature)
-        z_t = load_logits(teacher, col * teacher_step, inside, blocked, temperature)
+        z_s = load_logits(student, col.to(tl.int64) * student_step, inside, blocked, temperature)
+        z_t = load_logits(teacher, col.to(tl.int64) * teacher_step, inside, blocked, temperature)
         student_top = tl.maximum(student_max, tl.max(z_s, axis=1))
         teacher_top = tl.maximum(teacher_max, tl.max(z_t, axis=1))
         student_shift = finite_or_zero(student_top)
@@ -129,9 +129,11 @@ def soft_cross_entropy_fwd_kernel(
             inside = in_rows & (col < cols)
             blocked = 0.0
             if HAS_MASK:
-                blocked = (1.0 - tl.load(mask + col * mask_step, mask=inside, other=0).to(tl.float32)) * MASKED
-            z_s = load_logits(student, col * student_step, inside, blocked, temperature)
-            z_t = load_logits(teacher, col * teacher_step, inside, blocked, temperature)
+                blocked = (
+                    1.0 - tl.load(mask + col.to(tl.int64) * mask_step, mask=inside, other=0).to(tl.float32)
+                ) * MASKED
+            z_s = load_logits(student, col.to(tl.int64) * student_step, inside, blocked, temperature)
+            z_t = load_logits(teacher, col.to(tl.int64) * teacher_step, inside, blocked, temperature)
             p_s = tl.exp(z_s - student_shift) / student_sum[:, None]
             p_t = tl.exp(z_t - teacher_shift) / teacher_sum[:, None]
             tl.store(numerator + col, (p_s - p_t).to(numerator.dtype.element_ty), mask=inside)

@@ -7,6 +7,7 @@ of the same form; `EFFBERT_TILES=FILE` puts that file before the table. Nothing 
 import fnmatch
 import functools
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ import torch
 from effbert.kernels.launch import architecture, ceil_div, multiprocessors
 
 ENVIRONMENT = "EFFBERT_TILES"
+ANY_NUMBER = {"num_stages", "maxnreg", "PROGRAMS", "ELEMENTS"}  # all else of a tile is a power of two
+MOST_ELEMENTS = 2**20  # of a tensor in Triton
 SHORT_LOADS = 256  # more than any two heads have columns (`score_mse_direct`)
 FILLED = 0.75  # of the multiprocessors' time, that programs of many rows must use (`choose_rows`)
 
@@ -341,4 +344,11 @@ def _checked(**fields) -> Rule:
         raise TypeError(f"{rule}: whole numbers and a pattern are needed")
     if min(rule.tile.values(), default=1) < 1 or min(limits, default=0) < 0:
         raise ValueError(f"{rule}: a tile needs numbers above 0, itemsize and up_to none below it")
+    blocks = sorted(rule.tile[name] for name in rule.tile.keys() - ANY_NUMBER)
+    if any(number & (number - 1) for number in blocks) or math.prod(blocks[-2:]) > MOST_ELEMENTS:
+        raise ValueError(
+            f"{rule}: block sizes and num_warps are powers of two, and two blocks at most {MOST_ELEMENTS:,}"
+        )
+    if rule.tile.get("num_warps", 1) > 32 or rule.tile.get("maxnreg", 1) > 255:
+        raise ValueError(f"{rule}: num_warps is at most 32, maxnreg at most 255")
     return rule

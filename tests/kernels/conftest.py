@@ -36,6 +36,7 @@ def poisoned_memory(monkeypatch):
     """torch.empty gives NaN: a kernel that leaves an element unwritten, or reads one, is seen."""
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
 
 
 def check_error(

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.library import opcheck
 
 from effbert.architecture import PUBLISHED, Architecture
@@ -275,3 +277,35 @@ def test_one_kernel_for_the_whole_block_equals_plain_pytorch(text, dropout, whol
 def test_one_kernel_for_the_whole_block_takes_one_column_and_no_rows(whole_block, device, check_error):
     compare("mlp_block", operands(3, 1, 1, device, torch.float32), (Expression.parse(FIRST), 1, 1e-5), check_error)
     assert fused.mlp_block(*operands(0, 8, 8, device, torch.float32), Expression.parse(FIRST), 4, 1e-5).shape == (0, 8)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(0, 40),
+    channels=st.integers(4, 40),
+    margin=st.integers(0, 3),
+    parent=st.integers(0, 5),
+    p=st.sampled_from([0.0, 0.25]),
+    name=st.sampled_from(["mlp", "mlp_block"]),
+)
+def test_any_expression_width_and_stride(device, check_error, seed, rows, channels, margin, parent, p, name):
+    """x and weights are views of wider tensors, so rows may begin anywhere; the weights are slices of a parent's."""
+    rng = np.random.default_rng(seed)
+    expression = random_expression(STRUCTURES[rng.integers(16)], rng)
+    constants = [expression, expression.structure.inner_width(channels)]
+    constants += [1e-5, Dropout(p, 5, 2)] if name == "mlp_block" else []
+    count = 7 if name == "mlp_block" else 5
+    wide = operands(rows, channels, channels + parent, device, torch.float32, seed % 1000)[:count]
+    wide = [torch.nn.functional.pad(tensor, (margin, 3)) if tensor.dim() == 2 else tensor for tensor in wide]
+
+    def of_views(function):
+        def cut(tensor):
+            return tensor[:, margin : tensor.shape[1] - 3] if tensor.dim() == 2 else tensor
+
+        return lambda *leaves: function(*map(cut, leaves), *constants)
+
+    plain, ours = of_views(getattr(eager, name)), of_views(getattr(fused, name))
+    exact = run(plain, [tensor.double() for tensor in wide])
+    for mine, theirs, right in zip(run(ours, wide), run(plain, wide), exact, strict=True):
+        check_error(mine, theirs, right, what=f"{name} of {expression}")

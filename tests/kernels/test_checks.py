@@ -304,11 +304,29 @@ def test_unknown_names_and_impossible_numbers_are_refused(op, changes, message, 
     refused(ValueError, message, op, **changes)
 
 
-def test_losses_over_scores_need_a_mask(refused):
-    for op in ("score_mse", "distill_attention"):
-        refused(TypeError, f"{op}: attention_mask is None", op, attention_mask=None)
-    check("attention", attention_mask=None)
-    check("projected_mse", attention_mask=None)
+def test_score_mse_alone_needs_a_mask(refused):
+    refused(TypeError, "score_mse: attention_mask is None", "score_mse", attention_mask=None)
+    for op in ("attention", "distill_attention", "projected_mse"):
+        check(op, attention_mask=None)
+        refused(TypeError, f"{op}: the mask is a list: it must be a tensor", op, attention_mask=[[1]])
+
+
+@pytest.mark.parametrize("op", ["dropout", "mlp_block", "dropout_add_layer_norm", "attention"])
+def test_impossible_dropouts_are_refused(op, refused):
+    for site in (-1, 2**31):
+        refused(ValueError, f"{op}: the dropout site is {site}", op, dropout=Dropout(0.1, 3, site))
+    for key in (-1, 2**63):
+        refused(ValueError, f"{op}: the dropout key is {key}", op, dropout=Dropout(0.1, key, 1))
+    refused(TypeError, f"{op}: dropout is a float: it must be a Dropout", op, dropout=0.1)
+    check(op, dropout=Dropout(0.1, 2**63 - 1, 2**31 - 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_columns_are_too_few(backend, refused):
+    refused(ValueError, r"the input is \[3, 0\]: it needs a column", "dropout", backend, x=zeros(3, 0))
+    heads = zeros(2, 3, 5, 0)
+    for op, names in (("score_mse", ("student_query", "student_key")), ("attention", ("query", "key", "value"))):
+        refused(ValueError, "a head needs a column", op, backend, **dict.fromkeys(names, heads))
 
 
 @pytest.mark.parametrize("op", ["dropout", "mlp_block", "dropout_add_layer_norm", "attention", "distill_attention"])

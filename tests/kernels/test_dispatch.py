@@ -1,14 +1,19 @@
 """The choice of backend, and that importing kernels does nothing."""
 
+import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from effbert import kernels
-from effbert.kernels import dispatch
+from effbert.kernels import compiled, dispatch, eager, fused
+from effbert.kernels.expression import STRUCTURES
+from effbert.search.space import random_expression
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,7 +67,7 @@ def fresh(monkeypatch, caplog):
 
 
 def forget():
-    for function in (dispatch.why_not_triton, dispatch._why_no_triton, dispatch._log_once):
+    for function in (dispatch._why_not_on, dispatch._why_no_triton, dispatch._log_once):
         function.cache_clear()
 
 
@@ -143,6 +148,65 @@ def test_the_first_calls_of_a_process_compile_whole(monkeypatch):
 
     x = torch.randn(2, 1, 4, 8)
     torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="eager")(x), step(x))
+
+
+FIRST_CALL = """
+import torch
+from effbert import kernels
+def f(x): return kernels.dropout_add_layer_norm(x, x, torch.ones(9), torch.zeros(9), 1e-5)
+print(torch.compile(f, fullgraph=True, backend="aot_eager")(torch.randn(4, 9)).shape)
+"""
+
+
+@pytest.mark.parametrize("environment", [dict(EFFBERT_BACKEND="compile"), dict(EFFBERT_BACKEND="triton"), {}])
+def test_a_process_may_begin_inside_compiled_code_under_any_backend(environment):
+    variables = {**os.environ, "TRITON_INTERPRET": "1", **environment}
+    command = [sys.executable, "-W", "error:Dynamo detected:UserWarning", "-c", FIRST_CALL]
+    done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "[4, 9]" in done.stdout, done.stderr
+
+
+def test_the_compile_backend_takes_as_many_expressions_as_there_are(monkeypatch):
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: whole(*args, **options, backend="aot_eager"))
+    compiled._compiled.cache_clear()
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        expression = random_expression(STRUCTURES[generator.integers(16)], generator)
+        width = expression.structure.inner_width(24)
+        for rows in (3, 5 + number):
+            tensors = [torch.randn(*shape) for shape in ((rows, 24), (24, 24), (24,), (24, 24), (24,))]
+            results = [kernels.mlp(*tensors, expression, width, backend=name) for name in ("compile", "eager")]
+            torch.testing.assert_close(*results)
+    compiled._compiled.cache_clear()
+
+
+def test_an_op_shows_its_arguments_and_takes_them_by_name():
+    for op in dispatch.OPS:
+        parameters = list(inspect.signature(getattr(kernels, op)).parameters)
+        assert parameters == [*inspect.signature(getattr(eager, op)).parameters, "backend"]
+        assert parameters[:-1] == list(inspect.signature(getattr(fused, op)).parameters)
+    logits = torch.randn(2, 3)
+    for backend in ("eager", "triton"):
+        named = dict(teacher_logits=logits, temperature=2.0, backend=backend)
+        by_name = kernels.soft_cross_entropy(student_logits=logits, **named)
+        assert by_name == kernels.soft_cross_entropy(logits, logits, 2.0, backend=backend)
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        kernels.dropout(dropout=None)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "triton", "compile"])
+@pytest.mark.parametrize("value", [None, 3, [1.0, 2.0], np.ones((2, 3))])
+def test_what_is_no_tensor_is_named(value, backend):
+    with pytest.raises(TypeError, match=r"dropout: x is a \w+: it must be a tensor"):
+        kernels.dropout(value, None, backend=backend)
+    with pytest.raises(TypeError, match=r"projected_mse: student_states is a \w+: it must be a list of tensors"):
+        kernels.projected_mse(value, [], torch.ones(3, 2), torch.ones(3), backend=backend)
+
+
+def test_an_empty_environment_variable_chooses_nothing(monkeypatch):
+    monkeypatch.setenv("EFFBERT_BACKEND", "")
+    assert dispatch.current() == "auto"
 
 
 def run(code, *path):

@@ -178,6 +178,27 @@ def test_results_are_laid_out_for_the_next_linear_layer(device):
         assert gradient.stride() == leaves[0].stride()
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_sequence_without_a_real_token_gets_zeros_from_all_backends(device, p):
+    *tensors, mask = problem(torch.float32, device)
+    mask[1] = 0
+    results = []
+    for function in (eager.attention, fused.attention):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors[:3]]
+        context = function(*leaves, mask, Dropout(p, 7, 1))
+        results.append([context, *torch.autograd.grad(context.square().sum(), leaves)])
+    for plain, ours in zip(*results, strict=True):
+        assert not plain[1].any() and plain[0].any()
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_mask_all_tokens_are_real(device):
+    *tensors, mask = problem(torch.float32, device)
+    for function in (eager.distill_attention, fused.distill_attention):
+        for mine, same in zip(function(*tensors, None), function(*tensors, torch.ones_like(mask)), strict=True):
+            torch.testing.assert_close(mine, same)
+
+
 def test_padded_queries_attend_to_real_keys_and_an_empty_sequence_gives_zeros(device):
     *tensors, mask = problem(torch.float32, device)
     mask[1] = 0

@@ -1,5 +1,8 @@
 """Soft cross entropy in Triton against the plain form: 2 classes to a vocabulary, masks, spans, extreme logits."""
 
+import mmap
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -153,3 +156,16 @@ def test_dispatch_reaches_it(device):
     student, teacher = logits(device, torch.float32, 3, 4)
     mine, plain = (kernels.soft_cross_entropy(student, teacher, backend=name) for name in ("triton", "eager"))
     torch.testing.assert_close(mine, plain)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or sys.platform != "linux", reason="6 GB of which Linux gives two pages")
+def test_classes_may_lie_more_than_32_bits_apart():
+    step = 2**30
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which Python 3.11 has no name for
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (3 * step + 2), flags=flags), dtype=torch.float16)
+    student = memory.as_strided((2, 4), (1, step))
+    student.copy_(torch.randn(2, 4))
+    teacher, mask = torch.randn(2, 4).half(), torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1]])
+    torch.testing.assert_close(
+        soft_cross_entropy(student, teacher, 2.0, mask), eager.soft_cross_entropy(student, teacher, 2.0, mask)
+    )

@@ -338,3 +338,23 @@ def test_heads_that_take_short_loads_get_smaller_tiles(student, teacher):
 @pytest.mark.parametrize(("length", "warps"), [(128, 8), (64, 8), (32, 4), (16, 4)])
 def test_a_tile_cut_to_the_length_keeps_its_warps_down_to_64_rows(length, warps):
     assert launched("direct", 64, 64, length)["num_warps"] == warps
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_real_is_what_is_not_zero_and_nothing_else_has_influence(device, way):
+    tensors = [torch.randn(2, 3, 9, size, device=device) for size in (5, 5, 7, 7)]
+    mask = torch.ones(2, 9, dtype=torch.long, device=device)
+    mask[1, 4:] = 0
+    expected = eager.score_mse(*tensors, mask, *WAYS[way])
+    weights = mask * torch.tensor([0.5, 2.0], device=device)[:, None]
+    for function in (eager.score_mse, score_loss.score_mse):
+        torch.testing.assert_close(function(*tensors, weights, *WAYS[way]), expected)
+    if WAYS[way][0] == "real":
+        holes = [tensor.clone() for tensor in tensors]
+        for tensor in holes:
+            tensor[1, :, 4:] = float("nan")
+        for function in (eager.score_mse, score_loss.score_mse):
+            leaf = holes[0].clone().requires_grad_()
+            loss = function(leaf, *holes[1:], mask, *WAYS[way])
+            torch.testing.assert_close(loss, expected)
+            assert torch.isfinite(torch.autograd.grad(loss, leaf)[0]).all()

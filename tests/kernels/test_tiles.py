@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from effbert.kernels import tiles
 from effbert.kernels.launch import recording
-from effbert.kernels.tiles import RULES, Question, Rule, few_compilations
+from effbert.kernels.tiles import RULES, Question, Rule, few_compilations, read_rules
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
 KERNELS = tuple(dict.fromkeys(rule.kernel for rule in RULES))
@@ -235,3 +235,28 @@ def test_a_missing_file_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setenv(tiles.ENVIRONMENT, str(tmp_path / "nowhere.json"))
     with pytest.raises(ValueError, match=r"nowhere\.json is no file of tile rules \(.*No such file"):
         tiles.choose("dropout", CPU, torch.float32, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(BLOCK_M=48), "powers of two"),
+        (dict(num_warps=3), "powers of two"),
+        (dict(BLOCK_M=2**20), "two blocks at most"),
+        (dict(num_warps=64), "num_warps is at most 32"),
+        (dict(maxnreg=256), "maxnreg at most 255"),
+    ],
+)
+def test_tiles_that_no_kernel_can_have_are_refused_in_a_line(tmp_path, changes, message):
+    known = next(rule for rule in RULES if rule.kernel == "attention_fwd" and "maxnreg" in rule.tile)
+    file = tmp_path / "tiles.json"
+    file.write_text(json.dumps({"rules": [{"kernel": "attention_fwd", "tile": known.tile | changes}]}))
+    with pytest.raises(ValueError, match=message) as caught:
+        read_rules(file)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_all_rules_of_the_table_are_such_as_a_file_may_have(tmp_path):
+    file = tmp_path / "tiles.json"
+    file.write_text(json.dumps({"rules": [asdict(rule) for rule in RULES]}))
+    assert read_rules(file) == RULES
