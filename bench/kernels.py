@@ -35,6 +35,7 @@ from effbert.bench.measure import (
     machine,
     wall_time,
 )
+from effbert.files import write_atomic
 from effbert.kernels import eager
 
 SIX_LAYERS = "mlp_block, six layers"
@@ -115,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     run = Run(chosen, sizes, device_to_measure())
     for result in run.results(not options.no_compile):
-        options.output.write_text(json.dumps(run.record(), indent=1), encoding="utf-8")
+        write_atomic(options.output, json.dumps(run.record(), indent=1))
         print(run.line(result), flush=True)
     print("\n" + run.summary())
     return int(run.failed)

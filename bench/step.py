@@ -10,6 +10,7 @@ step captured as a CUDA graph; its dropout masks repeat, which costs nothing.
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 
 from effbert.bench.measure import captured, ceilings, described, device_to_measure, machine, wall_time
 from effbert.distill import LossWeights, distillation_losses, score_targets
+from effbert.files import write_atomic
 from effbert.kernels import dispatch, gradients_in_place, use_backend
 from effbert.model import EffBertConfig, EffBertModel
 from effbert.teacher import Teacher
@@ -57,26 +59,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args(arguments)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(measure_all(SMALL if options.small else Shapes()), indent=1))
+    for record in measure_all(SMALL if options.small else Shapes()):
+        write_atomic(options.output, json.dumps(record, indent=1))
     print(options.output.read_text())
 
 
-def measure_all(shapes: Shapes) -> dict:
-    """All cases on the GPU where there is one, else on the CPU."""
+def measure_all(shapes: Shapes) -> Iterator[dict]:
+    """The record after each case, the last one of all; on the GPU where there is one, else on the CPU."""
     device = device_to_measure()
     step = Step(shapes, device)
     cases: dict[str, dict] = {}
-    for variant, (backend, wrap, parts) in VARIANTS.items():
-        for part in parts:
-            cases[f"{part} {variant}"] = measured(step, part, backend, wrap, shapes.repeats)
-    return {
+    record = {
         **machine(device),
         "dtype": "bf16 autocast, fp32 weights",
         "shapes": asdict(shapes),
         "ceilings": described(ceilings(device, 8192 if device.type == "cuda" else 384)),
         "cases": cases,
-        "ratios": ratios(cases),
     }
+    for variant, (backend, wrap, parts) in VARIANTS.items():
+        for part in parts:
+            cases[f"{part} {variant}"] = measured(step, part, backend, wrap, shapes.repeats)
+            yield record | {"ratios": ratios(cases)}
 
 
 def measured(step: "Step", part: str, backend: str, wrap, repeats: int) -> dict:

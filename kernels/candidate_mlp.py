@@ -23,7 +23,7 @@ from torch import Tensor
 from effbert.kernels import tiles
 from effbert.kernels.codegen import SlotFunction, SlotFunctions, slot_functions
 from effbert.kernels.expression import Expression
-from effbert.kernels.launch import compute_dtype
+from effbert.kernels.launch import compute_dtype, dense
 from effbert.kernels.library import FusedOp, gradient_of
 from effbert.kernels.linear import linear_forward, need_packing, pack, padded_width
 from effbert.kernels.linear_gradient import linear_gradients, linear_input_gradient, slot_gradient
@@ -115,7 +115,9 @@ def _weight_gradients(partials, parameters, width, in_place: bool) -> list[Tenso
     else:
         sliced = width < len(parameters[0])
         gradients = [
-            torch.zeros_like(parameter) if sliced and place < 3 else torch.empty_like(parameter)
+            (torch.zeros_like if sliced and place < 3 else torch.empty_like)(
+                parameter, memory_format=torch.contiguous_format
+            )
             for place, parameter in enumerate(parameters)
         ]
     weight1, bias1, weight2, *others = gradients
@@ -136,6 +138,7 @@ def _mlp_forward(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     slots, weights = slot_functions(expression, combine), _Weights(weight1, weight2, inner_width, dtype, None)
+    bias1, bias2 = dense(bias1), dense(bias2)
     if slots.post.is_identity:
         h, value, y = _gemms(as_rows(x), weights, bias1, bias2, slots, inner_width, dtype, need_grad, pad=False)
     else:
@@ -186,6 +189,7 @@ def _mlp_block_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     slots, rows = slot_functions(expression, combine), as_rows(x)
     weights = _Weights(weight1, weight2, inner_width, dtype, None)
+    bias1, bias2, norm_weight, norm_bias = map(dense, (bias1, bias2, norm_weight, norm_bias))
     dropout = (p, key, key_tensor, site)
     tile = tiles.choose("mlp_block", x.device, dtype, x.shape[-1])
     if tile:
@@ -241,16 +245,16 @@ def _mlp_block_backward(
     slots, rows, (h, y, *packed, mean, rstd) = slot_functions(expression, combine), as_rows(x), kept
     weights = _Weights(weight1, weight2, inner_width, dtype, packed)
     dropout, grad_out = (p, key, key_tensor, site), as_rows(grads[0])
-    tile = _rows_tile("row_block_bwd", rows, dtype, slots.mid, slots.post)
+    tile, scale = _rows_tile("row_block_bwd", rows, dtype, slots.mid, slots.post), dense(norm_weight)
     finished = bool(tile) and slots.pre.is_identity
     if tile:
         dy, dx, dh, middle, norm_partials = row_block_backward(
-            grad_out, y, rows, norm_weight, mean, rstd, dropout, _last(slots), h, weights.first, weights.second,
+            grad_out, y, rows, scale, mean, rstd, dropout, _last(slots), h, weights.first, weights.second,
             inner_width, slots.mid, finished, dtype, tile,
         )  # fmt: skip
     else:
         dy, dx, norm_partials = norm_backward(
-            grad_out, y, rows, norm_weight, mean, rstd, *dropout, _last(slots)
+            grad_out, y, rows, scale, mean, rstd, *dropout, _last(slots)
         )  # fmt: skip
         dx, dh, middle = _second_gradient(dy, dx, rows, h, weights, slots, inner_width, dtype)
     dx, partials = linear_gradients(dh, dy, middle, weights.first, rows, inner_width, dtype, slots.pre, dx, finished)

@@ -284,11 +284,12 @@ def _module(name: str, source: str) -> ModuleType:
 
 def _written(name: str, data: bytes) -> Path:
     """The path of a file with exactly this content: in the cache, or in a temporary folder where that fails."""
-    folder = cache_dir()
+    folder = Path(os.environ.get("EFFBERT_CACHE") or "~/.cache")
     try:
+        folder = cache_dir()
         return _write(folder / name, data)
-    except OSError as error:
-        return _write(_temporary_folder(folder, error.strerror or str(error)) / name, data)
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows a home folder
+        return _write(_temporary_folder(folder, getattr(error, "strerror", None) or str(error)) / name, data)
 
 
 def _write(path: Path, data: bytes) -> Path:

@@ -148,3 +148,8 @@ def divisor(*sizes: int, limit: int = 16) -> int:
         while size % unit:
             unit //= 2
     return unit
+
+
+def dense(vector: torch.Tensor) -> torch.Tensor:
+    """A vector as the kernels read it, its elements side by side: itself, or a copy of a strided or expanded one."""
+    return vector if vector.stride(0) == 1 else vector.contiguous()

@@ -6,14 +6,16 @@ kernel lasts. Both run the same two functions.
 """
 
 import contextlib
+import contextvars
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 NAMESPACE = "effbert"
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_in_place = False
+_in_place = contextvars.ContextVar("gradients_in_place", default=False)
 
 
 @contextlib.contextmanager
@@ -21,22 +23,24 @@ def gradients_in_place() -> Iterator[None]:
     """Ops called inside add their weights' gradients to `.grad` themselves, where they can, once backward runs.
 
     A candidate that uses a slice of its parent's weight then touches that slice only; autograd's own way fills a tensor
-    of the parent's size with zeros for each op. It holds for eager calls whose weights are leaf tensors that require a
-    gradient, and for `loss.backward()`, not for `torch.autograd.grad`. Gradient hooks on these weights do not run, so a
-    wrapper that relies on them (DistributedDataParallel) must not be used inside.
+    of the parent's size with zeros for each op. It holds for eager calls of this thread whose weights are leaf tensors
+    that require a gradient and have no gradient hooks (one that has gets its op's gradients in autograd's own way), and
+    for `loss.backward()`, not for `torch.autograd.grad`. A wrapper that hooks on to what accumulates gradients
+    (DistributedDataParallel) must not be used inside.
     """
-    global _in_place
-    outer, _in_place = _in_place, True
+    before = _in_place.set(True)
     try:
         yield
     finally:
-        _in_place = outer
+        _in_place.reset(before)
 
 
 def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
-    """`parameter.grad`, made of zeros where there is none yet."""
+    """`parameter.grad` with contiguous columns, made of zeros where there is none yet."""
     if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+    elif parameter.grad.stride(-1) != 1:
+        parameter.grad = parameter.grad.contiguous()
     return parameter.grad
 
 
@@ -97,6 +101,8 @@ class FusedOp:
         """Run on `args`, all but need_grad: the result, or the tuple of results where there are several."""
         tensors = [value for value in _flat(args) if isinstance(value, torch.Tensor)]
         need_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if not torch.compiler.is_compiling():
+            _refuse_transforms(self.name, tensors)
         if torch.compiler.is_compiling() or any(type(tensor) not in _PLAIN for tensor in tensors):
             outputs = self._registered(*args, need_grad)[: self.results]
         elif need_grad:
@@ -137,7 +143,9 @@ class _Direct(torch.autograd.Function):
         args = (*_nested(flat, lengths), True)
         outputs = op.forward(*args)
         ctx.op = op
-        ctx.in_place = _in_place and op.in_place and all(_is_leaf(args[index]) for index in op.in_place)
+        ctx.leaves = ()
+        if _in_place.get() and op.in_place and all(_is_plain_leaf(args[index]) for index in op.in_place):
+            ctx.leaves = [args[index] for index in op.in_place]
         _remember(ctx, args, outputs[op.first_kept :])
         return tuple(outputs[: op.results])
 
@@ -146,13 +154,27 @@ class _Direct(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(_double_backward_message(ctx.op.name))
         args, kept = _recall(ctx)
-        options = {"in_place": True} if ctx.in_place else {}
+        for index, leaf in zip(ctx.op.in_place, ctx.leaves, strict=False):  # saved tensors may come back as copies
+            args[index] = leaf
+        options = {"in_place": True} if ctx.leaves else {}
         gradients = ctx.op.backward(list(grads), kept, *args, **options)
         return (None, None, *_flat(ctx.op._place(args, gradients)[:-1]))
 
 
-def _is_leaf(tensor: torch.Tensor) -> bool:
-    return tensor.is_leaf and tensor.requires_grad
+def _is_plain_leaf(tensor: torch.Tensor) -> bool:
+    hooked = tensor._backward_hooks or tensor._post_accumulate_grad_hooks
+    return tensor.is_leaf and tensor.requires_grad and not hooked
+
+
+def _refuse_transforms(name: str, tensors: Sequence[torch.Tensor]) -> None:
+    """RuntimeError inside torch.func and vmap, and for tensors with a forward-mode tangent, which would be lost."""
+    inside = torch._C._functorch.peek_interpreter_stack() is not None
+    if not inside and forward_ad._current_level >= 0:
+        inside = any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    if inside:
+        raise RuntimeError(
+            f"{name}: the fused kernels know neither torch.func, vmap nor forward mode; use_backend('eager') does"
+        )
 
 
 def _double_backward_message(name: str) -> str:

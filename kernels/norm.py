@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effbert.kernels import philox, tiles
-from effbert.kernels.launch import ceil_div, compute_dtype, divisor, launch, multiprocessors
+from effbert.kernels.launch import ceil_div, compute_dtype, dense, divisor, launch, multiprocessors
 from effbert.kernels.library import FusedOp
 from effbert.kernels.philox import Dropout, split
 from effbert.kernels.primitives import dropout_key, identity, identity_gradient, keep_mask
@@ -442,7 +442,7 @@ def _forward(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, mean, rstd = norm_forward(
-        as_rows(x), as_rows(residual), weight, bias, eps, p, key, key_tensor, site, dtype
+        as_rows(x), as_rows(residual), dense(weight), dense(bias), eps, p, key, key_tensor, site, dtype
     )  # fmt: skip
     return out.view(x.shape), mean, rstd
 
@@ -455,7 +455,7 @@ def _fake(x, residual, weight, bias, eps, p, key, key_tensor, site, dtype, need_
 
 def _backward(grads, kept, x, residual, weight, bias, eps, p, key, key_tensor, site, dtype, need_grad):
     dx, dresidual, partials = norm_backward(
-        as_rows(grads[0]), as_rows(x), as_rows(residual), weight, *kept, p, key, key_tensor, site
+        as_rows(grads[0]), as_rows(x), as_rows(residual), dense(weight), *kept, p, key, key_tensor, site
     )  # fmt: skip
     gradients = [torch.empty_like(weight), torch.empty_like(bias)]
     reduce_partials(partials, gradients, accumulate=False)

@@ -19,7 +19,9 @@ keep d at all saves its writing and two readings, 264 MB or 55 µs, for two more
 
 Numerics: products are formed in the states' dtype (the weight is rounded to it once) and summed in fp32; differences,
 squares and sums are fp32. eager widens everything to fp32 first, which costs the matrix units; against it the loss in
-bf16 has the error of the weight's rounding, and gradients that of d's too, about 2⁻⁹ an element before summation.
+bf16 has the error of the weight's rounding, and gradients that of d's too, about 2⁻⁹ an element before summation. So
+where projection and teacher differ by no more than that of themselves (in fp16 2⁻¹¹), loss and gradients are mostly
+rounding. In fp16 a difference above 65,504 is infinite in d: the loss is right then, gradients are not finite.
 """
 
 from collections.abc import Sequence
@@ -30,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effbert.kernels import tiles
-from effbert.kernels.launch import ceil_div, compute_dtype, divisor, input_precision, launch, multiprocessors
+from effbert.kernels.launch import ceil_div, compute_dtype, dense, divisor, input_precision, launch, multiprocessors
 from effbert.kernels.library import FusedOp, gradient_of
 from effbert.kernels.linear import pack, padded_width
 from effbert.kernels.loss_mean import loss_mean
@@ -290,8 +292,8 @@ def _forward(
     d_pitch = padded_width(cols, dtype)
     pitch_unit = divisor(packed.shape[1], d_pitch)
     launch(
-        projected_mse_fwd_kernel, (programs,), students, teachers, packed, bias, mask, d, sums, counts, column_sums,
-        rows, cols // teacher_unit, depth // student_unit, packed.shape[1] // pitch_unit, d_pitch // pitch_unit,
+        projected_mse_fwd_kernel, (programs,), students, teachers, packed, dense(bias), mask, d, sums, counts,
+        column_sums, rows, cols // teacher_unit, depth // student_unit, packed.shape[1] // pitch_unit, d_pitch // pitch_unit,
         mask.stride(0), students[0].stride(0) // student_unit, teachers[0].stride(0) // teacher_unit,
         PAIRS=pairs, HAS_MASK=masked, KEEP=need_grad, PRECISION=input_precision(dtype),
         STUDENT_UNIT=student_unit, TEACHER_UNIT=teacher_unit, PITCH_UNIT=pitch_unit, **tile,

@@ -1,10 +1,13 @@
 """Candidate MLPs through the fused kernels against plain PyTorch: outputs and every gradient, alone and as a block."""
 
+import contextlib
 import json
+import threading
 
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
@@ -309,3 +312,119 @@ def test_any_expression_width_and_stride(device, check_error, seed, rows, channe
     exact = run(plain, [tensor.double() for tensor in wide])
     for mine, theirs, right in zip(run(ours, wide), run(plain, wide), exact, strict=True):
         check_error(mine, theirs, right, what=f"{name} of {expression}")
+
+
+@pytest.mark.parametrize("form", ["strided", "expanded"])
+def test_vectors_need_not_be_dense(device, form):
+    tensors = operands(24, 20, 20, device, torch.float32)
+    for place, tensor in enumerate(tensors):
+        if tensor.dim() == 1 and form == "strided":
+            tensors[place] = torch.stack([tensor, tensor + 5], dim=1)[:, 0]
+        elif tensor.dim() == 1:
+            tensors[place] = tensor[3:4].expand(len(tensor))
+    constants = Expression.parse(FIRST), 10, 1e-5, Dropout(0.1, 5, 2)
+    results = []
+    for function in (eager.mlp_block, fused.mlp_block):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        out = function(*leaves, *constants)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for plain, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        fused.mlp(*tensors[:5], *constants[:2]), eager.mlp(*tensors[:5], *constants[:2]), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_weights_may_be_stored_by_columns(device, in_place):
+    tensors = operands(24, 20, 20, device, torch.float32)
+    constants = Expression.parse(FIRST), 10, 1e-5, Dropout(0.1, 5, 2)
+    expected = run(fused.mlp_block, tensors, *constants)
+    leaves = [tensor.t().contiguous().t() if tensor.dim() == 2 else tensor for tensor in tensors]
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    leaves[1].grad = torch.ones(20, 20, device=device).t().contiguous().t().mul_(2)
+    leaves[1].grad = leaves[1].grad.as_strided((20, 20), (1, 20))
+    with gradients_in_place() if in_place else contextlib.nullcontext():
+        out = fused.mlp_block(*leaves, *constants)
+    gradient = torch.linspace(-1, 1, out.numel(), device=device).view(out.shape)
+    out.backward(gradient)
+    torch.testing.assert_close(leaves[1].grad, expected[2] + 2)
+    for leaf, right in zip([leaves[0], *leaves[2:]], [expected[1], *expected[3:]], strict=True):
+        torch.testing.assert_close(leaf.grad, right)
+
+
+def checkpointed(function, *args):
+    return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+
+
+def offloaded(function, *args):
+    with torch.autograd.graph.save_on_cpu():
+        return function(*args)
+
+
+def copied(function, *args):
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+        return function(*args)
+
+
+@pytest.mark.parametrize("way", [checkpointed, offloaded, copied])
+def test_gradients_in_place_reach_the_parameters_however_tensors_are_saved(device, way):
+    tensors = operands(24, 20, 20, device, torch.float32)
+    constants = Expression.parse(FIRST), 10, 1e-5, Dropout(0.1, 5, 2)
+    expected = run(fused.mlp_block, tensors, *constants)
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    with gradients_in_place():
+        out = way(fused.mlp_block, *leaves, *constants)
+        out.backward(torch.linspace(-1, 1, out.numel(), device=device).view(out.shape))
+    for leaf, right in zip(leaves, expected[1:], strict=True):
+        torch.testing.assert_close(leaf.grad, right)
+
+
+def test_a_weight_with_a_gradient_hook_gets_its_gradient_from_autograd(device):
+    tensors = operands(24, 20, 20, device, torch.float32)
+    constants = Expression.parse(FIRST), 10, 1e-5, Dropout(0.1, 5, 2)
+    expected = run(fused.mlp_block, tensors, *constants)
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    leaves[1].register_hook(lambda gradient: gradient * 2)
+    with gradients_in_place():
+        out = fused.mlp_block(*leaves, *constants)
+    out.backward(torch.linspace(-1, 1, out.numel(), device=device).view(out.shape))
+    torch.testing.assert_close(leaves[1].grad, 2 * expected[2])
+    torch.testing.assert_close(leaves[3].grad, expected[4])
+
+
+def test_gradients_in_place_are_of_one_thread(device):
+    inside, done = threading.Event(), threading.Event()
+
+    def other():
+        with gradients_in_place():
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait(10)
+    tensors = operands(24, 20, 20, device, torch.float32)
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    out = fused.mlp(*leaves[:5], Expression.parse(FIRST), 10)
+    assert all(gradient is not None for gradient in torch.autograd.grad(out.sum(), leaves[:5]))
+    done.set()
+    thread.join()
+
+
+def test_transforms_are_refused_in_a_line(device):
+    tensors = operands(24, 20, 20, device, torch.float32)[:5]
+    constants = Expression.parse(FIRST), 10
+
+    def of_x(x):
+        return fused.mlp(x, *tensors[1:], *constants)
+
+    x = tensors[0]
+    with pytest.raises(RuntimeError, match=r"mlp: the fused kernels know neither torch\.func, vmap nor forward mode"):
+        torch.vmap(of_x)(torch.stack([x, x]))
+    with pytest.raises(RuntimeError, match="mlp: the fused kernels know neither"):
+        torch.func.jvp(of_x, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="mlp: the fused kernels know"):
+        of_x(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+    with torch.autograd.forward_ad.dual_level():
+        of_x(x)  # no tangent, nothing lost

@@ -446,3 +446,9 @@ def test_functions_compile_without_spills_and_share_exponentials(tmp_path):
     assert all(stack == 0 for stack, _ in found)
     elements_a_thread = 16 * 64 // 128
     assert found[0][1] == 2 * elements_a_thread, "one exponential for tanh(v), one for all of the gradient"
+
+
+def test_without_a_home_folder_the_cache_is_a_temporary_one(cache, monkeypatch):
+    monkeypatch.setenv("EFFBERT_CACHE", "~nobody-of-this-name/cache")
+    with pytest.warns(UserWarning, match="cannot write generated kernels to ~nobody-of-this-name/cache"):
+        assert slot_functions(str(expression_of(3)), "truncate").mid.forward is not None

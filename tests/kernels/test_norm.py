@@ -286,3 +286,20 @@ def test_three_launches_forward_and_backward():
         "dropout_add_layer_norm_bwd_kernel",
         "reduce_partials_kernel",
     ]
+
+
+@pytest.mark.parametrize("form", ["strided", "expanded"])
+def test_weight_and_bias_need_not_be_dense(device, form):
+    tensors = list(inputs(9, 20, torch.float32, device))[:4]
+    for place, tensor in enumerate(tensors):
+        if tensor.dim() == 1 and form == "strided":
+            tensors[place] = torch.stack([tensor, tensor + 5], 1)[:, 0]
+        elif tensor.dim() == 1:
+            tensors[place] = tensor[2:3].expand(len(tensor))
+    found = []
+    for module in (norm, eager):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        out = module.dropout_add_layer_norm(*leaves, EPS, drop(0.2))
+        found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)

@@ -209,3 +209,21 @@ def test_dispatch_reaches_it(device):
         kernels.projected_mse(students, teachers, weight, bias, backend=name) for name in ("triton", "eager")
     )
     torch.testing.assert_close(mine, plain)
+
+
+@pytest.mark.parametrize("form", ["strided", "expanded"])
+def test_the_bias_need_not_be_dense(device, form):
+    students, teachers, weight, bias = states(device, torch.float32)
+    bias = torch.stack([bias, bias + 5], 1)[:, 0] if form == "strided" else bias[2:3].expand(len(bias))
+    results = [loss_and_gradients(loss, students, teachers, weight, bias) for loss in (projected_mse, plain_mse)]
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_an_fp16_difference_beyond_the_type_is_no_silent_error(device):
+    students, teachers, weight, bias = states(device, torch.float16)
+    teachers = [teacher.float() + 1e5 for teacher in teachers]
+    loss, *gradients = loss_and_gradients(projected_mse, students, teachers, weight, bias)
+    exact, *_ = loss_and_gradients(eager.projected_mse, students, teachers, weight, bias)
+    torch.testing.assert_close(loss, exact, rtol=1e-3, atol=0)
+    assert not torch.isfinite(gradients[0]).any()
