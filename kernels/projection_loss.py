@@ -294,7 +294,8 @@ def _forward(
     launch(
         projected_mse_fwd_kernel, (programs,), students, teachers, packed, dense(bias), mask, d, sums, counts,
         column_sums, rows, cols // teacher_unit, depth // student_unit, packed.shape[1] // pitch_unit,
-        d_pitch // pitch_unit, mask.stride(0), students[0].stride(0) // student_unit, teachers[0].stride(0) // teacher_unit,
+        d_pitch // pitch_unit, mask.stride(0),
+        students[0].stride(0) // student_unit, teachers[0].stride(0) // teacher_unit,
         PAIRS=pairs, HAS_MASK=masked, KEEP=need_grad, PRECISION=input_precision(dtype),
         STUDENT_UNIT=student_unit, TEACHER_UNIT=teacher_unit, PITCH_UNIT=pitch_unit, **tile,
     )  # fmt: skip
