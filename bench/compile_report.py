@@ -26,6 +26,7 @@ import torch
 from effbert import kernels
 from effbert.architecture import Dimensions
 from effbert.bench.hardware import GPUS, LIMITS, blocks_per_multiprocessor
+from effbert.bench.measure import output_file
 from effbert.bench.meta_cases import PRECISIONS, Case, cases, mlp_cases, record
 from effbert.kernels import aot
 from effbert.kernels.expression import STRUCTURES, Expression
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     architectures = _chosen(options.architectures, aot.TARGETS, "architecture") or architectures
     dtypes = _chosen(options.dtypes, PRECISIONS, "dtype") or dtypes
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
+        output_file(options.output)
     if options.candidates is not None:
         result = search_compilations(options.candidates, architectures[0], dtypes[0])
         text, failed = json.dumps(result, indent=1), False

@@ -17,7 +17,6 @@ runtime's type, without a tokenizer. "gpu-..." runtimes have not been tried yet.
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -30,7 +29,7 @@ from pathlib import Path
 import torch
 
 from effbert.bench.contenders import BASE, MODELS, RUNTIMES, Worker, default_runtimes, write_files, writer
-from effbert.bench.measure import Spread, ceilings, described, machine
+from effbert.bench.measure import Spread, ceilings, cpu_name, described, machine
 from effbert.files import write_atomic
 from effbert.search.figures import bars
 
@@ -116,13 +115,8 @@ def environment() -> dict:
 
 
 def _cpu() -> dict:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "name": names[0] if names else platform.processor() or platform.machine(),
+        "name": cpu_name(),
         "cores": os.cpu_count(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
     }

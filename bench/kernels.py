@@ -33,6 +33,7 @@ from effbert.bench.measure import (
     extra_memory,
     kernel_time,
     machine,
+    output_file,
     wall_time,
 )
 from effbert.files import write_atomic
@@ -113,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     sizes = QUICK if options.quick else Sizes()
     chosen = chosen_cases(sizes, options.ops)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    output_file(options.output)
     run = Run(chosen, sizes, device_to_measure())
     for result in run.results(not options.no_compile):
         write_atomic(options.output, json.dumps(run.record(), indent=1))
@@ -449,5 +450,5 @@ def _op(case: Case, variant: Variant) -> Callable:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"bench.kernels: {error}")

@@ -1,11 +1,14 @@
 """How benchmarks take time, memory and a device's ceilings: one place, so that all mean the same by a number."""
 
+import errno
+import os
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -43,7 +46,7 @@ def machine(device: torch.device) -> dict:
     except ImportError:
         triton = None
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         "driver": _driver() if on_gpu else None,
         "threads": torch.get_num_threads(),
         "versions": {
@@ -53,6 +56,26 @@ def machine(device: torch.device) -> dict:
             "python": platform.python_version(),
         },
     }
+
+
+def cpu_name() -> str:
+    """The CPU's model, where Linux tells it, else its kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def output_file(path: Path) -> Path:
+    """`path`, with its folder made; OSError where no file can be written there, before there is one to be lost."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    return path
 
 
 def _driver() -> str | None:

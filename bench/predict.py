@@ -34,6 +34,7 @@ from effbert.bench.costs import Cost
 from effbert.bench.hardware import GPUS, Gpu, gpu_named
 from effbert.bench.kernel_cases import Case, Setting, Sizes, all_cases
 from effbert.bench.kernels import SIX_LAYERS, TARGETS
+from effbert.bench.measure import output_file
 from effbert.kernels.launch import Launch, recording
 
 
@@ -65,12 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpu", default="H200", help=f"one of {', '.join(gpu.name for gpu in GPUS)}")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
+    if options.output:
+        output_file(options.output)
     gpu, assumptions = gpu_named(options.gpu), Assumptions()
     rows = predictions(all_cases(Sizes()), gpu, assumptions)
     print(f"Predicted, not measured: {gpu.name}, bf16, forward and backward in one CUDA graph; {assumptions}")
     print("\n".join(table(rows)))
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         result = {"gpu": gpu.name, "assumptions": asdict(assumptions), "rows": [asdict(row) for row in rows]}
         options.output.write_text(json.dumps(result, indent=1), encoding="utf-8")
     return 0

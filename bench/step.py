@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from effbert.bench.measure import captured, ceilings, described, device_to_measure, machine, wall_time
+from effbert.bench.measure import captured, ceilings, described, device_to_measure, machine, output_file, wall_time
 from effbert.distill import LossWeights, distillation_losses, score_targets
 from effbert.files import write_atomic
 from effbert.kernels import dispatch, gradients_in_place, use_backend
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args(arguments)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    output_file(options.output)
     for record in measure_all(SMALL if options.small else Shapes()):
         write_atomic(options.output, json.dumps(record, indent=1))
     print(options.output.read_text())
