@@ -186,7 +186,7 @@ def test_an_op_shows_its_arguments_and_takes_them_by_name():
         parameters = list(inspect.signature(getattr(kernels, op)).parameters)
         assert parameters == [*inspect.signature(getattr(eager, op)).parameters, "backend"]
         assert parameters[:-1] == list(inspect.signature(getattr(fused, op)).parameters)
-    logits = torch.randn(2, 3)
+    logits = torch.randn(2, 3, device=DEVICE)
     for backend in ("eager", "triton"):
         named = dict(teacher_logits=logits, temperature=2.0, backend=backend)
         by_name = kernels.soft_cross_entropy(student_logits=logits, **named)
