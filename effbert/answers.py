@@ -107,13 +107,20 @@ class SavedModel:
 
     def logits(self, rows: "Dataset", name: str) -> tuple["Dataset", list[np.ndarray]]:
         """The split called `name` in ids, and float32 logits for each of its rows: [num_labels] in the order of the
-        task's labels, for spans [length, 2] a window."""
+        task's labels, for spans [length, 2] a window. ValueError where some are NaN, which no answer follows from."""
         encoded = encode_split(rows, self.spec, self.tokenizer, self.max_length, **self.windows(), name=name)
         device = pick_device(self.reading.device)
         if self._model is None:
             self._model = load_model(self.folder, self.spec.kind, "model").to(device).eval()
         plan = BatchPlan(encoded, self.reading.per_device_eval_batch_size, pad_token_id=self.tokenizer.pad_token_id)
-        return encoded, predict(self._run, plan, device)
+        found = predict(self._run, plan, device)
+        wrong = sum(bool(np.isnan(logits).any()) for logits in found)
+        if wrong:
+            raise ValueError(
+                f"{self.folder}: its logits are NaN for {wrong:,} of the {len(found):,} rows of {name}: the model "
+                "diverged while it was trained, or its weights leave the range of their type"
+            )
+        return encoded, found
 
     def _run(self, batch: Batch) -> torch.Tensor:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}

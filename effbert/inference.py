@@ -74,6 +74,9 @@ class InferenceModel(nn.Module):
         asked = [name for name, value in others.items() if value is not None and value is not False]
         if asked:
             raise ValueError(f"InferenceModel has no {', '.join(asked)}: call the student that it was made from")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            found, wanted = list(attention_mask.shape), list(input_ids.shape)
+            raise ValueError(f"the attention_mask is {found}, it must be as input_ids, {wanted}")
         keep = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
         tokens = _Tokens(input_ids, keep, first=self.pooler is not None)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

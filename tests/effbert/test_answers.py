@@ -335,6 +335,20 @@ def test_a_config_that_asks_for_tuples_changes_no_answer(tmp_path, tokenizer):
     assert evaluate_saved(folder, "rte", tmp_path) == scores
 
 
+def test_nan_is_no_answer(tmp_path, tokenizer):
+    for split in ("validation", "test"):
+        write_glue(tmp_path, "rte", split, 8)
+    folder = save_bert(tmp_path / "model", "rte", tokenizer)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model.classifier.bias.data[1] = float("nan")
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match="its logits are NaN for 8 of the 8 rows of"):
+        evaluate_saved(folder, "rte", tmp_path)
+    with pytest.raises(ValueError, match="its logits are NaN for 8 of the 8 rows of"):
+        predict_glue({"rte": folder}, tmp_path / "glue.zip", tmp_path, say=lambda line: None)
+    assert not (tmp_path / "glue.zip").exists()
+
+
 def test_a_score_outside_the_scale_is_cut_to_it(tmp_path, tokenizer, monkeypatch):
     write_glue(tmp_path, "sts-b", "test", 3)
     folder = save_bert(tmp_path / "model", "sts-b", tokenizer)

@@ -117,6 +117,13 @@ def test_what_may_be_left_out_of_a_call():
     assert_same(model, (ids, mask, types), position_ids=torch.arange(6)[None].flip(1))
 
 
+def test_a_mask_of_another_shape_is_refused():
+    ids, mask, _ = batch((6, 4))
+    for wrong in (mask[1:], mask[:, :1], mask[..., None]):
+        with pytest.raises(ValueError, match=r"^the attention_mask is \[.*\], it must be as input_ids, \[2, 6\]$"):
+            InferenceModel(student())(ids, wrong)
+
+
 def test_more_tokens_than_positions_are_refused_by_their_number():
     fast = InferenceModel(student(position_offset=3))
     fast(*batch((37, 2)))
