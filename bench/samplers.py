@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from effbert.architecture import Architecture
+from effbert.bench.measure import output_file
 from effbert.kernels.expression import ENCODING_LENGTH
 from effbert.random import generator
 from effbert.search.sampler import make_sampler
@@ -69,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.seeds < 1 or options.evaluations < 1:
         raise ValueError(f"--seeds {options.seeds} --evaluations {options.evaluations}: both must be at least 1")
+    if options.output:
+        output_file(options.output)
     problem = tabulated(options.table) if options.table else synthetic(options.objective)
     evaluations = min(options.evaluations, getattr(problem.space, "size", options.evaluations))
     print(f"{problem.name}, {evaluations} evaluations, {options.seeds} seeds")
@@ -76,7 +79,6 @@ def main(arguments: list[str] | None = None) -> int:
     result = compare(problem, options.seeds, evaluations)
     print("\n".join(shown(result)))
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result) + "\n", encoding="utf-8")
     return 0
 

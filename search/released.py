@@ -108,8 +108,8 @@ class ReleasedSampler(PartitionSampler):
                 if architecture not in self.seen:
                     if taken:
                         return architecture
-                    unseen = unseen or architecture
-        return unseen or self._sample_new(rng)
+                    unseen = architecture if unseen is None else unseen
+        return self._sample_new(rng) if unseen is None else unseen
 
 
 class Trees:
