@@ -17,13 +17,14 @@ they compute from fixed numbers.
 
 import random
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 
 from effbert.architecture import Architecture
 from effbert.kernels.expression import ACTIVATIONS, BINARY, LEAVES, LINEAR, STRUCTURES, Expression, Node, Structure
 from effbert.search.partition import PartitionSampler, split_at_median
-from effbert.search.space import MAX_NODES, ArchitectureSpace
+from effbert.search.space import MAX_NODES, ArchitectureSpace, Band
 
 TRIES = {"coarse": 1000, "operations": 400}  # changes of a layer before it stays as it was
 SUBTREE_HEIGHT = 3
@@ -57,21 +58,21 @@ class ReleasedSpace(ArchitectureSpace):
         `operations` changes in each layer the base's MLP or the plain one; `fine` takes for each layer the base's own
         structure or one of the 16, each of these 17 as often among what the band holds.
         """
-        draw = random.Random(int(rng.integers(2**63)))
         if self.stage == "fine":
-            return self._with_drawn_structures(draw, rng)
+            return self.base.with_structures([STRUCTURES[index] for index in self._weighted_band.sample(rng)])
+        draw = random.Random(int(rng.integers(2**63)))
         if self.stage == "coarse":
             sources = [(layer,) for layer in self._plain(self.drawn_structures(rng)).layers]
         else:
             sources = zip(self.base.layers, self._plain(self.base.structures).layers, strict=True)
         return Architecture(tuple(changed(draw.choice(source), self.stage, draw) for source in sources))
 
-    def _with_drawn_structures(self, draw: random.Random, rng: np.random.Generator) -> Architecture:
-        while True:  # uniform in the band, then kept half as often for each layer whose structure is not the base's
-            drawn = self.drawn_structures(rng)
-            others = sum(one != own for one, own in zip(drawn, self.base.structures, strict=True))
-            if draw.random() < 0.5**others:
-                return self.base.with_structures(drawn)
+    @cached_property
+    def _weighted_band(self) -> Band:
+        """The band, in which the base's structure counts twice in its layer."""
+        band = self.band
+        weights = tuple(tuple(1 + (one == own) for one in STRUCTURES) for own in self.base.structures)
+        return Band(band.costs, band.num_layers, band.fixed, band.low, band.high, band.ceiling, weights)
 
     def _plain(self, structures: Sequence[Structure]) -> Architecture:
         return Architecture.uniform(STRUCTURES[0], self.num_layers).with_structures(structures)

@@ -216,17 +216,27 @@ class Band:
     the second sum below a ceiling's end.
 
     The choices are tuples of indices into `costs`, one a layer, ranked in lexicographic order, so that a rank can be
-    drawn; `count` says how many there are. Raises ValueError where there are none, with the nearest sums.
+    drawn; `count` says how many there are. With `weights`, whole numbers for each layer and cost, each choice counts as
+    often as the product of its own says, and is drawn as often; `rank` is for a band without. Raises ValueError where
+    there are none, with the nearest sums.
     """
 
     def __init__(
-        self, costs: tuple[int, ...], num_layers: int, fixed: int, low: int, high: int, ceiling: Ceiling | None = None
+        self,
+        costs: tuple[int, ...],
+        num_layers: int,
+        fixed: int,
+        low: int,
+        high: int,
+        ceiling: Ceiling | None = None,
+        weights: tuple[tuple[int, ...], ...] | None = None,
     ):
         if low > high:
             raise ValueError(f"the band's lower end {low:,} lies above its upper end {high:,}; swap them")
         self.costs, self.num_layers, self.fixed, self.low, self.high = costs, num_layers, fixed, low, high
         self.ceiling = ceiling or Ceiling((0,) * len(costs), 0, 0, "")
         self._steps = tuple(zip(costs, self.ceiling.costs, strict=True))
+        self._weights = weights or ((1,) * len(costs),) * num_layers
         reached = self._reached()
         self._ways = self._completions(reached)  # by layers chosen: pair of sums -> ways to choose the others
         self.count = self._ways[0].get(self._start, 0)
@@ -248,9 +258,9 @@ class Band:
         """For every number of layers and pair of sums, in how many ways the layers left end in the band; pairs from
         which none does are left out."""
         ways = [{sums: 1 for sums in reached[-1] if self._holds(sums)}]
-        for before in reversed(reached[:-1]):
-            then = ways[-1]
-            found = {sums: sum(then.get(self._after(sums, step), 0) for step in self._steps) for sums in before}
+        for before, weights in zip(reversed(reached[:-1]), reversed(self._weights), strict=True):
+            then, weighted = ways[-1], tuple(zip(weights, self._steps, strict=True))
+            found = {sums: sum(w * then.get(self._after(sums, step), 0) for w, step in weighted) for sums in before}
             ways.append({sums: number for sums, number in found.items() if number})
         return ways[::-1]
 
@@ -309,11 +319,12 @@ class Band:
     def choice(self, rank: int) -> tuple[int, ...]:
         """The choice of this rank, 0 to `count` - 1."""
         sums, chosen = self._start, []
-        for then in self._ways[1:]:
+        for then, weights in zip(self._ways[1:], self._weights, strict=True):
             index = 0
-            while rank >= (ways := then.get(self._after(sums, self._steps[index]), 0)):
+            while rank >= (ways := weights[index] * then.get(self._after(sums, self._steps[index]), 0)):
                 rank -= ways
                 index += 1
+            rank //= weights[index]
             chosen.append(index)
             sums = self._after(sums, self._steps[index])
         return tuple(chosen)

@@ -12,6 +12,7 @@ from effbert.architecture import PUBLISHED, Architecture, Dimensions, count_para
 from effbert.config import PRESETS, SearchStage
 from effbert.kernels.expression import ACTIVATIONS, BINARY, LINEAR, STRUCTURES, Expression
 from effbert.random import generator
+from effbert.search import released
 from effbert.search.released import SPLITS, ReleasedSampler, ReleasedSpace, Trees, changed, mlp_of, mutated
 from effbert.search.run import space_of
 from effbert.search.sampler import SpaceExhausted
@@ -92,7 +93,9 @@ def test_the_published_first_architectures_come_first():
 
 
 @pytest.mark.parametrize("margin", [0, 150_000])
-def test_a_narrow_band_is_drawn_to_its_end(margin):
+def test_a_narrow_band_is_drawn_to_its_end(margin, monkeypatch):
+    monkeypatch.setattr(released, "DRAWS", 1600)
+    monkeypatch.setattr("effbert.search.sampler.MAX_TRIES", 100)
     smallest = space("fine", 0, 10**9).extreme(largest=False)
     least = count_parameters(smallest, Dimensions()).total_with_projection
     here = space("fine", least, least + margin)
