@@ -159,17 +159,20 @@ def _class_metric(name: str, predictions: np.ndarray, references: np.ndarray) ->
 def _correlation(name: str, predictions: np.ndarray, references: np.ndarray) -> float:
     from scipy.stats import pearsonr, spearmanr
 
-    sides = predictions.astype(np.float64), references.astype(np.float64)
+    sides = predictions, references
     if not all(np.isfinite(side).all() for side in sides):
         raise ValueError(f"{name} needs finite numbers")
     if any(_constant(side) for side in sides):
         return 0.0
-    return float((pearsonr if name == "pearson" else spearmanr)(*sides).statistic)
+    return float((pearsonr if name == "pearson" else spearmanr)(*(side.astype(np.float64) for side in sides)).statistic)
 
 
 def _constant(values: np.ndarray) -> bool:
-    """Whether the spread is no more than rounding; scipy warns below the same bound."""
-    return bool(np.linalg.norm(values - values.mean()) <= 1e-13 * abs(values.mean()))
+    """Whether the spread is no more than two roundings a value, of the type that they came in; scipy warns at 1e-13."""
+    unit = np.finfo(values.dtype).eps if np.issubdtype(values.dtype, np.floating) else 0.0
+    values = values.astype(np.float64)
+    bound = max(1e-13, 2 * unit * np.sqrt(values.size))
+    return bool(np.linalg.norm(values - values.mean()) <= bound * abs(values.mean()))
 
 
 def _words(text: str) -> list[str]:

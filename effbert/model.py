@@ -215,6 +215,10 @@ class EffBertPreTrainedModel(PreTrainedModel):
         if self.config.output_attentions if asked is None else asked:
             raise ValueError("output_attentions=True: attention is fused and keeps no probabilities: leave it out")
 
+    def returned_states(self, states: tuple, asked: bool | None) -> tuple | None:
+        """The hidden states where they are asked for, by `asked` or else by the config; None otherwise."""
+        return states if (self.config.output_hidden_states if asked is None else asked) else None
+
 
 class EffBertModel(EffBertPreTrainedModel):
     """The bare encoder, with an optional pooler and the training-only projection where the config has a fit_size."""
@@ -298,7 +302,7 @@ class EffBertModel(EffBertPreTrainedModel):
         return BaseModelOutputWithPooling(
             last_hidden_state=states[-1],
             pooler_output=self.pool(states[-1]) if self.pooler is not None else None,
-            hidden_states=states if output_hidden_states else None,
+            hidden_states=self.returned_states(states, output_hidden_states),
         )
 
 
@@ -358,7 +362,7 @@ class EffBertForSequenceClassification(EffBertHeadModel):
         elif labels is not None:
             loss = F.cross_entropy(logits, labels)
         return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=states if output_hidden_states else None
+            loss=loss, logits=logits, hidden_states=self.returned_states(states, output_hidden_states)
         )
 
 
@@ -388,7 +392,10 @@ class EffBertForQuestionAnswering(EffBertHeadModel):
         if start_positions is not None and end_positions is not None:
             loss = (F.cross_entropy(start, start_positions) + F.cross_entropy(end, end_positions)) / 2
         return QuestionAnsweringModelOutput(
-            loss=loss, start_logits=start, end_logits=end, hidden_states=states if output_hidden_states else None
+            loss=loss,
+            start_logits=start,
+            end_logits=end,
+            hidden_states=self.returned_states(states, output_hidden_states),
         )
 
 

@@ -345,6 +345,9 @@ class EffBertPreTrainedModel(PreTrainedModel):
         if self.config.output_attentions if asked is None else asked:
             raise ValueError("output_attentions=True: attention is fused and keeps no probabilities: leave it out")
 
+    def returned_states(self, states, asked):
+        return states if (self.config.output_hidden_states if asked is None else asked) else None
+
     def returned(self, output, as_dict):
         return output if (self.config.return_dict if as_dict is None else as_dict) else output.to_tuple()
 
@@ -402,7 +405,7 @@ class EffBertModel(EffBertPreTrainedModel):
         output = BaseModelOutputWithPooling(
             last_hidden_state=states[-1],
             pooler_output=self.pool(states[-1]) if self.pooler is not None else None,
-            hidden_states=states if output_hidden_states else None,
+            hidden_states=self.returned_states(states, output_hidden_states),
         )
         return self.returned(output, return_dict)
 
@@ -437,7 +440,7 @@ class EffBertForSequenceClassification(EffBertPreTrainedModel):
         elif labels is not None:
             loss = F.cross_entropy(logits, labels)
         output = SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=states if output_hidden_states else None
+            loss=loss, logits=logits, hidden_states=self.returned_states(states, output_hidden_states)
         )
         return self.returned(output, return_dict)
 
@@ -471,7 +474,10 @@ class EffBertForQuestionAnswering(EffBertPreTrainedModel):
         if start_positions is not None and end_positions is not None:
             loss = (F.cross_entropy(start, start_positions) + F.cross_entropy(end, end_positions)) / 2
         output = QuestionAnsweringModelOutput(
-            loss=loss, start_logits=start, end_logits=end, hidden_states=states if output_hidden_states else None
+            loss=loss,
+            start_logits=start,
+            end_logits=end,
+            hidden_states=self.returned_states(states, output_hidden_states),
         )
         return self.returned(output, return_dict)
 '''

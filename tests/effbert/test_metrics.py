@@ -84,7 +84,15 @@ def test_mcc_of_three_classes():
     assert compute(("mcc", "accuracy"), perfect, perfect) == pytest.approx({"mcc": 1.0, "accuracy": 1.0})
 
 
-@pytest.mark.parametrize("constant", [np.full(6, 0.1, np.float32), np.zeros(6), np.full(6, 1e6) + np.arange(6) * 1e-10])
+@pytest.mark.parametrize(
+    "constant",
+    [
+        np.full(6, 0.1, np.float32),
+        np.nextafter(np.full(6, 0.1, np.float32), np.tile(np.float32([0, 0.1, 1]), 2)),  # a rounding up, down, or none
+        np.zeros(6),
+        np.full(6, 1e6) + np.arange(6) * 1e-10,
+    ],
+)
 def test_constant_sides_have_no_correlation_and_give_no_warning(constant):
     varied = np.arange(6.0)
     with warnings.catch_warnings():

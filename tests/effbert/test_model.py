@@ -80,6 +80,15 @@ def test_a_tuple_comes_where_the_call_or_the_config_asks_for_one(kind):
 
 
 @pytest.mark.parametrize("kind", [EffBertModel, EffBertForSequenceClassification, EffBertForQuestionAnswering])
+def test_hidden_states_come_where_the_call_or_the_config_asks_for_them(kind):
+    model, inputs = kind(config(num_labels=2)).eval(), batch()
+    assert model(*inputs).hidden_states is None
+    model.config.output_hidden_states = True
+    assert len(model(*inputs).hidden_states) == 1 + model.config.num_hidden_layers
+    assert model(*inputs, output_hidden_states=False).hidden_states is None
+
+
+@pytest.mark.parametrize("kind", [EffBertModel, EffBertForSequenceClassification, EffBertForQuestionAnswering])
 def test_attention_probabilities_are_refused(kind):
     model = kind(config(num_labels=2)).eval()
     with pytest.raises(ValueError, match=r"^output_attentions=True: .* leave it out$"):

@@ -54,8 +54,10 @@ def drawn(seed, layers=3):
 def assert_same(model):
     plain = plain_model(model, load(source(model.config)))
     assert {n: t.shape for n, t in plain.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
+    assert plain(*batch()).hidden_states is None
+    plain.config.output_hidden_states = True
     with torch.no_grad():
-        mine = plain(*batch(), output_hidden_states=True).to_tuple()
+        mine = plain(*batch()).to_tuple()
         theirs = model(*batch(), output_hidden_states=True).to_tuple()
     assert len(mine) == len(theirs)
     for a, b in zip(mine[:-1] + mine[-1], theirs[:-1] + theirs[-1], strict=True):
