@@ -196,7 +196,8 @@ def largest_difference(model, other) -> float:
 
 
 def _tensors(output) -> tuple[torch.Tensor, ...]:
-    return output.to_tuple() if hasattr(output, "to_tuple") else output
+    values = output.to_tuple() if hasattr(output, "to_tuple") else output
+    return tuple(value for value in values if isinstance(value, torch.Tensor))  # not the hidden states, a tuple
 
 
 def refuse_difference(difference: float, what: str, tolerance: float) -> None:

@@ -41,11 +41,11 @@ class InferenceModel(nn.Module):
     """A trained student for inference only, with copies of its weights; `config` is the student's.
 
     Called as the student is: input_ids [B, L], attention_mask [B, L] with 1 = keep, token_type_ids, position_ids, and
-    by name return_dict; ValueError for labels, hidden states or attentions, and for more tokens than positions. It
-    returns the student's own kind of output in the student's dtype, without a loss. Where a token is masked
-    last_hidden_state is zero, and a span's logits are those of a zero vector; the student has other numbers there,
-    which nobody reads. Make it on the device it runs on: weights in bf16 or fp16 are kept in fp32 on a CPU without
-    products for them. ValueError for a model that is no student.
+    by name return_dict; ValueError for labels, hidden states (never returned, whatever the config says) or attentions,
+    and for more tokens than positions. It returns the student's own kind of output in the student's dtype, without a
+    loss. Where a token is masked last_hidden_state is zero, and a span's logits are those of a zero vector; the student
+    has other numbers there, which nobody reads. Make it on the device it runs on: weights in bf16 or fp16 are kept in
+    fp32 on a CPU without products for them. ValueError for a model that is no student.
     """
 
     def __init__(self, model: EffBertPreTrainedModel):
