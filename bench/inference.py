@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from effbert.bench.contenders import BASE, MODELS, RUNTIMES, Worker, default_runtimes, write_files, writer
-from effbert.bench.measure import Spread, ceilings, cpu_name, described, machine
+from effbert.bench.measure import Spread, ceilings, cpu_name, described, machine, output_file
 from effbert.files import write_atomic
 from effbert.search.figures import bars
 
@@ -79,7 +79,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     for name in ("output", "plot"):
         path = getattr(options, name)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            output_file(path)
+    beside = {*options.models} - {BASE}
+    measured_before = options.output and options.output.exists()
+    if options.plot and not measured_before and not (BASE in options.models and beside):
+        raise ValueError(f"--plot draws other models beside {BASE}: --models must name both")
     return options
 
 

@@ -94,6 +94,11 @@ class Dimensions:
     type_vocab_size: int = 2
     fit_size: int | None = 768
 
+    def __post_init__(self) -> None:
+        for name, size in vars(self).items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name} {size}: must be at least 1")
+
 
 @dataclass(frozen=True)
 class _Parts:

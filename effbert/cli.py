@@ -253,7 +253,7 @@ def arch(arguments: list[str]) -> int:
     """effbert arch: print what an architecture has and costs, with and without the training-only projection."""
     import tyro
 
-    from effbert.architecture import Dimensions
+    from effbert.architecture import Dimensions, attention_head_size
     from effbert.models import architecture_of, dimensions, is_name
 
     name, arguments = take_flag(arguments, "preset")
@@ -278,6 +278,10 @@ def arch(arguments: list[str]) -> int:
     architecture = architecture_of(given.text)
     if name is None and is_name(given.text):
         given = read(dimensions(given.text))
+    attention_head_size(given.dims.hidden_size, given.dims.num_attention_heads)
+    for flag in ("length", "num_labels"):
+        if getattr(given, flag) < 1:
+            raise ValueError(f"--{flag} {getattr(given, flag)}: must be at least 1")
     print_costs(architecture, given.dims, given.length, given.num_labels)
     return 0
 

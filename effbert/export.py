@@ -78,6 +78,10 @@ class ExportConfig:
                 raise ValueError(f"--{name} is for ONNX files: add --format onnx, or leave it out")
         if self.task is not None and self.validation_file is not None:
             raise ValueError("--task and --validation_file exclude each other: give a known task, or your own rows")
+        if self.max_length and self.task is None and self.validation_file is None:
+            raise ValueError("--max_length is of rows to score on: name them with --task or --validation_file")
+        if self.label_column != "label" and self.validation_file is None:
+            raise ValueError("--label_column is a column of --validation_file: give both, or neither")
         if self.data_dir is not None and self.task is None:
             raise ValueError("--data_dir is the folder of a known task: name it with --task")
         if bool(self.text_columns) != (self.validation_file is not None):
@@ -104,6 +108,9 @@ def export(source: str | Path, config: ExportConfig) -> list[str]:
     model = load_student(source)
     scored = config.task or config.validation_file
     splits, notes = onnx_export.load_rows(source, config, model) if scored else ({}, ())
+    broken = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"{source} has weights that are not finite: {', '.join(broken[:3])} ({len(broken)} in all)")
     text = standalone.source(model.config)
     plain = standalone.plain_model(model, standalone.load(text))
     refuse_difference(largest_difference(model, plain), f"{standalone.FILE_NAME} for {source}", CODE_TOLERANCE)
@@ -114,6 +121,8 @@ def export(source: str | Path, config: ExportConfig) -> list[str]:
             lines = [*onnx_export.write(folder, plain, config, splits), *notes]
         else:
             lines = _write_transformers(folder, model, text)
+    if isinstance(model, EffBertModel) and model.pooler is None:
+        lines.append("it has no pooler: load it with add_pooling_layer=False, else pooler_output is of fresh weights")
     if not copied:
         lines.append(f"{source} holds no tokenizer, so {target} has none either")
     return [f"{target} is written", *lines]
@@ -128,7 +137,6 @@ def load_student(folder: str | Path) -> EffBertPreTrainedModel:
     kind = _saved_class(folder)
     try:
         config = EffBertConfig.from_pretrained(folder)
-        vars(config).pop("auto_map", None)
         config.architecture, config.fit_size = str(Architecture.parse(config.architecture)), None
         model, missing, unexpected = _load(kind, folder, config)
         if kind is EffBertModel and missing == {"pooler.weight", "pooler.bias"}:

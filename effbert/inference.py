@@ -60,7 +60,7 @@ class InferenceModel(nn.Module):
         encoder = model.effbert if isinstance(model, EffBertHeadModel) else model
         self.embeddings = encoder.embeddings
         self.pooler = encoder.pooler
-        self.classifier = model.classifier if isinstance(model, EffBertHeadModel) else None
+        self.head = model.head_layer if isinstance(model, EffBertHeadModel) else None
         expressions = parse_architecture(model.config.architecture).layers
         self.layers = nn.ModuleList(
             _Layer(layer, expression) for layer, expression in zip(encoder.layers, expressions, strict=True)
@@ -85,7 +85,7 @@ class InferenceModel(nn.Module):
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)
             position_ids = positions[None] + self.config.position_offset
         x = tokens.pack(self.embeddings(input_ids, mask, types, position_ids).flatten(0, 1))
-        first_alone = self.classifier is not None and self.pooler is not None
+        first_alone = self.head is not None and self.pooler is not None
         for index, layer in enumerate(self.layers):
             x = layer(x, tokens, first_alone and index == len(self.layers) - 1)
         output = self._output(x, tokens)
@@ -97,11 +97,11 @@ class InferenceModel(nn.Module):
 
     def _output(self, x: torch.Tensor, tokens: "_Tokens"):
         """x: [B, C] of the first tokens for a head that reads those, else [T, C]."""
-        if self.classifier is not None and self.pooler is not None:
-            return SequenceClassifierOutput(logits=self._typed(self.classifier(torch.tanh(self.pooler(x)))))
+        if self.head is not None and self.pooler is not None:
+            return SequenceClassifierOutput(logits=self._typed(self.head(torch.tanh(self.pooler(x)))))
         x = tokens.unpack(x)
-        if self.classifier is not None:
-            start, end = self._typed(self.classifier(x)).unbind(-1)
+        if self.head is not None:
+            start, end = self._typed(self.head(x)).unbind(-1)
             return QuestionAnsweringModelOutput(start_logits=start, end_logits=end)
         pooled = None if self.pooler is None else self._typed(torch.tanh(self.pooler(x[:, 0])))
         return BaseModelOutputWithPooling(last_hidden_state=self._typed(tokens.cleared(x)), pooler_output=pooled)

@@ -71,6 +71,7 @@ class EffBertConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         kwargs.pop("num_hidden_layers", None)
+        kwargs.pop("auto_map", None)  # of an exported folder's own code, which these classes do not save again
         super().__post_init__(**kwargs)
         attention_head_size(self.hidden_size, self.num_attention_heads)
         if self.neighbour_padding not in ("zero", "released"):
@@ -307,19 +308,25 @@ class EffBertModel(EffBertPreTrainedModel):
 
 
 class EffBertHeadModel(EffBertPreTrainedModel):
-    """An encoder with one linear head; subclasses say what the head reads."""
+    """An encoder with one linear head; subclasses say what the head reads, and its name among the weights."""
 
     pooled = True
+    head_name = "classifier"
 
     def __init__(self, config: EffBertConfig):
         super().__init__(config)
         self.effbert = EffBertModel(config, add_pooling_layer=self.pooled)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.add_module(self.head_name, nn.Linear(config.hidden_size, config.num_labels))
         self.post_init()
+
+    @property
+    def head_layer(self) -> nn.Linear:
+        """The linear head."""
+        return getattr(self, self.head_name)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [B, num_labels], or [B, L, num_labels] where the head is not pooled, for x [B, L, C]."""
-        return self.classifier(self.effbert.pool(x) if self.pooled else x)
+        return self.head_layer(self.effbert.pool(x) if self.pooled else x)
 
     def trace(
         self,
@@ -341,6 +348,11 @@ class EffBertHeadModel(EffBertPreTrainedModel):
 class EffBertForSequenceClassification(EffBertHeadModel):
     """Classification with config.num_labels classes, or regression with one."""
 
+    def __init__(self, config: EffBertConfig):
+        if config.num_labels == 1 and config.problem_type is None:
+            config.problem_type = "regression"  # else a pipeline takes the one logit for a probability's
+        super().__init__(config)
+
     @can_return_tuple
     def forward(
         self,
@@ -353,14 +365,11 @@ class EffBertForSequenceClassification(EffBertHeadModel):
         output_attentions=None,
         **kwargs,
     ) -> SequenceClassifierOutput:
-        """logits [B, num_labels]; with labels [B] also the loss: cross entropy, or squared error for one label."""
+        """logits [B, num_labels]; with labels also transformers' loss for config.problem_type: cross entropy of classes
+        [B], squared error of numbers [B], binary cross entropy of several labels [B, num_labels]."""
         self.refuse_attentions(output_attentions)
         logits, states = self._run(input_ids, attention_mask, token_type_ids, position_ids)
-        loss = None
-        if labels is not None and self.config.num_labels == 1:
-            loss = F.mse_loss(logits[:, 0], labels.to(logits.dtype))
-        elif labels is not None:
-            loss = F.cross_entropy(logits, labels)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=self.returned_states(states, output_hidden_states)
         )
@@ -370,6 +379,7 @@ class EffBertForQuestionAnswering(EffBertHeadModel):
     """Extractive question answering: start and end logits over the positions."""
 
     pooled = False
+    head_name = "qa_outputs"
 
     @can_return_tuple
     def forward(
@@ -384,13 +394,12 @@ class EffBertForQuestionAnswering(EffBertHeadModel):
         output_attentions=None,
         **kwargs,
     ) -> QuestionAnsweringModelOutput:
-        """start_logits, end_logits [B, L]; with positions [B] also the mean of the two cross entropies."""
+        """start_logits, end_logits [B, L]; with positions [B] also the mean of the two cross entropies, to which a
+        position beyond L adds nothing."""
         self.refuse_attentions(output_attentions)
         logits, states = self._run(input_ids, attention_mask, token_type_ids, position_ids)
         start, end = logits.unbind(dim=-1)
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            loss = (F.cross_entropy(start, start_positions) + F.cross_entropy(end, end_positions)) / 2
+        loss = self.loss_function(start, end, start_positions, end_positions)
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start,

@@ -90,16 +90,33 @@ def dimensions(name: str) -> Dimensions:
 def sized_down(teacher, num_layers: int, parameters: int) -> str:
     """The plain BERT, by name, that a teacher becomes when all its widths shrink in proportion: of `num_layers`, and of
     the hidden width, a multiple of its heads, at which it has closest to so many parameters without pooler and head."""
-    heads = teacher.num_attention_heads
-    ratio = teacher.intermediate_size / teacher.hidden_size
+    sizes = _parameters_by_width(teacher, num_layers)
+    hidden = min(sizes, key=lambda hidden: abs(sizes[hidden] - parameters))
+    return f"bert-{num_layers}x{hidden}x{_inner_width(teacher, hidden)}"
 
-    def distance(hidden: int) -> int:
+
+def refuse_out_of_reach(teacher, num_layers: int, parameters: int) -> None:
+    """ValueError where no width of `sized_down` has so few or so many parameters."""
+    sizes = _parameters_by_width(teacher, num_layers)
+    (narrowest, least), (widest, most) = min(sizes.items()), max(sizes.items())
+    if not least <= parameters <= most:
+        raise ValueError(
+            f"--params {parameters:,}: the teacher sized down to {num_layers} layers has from {least:,} (width "
+            f"{narrowest}) to {most:,} (width {widest})"
+        )
+
+
+def _parameters_by_width(teacher, num_layers: int) -> dict[int, int]:
+    heads, found = teacher.num_attention_heads, {}
+    for hidden in range(heads, teacher.hidden_size + 1, heads):
         dims = Dimensions(
             vocab_size=teacher.vocab_size, embedding_size=None, hidden_size=hidden, fit_size=None,
-            intermediate_size=round(ratio * hidden), max_position_embeddings=teacher.max_position_embeddings,
-            type_vocab_size=teacher.type_vocab_size,
+            intermediate_size=_inner_width(teacher, hidden), type_vocab_size=teacher.type_vocab_size,
+            max_position_embeddings=teacher.max_position_embeddings,
         )  # fmt: skip
-        return abs(count_parameters(Architecture.uniform("1_1", num_layers), dims).total - parameters)
+        found[hidden] = count_parameters(Architecture.uniform("1_1", num_layers), dims).total
+    return found
 
-    hidden = min(range(heads, teacher.hidden_size + 1, heads), key=distance)
-    return f"bert-{num_layers}x{hidden}x{round(ratio * hidden)}"
+
+def _inner_width(teacher, hidden: int) -> int:
+    return round(teacher.intermediate_size / teacher.hidden_size * hidden)

@@ -6,8 +6,9 @@ layer at full width, as the supernet does: an architecture uses slices of them, 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,9 +17,17 @@ from effbert.architecture import Architecture
 from effbert.data.tasks import TaskSpec, plain_name
 from effbert.errors import first_line
 from effbert.files import atomic_dir
-from effbert.model import EffBertConfig, EffBertModel, EffBertPreTrainedModel, new_student, num_outputs
+from effbert.kernels.expression import Structure
+from effbert.model import (
+    EffBertConfig,
+    EffBertForQuestionAnswering,
+    EffBertModel,
+    EffBertPreTrainedModel,
+    new_student,
+    num_outputs,
+)
 from effbert.models import architecture_of, dimensions, is_name
-from effbert.supernet import FULL_STRUCTURE, Supernet, head_key, used_slices
+from effbert.supernet import FULL_STRUCTURE, Supernet, derive_config, head_key, used_slices
 
 STUDENT_NAMES = (
     (r"^encoder\.", "layers."),
@@ -41,9 +50,13 @@ TEACHER_NAMES = (
 )
 
 
-def student_state(state: Mapping[str, torch.Tensor], prefix: str = "effbert.") -> dict[str, torch.Tensor]:
-    """A released student or supernet state under the names of `effbert.model`; heads keep theirs (classifier...)."""
-    return {_renamed(name, STUDENT_NAMES, prefix): tensor for name, tensor in state.items()}
+def student_state(
+    state: Mapping[str, torch.Tensor], prefix: str = "effbert.", head_name: str = "classifier"
+) -> dict[str, torch.Tensor]:
+    """A released student or supernet state under the names of `effbert.model`, one head (classifier) under `head_name`;
+    several (classifiers) keep theirs."""
+    named = {_renamed(name, STUDENT_NAMES, prefix): tensor for name, tensor in state.items()}
+    return {re.sub(r"^classifier\b", head_name, name): tensor for name, tensor in named.items()}
 
 
 def teacher_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -84,22 +97,35 @@ def import_checkpoint(
     if name == SUPERNET:
         return import_supernet(state, num_attention_heads, task, path).eval()
     architecture = architecture_of(name)
+    stacks = stacks_of(state, architecture, path)
     config = config_of(state, architecture, num_attention_heads, path)
     refuse_other_sizes(config, name, path)
     state = with_one_head(state, task, path)
     pooled = "cls_pooler.dense.weight" in state
     if "classifier.weight" in state:
-        kind, labels = head_of(len(state["classifier.weight"]), pooled, task, path)
-        model, prefix = new_student(config, kind, labels), "effbert."
+        kind, labels = head_of(_size(state, "classifier.weight", 0, path), pooled, task, path)
+        build, prefix = partial(new_student, kind=kind, labels=labels), "effbert."
     elif task is not None:
         raise ValueError(f"checkpoint {path}: it has no head, and none for task {task}: leave out --task")
     else:
-        model, prefix = EffBertModel(config, add_pooling_layer=pooled), ""
-    if "classifier.weight" in state and kind == "spans":
+        build, prefix = partial(EffBertModel, add_pooling_layer=pooled), ""
+    model = build(config)
+    if isinstance(model, EffBertForQuestionAnswering):
         for setting, value in LEARNT_WINDOWS.items():
             setattr(model.config, setting, value)
-    fill(model, used_slices(student_state(state, prefix), architecture, config.intermediate_size, prefix), path)
+    state = student_state(state, prefix, getattr(model, "head_name", ""))
+    with torch.device("meta"):
+        whole = build(derive_config(config, whole_architecture(stacks)))
+    refuse_other_weights(whole, state, path)
+    model.load_state_dict(used_slices(state, architecture, config.intermediate_size, prefix))
     return model.eval()
+
+
+def whole_architecture(stacks: Sequence[int]) -> Architecture:
+    """The architecture that uses all weights of a checkpoint with so many MLPs in each layer; no layer has more than
+    the supernet's."""
+    most = Structure.parse(FULL_STRUCTURE).stacks
+    return Architecture(sum((Architecture.uniform(Structure(min(count, most), 1), 1).layers for count in stacks), ()))
 
 
 def import_supernet(
@@ -112,7 +138,9 @@ def import_supernet(
     if any(name.startswith("classifier.") for name in state):
         raise ValueError(f"checkpoint {path}: it has the head of one task: it is a student, so give its architecture")
     layers = 1 + max((int(found[1]) for found in map(MLP.match, state) if found), default=0)
-    config = config_of(state, Architecture.uniform(FULL_STRUCTURE, layers), num_attention_heads, path)
+    whole = Architecture.uniform(FULL_STRUCTURE, layers)
+    stacks_of(state, whole, path)
+    config = config_of(state, whole, num_attention_heads, path)
     heads = any(name.startswith("classifiers.") for name in state)
     specs = [_spec_of(name) for name in MULTI_TASK] if heads else []
     with torch.random.fork_rng(devices=[]):
@@ -124,7 +152,9 @@ def import_supernet(
         known = sign and number.isdecimal() and int(number) < len(specs)
         found[f"heads.{head_key(specs[int(number)].name)}.{part}" if known else name] = tensor
     pooler = {name: tensor for name, tensor in supernet.state_dict().items() if ".pooler." in name}
-    fill(supernet, (pooler | found) if not heads else found, path)
+    found = found if heads else pooler | found
+    refuse_other_weights(supernet, found, path)
+    supernet.load_state_dict(found)
     return supernet
 
 
@@ -183,16 +213,9 @@ def why_not(error: Exception) -> str:
     return f"no file of tensors that torch.load reads{reason}"
 
 
-def config_of(
-    state: Mapping[str, torch.Tensor], architecture: Architecture, num_attention_heads: int, path: str | Path
-) -> EffBertConfig:
-    """The sizes of a checkpoint, for `architecture`. ValueError where it has other layers, or too few MLPs in one."""
-
-    def size(name: str, dimension: int) -> int:
-        if name not in state or state[name].dim() <= dimension:
-            raise ValueError(f"checkpoint {path}: it lacks {name}: is it a student or supernet of EfficientBERT?")
-        return state[name].shape[dimension]
-
+def stacks_of(state: Mapping[str, torch.Tensor], architecture: Architecture, path: str | Path) -> list[int]:
+    """How many MLPs a checkpoint has in each layer. ValueError where it has other layers than `architecture`, or too
+    few MLPs in one."""
     stacks: dict[int, int] = {}
     for layer, stack in (map(int, found.groups()) for found in map(MLP.match, state) if found):
         stacks[layer] = max(stacks.get(layer, 0), stack + 1)
@@ -204,17 +227,31 @@ def config_of(
                 f"checkpoint {path}: {stacks[layer]} MLPs in layer {layer + 1}, the architecture stacks "
                 f"{structure.stacks} there"
             )
+    return [stacks[layer] for layer in sorted(stacks)]
+
+
+def _size(state: Mapping[str, torch.Tensor], name: str, dimension: int, path: str | Path) -> int:
+    if name not in state or state[name].dim() <= dimension:
+        raise ValueError(f"checkpoint {path}: it lacks {name}: is it a student or supernet of EfficientBERT?")
+    return state[name].shape[dimension]
+
+
+def config_of(
+    state: Mapping[str, torch.Tensor], architecture: Architecture, num_attention_heads: int, path: str | Path
+) -> EffBertConfig:
+    """The sizes of a checkpoint, for `architecture`. ValueError where it lacks what they are read from."""
+    size = partial(_size, state, path=path)
     neighbours = "embeddings.dense.weight" in state
     return EffBertConfig(
         architecture=str(architecture),
-        vocab_size=size("embeddings.token_embeddings.weight", 0),
-        embedding_size=size("embeddings.token_embeddings.weight", 1) if neighbours else None,
-        hidden_size=size("embeddings.position_embeddings.weight", 1),
+        vocab_size=size("embeddings.token_embeddings.weight", dimension=0),
+        embedding_size=size("embeddings.token_embeddings.weight", dimension=1) if neighbours else None,
+        hidden_size=size("embeddings.position_embeddings.weight", dimension=1),
         num_attention_heads=num_attention_heads,
-        intermediate_size=size("encoder.0.all_ffn.0.dense1.weight", 0),
-        max_position_embeddings=size("embeddings.position_embeddings.weight", 0),
-        type_vocab_size=size("embeddings.segment_embeddings.weight", 0),
-        fit_size=size("fit_dense.weight", 0) if "fit_dense.weight" in state else None,
+        intermediate_size=size("encoder.0.all_ffn.0.dense1.weight", dimension=0),
+        max_position_embeddings=size("embeddings.position_embeddings.weight", dimension=0),
+        type_vocab_size=size("embeddings.segment_embeddings.weight", dimension=0),
+        fit_size=size("fit_dense.weight", dimension=0) if "fit_dense.weight" in state else None,
         neighbour_padding="released",
         combine="truncate" if neighbours else "pad_released",
     )
@@ -277,8 +314,8 @@ def kind_of(task: str) -> tuple[str, tuple[str, ...]]:
     return glue.TASKS[name].spec.kind, glue.TASKS[name].spec.labels
 
 
-def fill(model: EffBertPreTrainedModel, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
-    """Load weights; ValueError that lists, under our names, what is missing, surplus or of another size."""
+def refuse_other_weights(model: EffBertPreTrainedModel, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """ValueError that lists, under our names, which weights of a model are missing, surplus or of another size."""
     wanted = model.state_dict()
     problems = {
         "missing": wanted.keys() - state.keys(),
@@ -288,7 +325,6 @@ def fill(model: EffBertPreTrainedModel, state: Mapping[str, torch.Tensor], path:
     said = [f"{what}: {', '.join(sorted(names))}" for what, names in problems.items() if names]
     if said:
         raise ValueError(f"checkpoint {path}: weights {'; '.join(said)}")
-    model.load_state_dict(state)
 
 
 def save_imported(model: EffBertPreTrainedModel, output_dir: str | Path, vocab: str | Path | None = None) -> None:
@@ -311,9 +347,14 @@ def read_vocab(vocab: str | Path, config: EffBertConfig):
 
     if not Path(vocab).is_file():
         raise FileNotFoundError(f"--vocab {vocab}: no such file")
-    tokens = Path(vocab).read_text(encoding="utf-8").splitlines()
+    try:
+        tokens = Path(vocab).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--vocab {vocab}: not UTF-8 text: {error}") from None
     if len(tokens) != config.vocab_size:
         raise ValueError(f"--vocab {vocab}: {len(tokens)} tokens, the checkpoint has {config.vocab_size}")
     known = {token: index for index, token in enumerate(tokens)}
+    if len(known) != len(tokens):
+        raise ValueError(f"--vocab {vocab}: {len(tokens) - len(known)} of its {len(tokens)} tokens are there twice")
     longest = min(LEARNT_LENGTH, config.max_position_embeddings)
     return BertTokenizer(vocab=known, do_lower_case=True, model_max_length=longest)

@@ -414,6 +414,8 @@ class EffBertForSequenceClassification(EffBertPreTrainedModel):
     """Classification with config.num_labels classes, or regression with one, from the pooled first token."""
 
     def __init__(self, config):
+        if config.num_labels == 1 and config.problem_type is None:
+            config.problem_type = "regression"  # else a pipeline takes the one logit for a probability's
         super().__init__(config)
         self.effbert = EffBertModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
@@ -434,11 +436,7 @@ class EffBertForSequenceClassification(EffBertPreTrainedModel):
         self.refuse_attentions(output_attentions)
         states = self.effbert.states(input_ids, attention_mask, token_type_ids, position_ids)
         logits = self.classifier(self.effbert.pool(states[-1]))
-        loss = None
-        if labels is not None and self.config.num_labels == 1:
-            loss = F.mse_loss(logits[:, 0], labels.to(logits.dtype))
-        elif labels is not None:
-            loss = F.cross_entropy(logits, labels)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
         output = SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=self.returned_states(states, output_hidden_states)
         )
@@ -451,7 +449,7 @@ class EffBertForQuestionAnswering(EffBertPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.effbert = EffBertModel(config, add_pooling_layer=False)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
     def forward(
@@ -469,10 +467,8 @@ class EffBertForQuestionAnswering(EffBertPreTrainedModel):
     ):
         self.refuse_attentions(output_attentions)
         states = self.effbert.states(input_ids, attention_mask, token_type_ids, position_ids)
-        start, end = self.classifier(states[-1]).unbind(dim=-1)
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            loss = (F.cross_entropy(start, start_positions) + F.cross_entropy(end, end_positions)) / 2
+        start, end = self.qa_outputs(states[-1]).unbind(dim=-1)
+        loss = self.loss_function(start, end, start_positions, end_positions)
         output = QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start,

@@ -16,8 +16,8 @@ from effbert.data.tasks import TaskSpec, map_labels
 from effbert.data.tokenizer import load_tokenizer
 from effbert.errors import first_line
 from effbert.model import EffBertConfig, EffBertHeadModel, EffBertModel, EffBertPreTrainedModel, parse_architecture
-from effbert.models import architecture_of, model_fields, sized_down
-from effbert.supernet import Supernet, head_key, used_slices
+from effbert.models import architecture_of, model_fields, refuse_out_of_reach, sized_down
+from effbert.supernet import Supernet, head_key, narrowed_inner_width, used_slices
 from effbert.teacher import check_weights
 
 SIZES = (
@@ -26,7 +26,7 @@ SIZES = (
 )  # fmt: skip
 PROJECTION = "fit_dense."
 MAY_LACK = ("pooler.", PROJECTION)  # a bare encoder has no pooler, a deployed one no projection
-HEADS = ("heads.", "classifier.")
+HEADS = ("heads.", "classifier.", "qa_outputs.")
 BORROWED_HEADS = {"wnli": "qnli"}  # as published, where it goes by position: the supernet does not learn WNLI
 
 
@@ -54,11 +54,15 @@ def model_config(
     if model == "teacher":
         if not params:
             raise ValueError("--model teacher needs --params: how many parameters are to be left of it")
+        refuse_out_of_reach(teacher, given.num_hidden_layers, params)
         model = sized_down(teacher, given.num_hidden_layers, params)
     architecture = architecture_of(model)
     common["neighbour_padding"] = given.neighbour_padding
     if "(" not in model:
-        return EffBertConfig(**{**common, **model_fields(model)})
+        fields = model_fields(model)
+        if "combine" in fields and start:  # an imported supernet learnt with the released padding, and goes on with it
+            fields["combine"] = read_student(start).combine
+        return EffBertConfig(**{**common, **fields})
     sizes = {name: getattr(given, name) for name in ("embedding_size", "hidden_size", "intermediate_size")}
     return EffBertConfig(**{**common, **sizes, "architecture": str(architecture)})
 
@@ -89,8 +93,13 @@ def check_start(config: EffBertConfig, folder: str) -> None:
             f"{config.num_hidden_layers}"
         )
     elif narrows(saved, config):
-        saved.hidden_size = saved.intermediate_size = config.hidden_size
-    other = [f"{name} {getattr(saved, name)}, not {getattr(config, name)}" for name in SIZES
+        try:
+            inner = narrowed_inner_width(saved, config.hidden_size)
+        except ValueError as error:
+            raise ValueError(f"--start_from {folder}: {error}") from None
+        saved.hidden_size, saved.intermediate_size = config.hidden_size, inner
+    names = SIZES if saved.embedding_size else tuple(name for name in SIZES if name != "neighbour_padding")
+    other = [f"{name} {getattr(saved, name)}, not {getattr(config, name)}" for name in names
              if getattr(saved, name) != getattr(config, name)]  # fmt: skip
     if other:
         flag = "; give --student.neighbour_padding too" if "neighbour_padding" in other[-1] else ""
@@ -155,8 +164,8 @@ def load_head(model: EffBertHeadModel, folder: str, task: TaskSpec) -> str:
             return ""
     supernet, _ = read_weights(Supernet, folder)
     head = supernet.heads[head_key(name)]
-    model.classifier.weight.copy_(head.weight[columns])
-    model.classifier.bias.copy_(head.bias[columns])
+    model.head_layer.weight.copy_(head.weight[columns])
+    model.head_layer.bias.copy_(head.bias[columns])
     return name
 
 

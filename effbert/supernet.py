@@ -125,24 +125,21 @@ class Supernet(EffBertPreTrainedModel):
         else:
             model = new_student(config, self.kinds[task], self.labels[task])
             head = self.heads[head_key(task)].state_dict()
-            source |= {f"classifier.{name}": tensor for name, tensor in head.items()}
+            source |= {f"{model.head_name}.{name}": tensor for name, tensor in head.items()}
         wanted = model.state_dict()
         model.load_state_dict({name: source[name] for name in wanted})
         return model.train(self.training)
 
     def narrowed(self, hidden_size: int, times: int = 1) -> "Supernet":
         """A supernet of the first `hidden_size` channels, with every layer `times` times in place, as the published
-        narrow and 12-layer students are begun; its MLPs are as wide as its layers, as theirs are.
+        narrow and 12-layer students are begun; where it is narrower its MLPs are as wide as its layers, as theirs are.
 
-        ValueError where this one is narrower. Channels are cut as they lie, across the heads.
+        ValueError where this one has fewer channels. They are cut as they lie, across the heads.
         """
-        if hidden_size > self.config.hidden_size:
-            raise ValueError(
-                f"a supernet of width {self.config.hidden_size} has no first {hidden_size} channels: train a wider one"
-            )
         architecture = Architecture.parse(self.config.architecture).repeat(times)
         config = derive_config(
-            self.config, architecture, hidden_size=hidden_size, intermediate_size=hidden_size,
+            self.config, architecture, hidden_size=hidden_size,
+            intermediate_size=narrowed_inner_width(self.config, hidden_size),
             supernet_tasks=getattr(self.config, "supernet_tasks", []),
         )  # fmt: skip
         narrow, source = Supernet(config), self.state_dict()
@@ -154,6 +151,17 @@ class Supernet(EffBertPreTrainedModel):
             state[name] = source[".".join(parts)][tuple(map(slice, tensor.shape))]
         narrow.load_state_dict(state)
         return narrow.train(self.training)
+
+
+def narrowed_inner_width(config: EffBertConfig, hidden_size: int) -> int:
+    """Inner width, at ratio 1, of what `Supernet.narrowed` makes of a supernet; ValueError as there."""
+    inner = config.intermediate_size if hidden_size == config.hidden_size else hidden_size
+    if hidden_size > config.hidden_size or inner > config.intermediate_size:
+        raise ValueError(
+            f"a supernet of width {config.hidden_size}, {config.intermediate_size} inside its MLPs, has no first "
+            f"{hidden_size} channels: train a wider one"
+        )
+    return inner
 
 
 def head_key(task: str) -> str:

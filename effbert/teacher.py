@@ -285,7 +285,7 @@ def with_new_head(folder: str | Path, head: str, labels: Sequence[str]) -> nn.Mo
     config = encoder.config
     config.id2label = dict(enumerate(labels))
     config.label2id = {name: index for index, name in enumerate(labels)}
-    config.problem_type = None
+    config.problem_type = "regression" if len(labels) == 1 else None
     model = _auto_class(head).from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     getattr(model, model.base_model_prefix).load_state_dict(encoder.state_dict(), strict=False)
     return model

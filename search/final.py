@@ -178,9 +178,9 @@ def initial_model(workspace: Workspace, supernet: Supernet, row: Row, warm: Phas
 
 @torch.no_grad()
 def fresh_head(model: EffBertHeadModel, key: int) -> None:
-    """New weights for pooler and classifier, drawn from `key`."""
+    """New weights for pooler and head, drawn from `key`."""
     torch.manual_seed(key)
-    for linear in (model.effbert.pooler, model.classifier):
+    for linear in (model.effbert.pooler, model.head_layer):
         if linear is not None:
             drawn = torch.randn(linear.weight.shape) * model.config.initializer_range
             linear.weight.copy_(drawn)

@@ -38,7 +38,7 @@ from effbert.models import PLUS, architecture_of, model_fields, sized_down
 from effbert.optim import TrainingArguments
 from effbert.parallel import ALONE, World
 from effbert.search.progress import Reporter
-from effbert.search.record import PLAN, WINNER, left_out, state_of
+from effbert.search.record import PLAN, WINNER, left_out, saved_plan, state_of
 from effbert.search.report import OFFICIAL, chosen_by, markdown, plan_rows, print_table
 from effbert.search.report_html import write_report
 from effbert.search.run import Turn, claimed, run_search, surroundings
@@ -431,7 +431,7 @@ def show_plan(config: PaperConfig) -> Table:
     that which `config` makes."""
     folder = Path(config.output_dir)
     if (folder / PLAN).is_file():
-        lines = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        lines = saved_plan(folder)
     else:
         lines = lines_of(folder, plan(config, ALONE, Reporter))
     begun = "" if (folder / PLAN).is_file() else ", which has not begun"

@@ -118,6 +118,14 @@ def _steps(folder: Path) -> list[dict] | None:
     return steps if found else None
 
 
+def saved_plan(folder: Path) -> list[dict]:
+    """The steps of the plan in a folder; ValueError, in one line, where its file is damaged."""
+    steps = _steps(folder)
+    if steps is None:
+        raise ValueError(f"{folder / PLAN}: is no plan of effbert paper: the command that began it writes it anew")
+    return steps
+
+
 def left_out(result: Path) -> Path:
     """The note beside a step's result that there will be none, and why."""
     return result.with_name(f"{result.name}.left-out")

@@ -144,6 +144,13 @@ def test_outputs_that_are_not_finite_get_no_time(here, tmp_path, monkeypatch):
     assert reasons(run(tmp_path / "s.json", "--models", OURS, "--runtimes", "fp32")) == {OURS: None}  # tried again
 
 
+def test_what_cannot_be_written_or_drawn_is_said_before_anything_is_measured(tmp_path):
+    with pytest.raises(IsADirectoryError):
+        inference.main(["--plot", str(tmp_path), "--small"])
+    with pytest.raises(ValueError, match="--plot draws other models beside bert-base: --models must name both"):
+        inference.main(["--models", OURS, "--plot", str(tmp_path / "p.svg"), "--small"])
+
+
 def test_a_call_that_would_take_too_long_is_not_made(here, tmp_path):
     shapes = ("--batch_sizes", "1", "2", "--longest", "1e-9")
     record = run(tmp_path / "r.json", "--models", BASE, "--runtimes", "fp32", *shapes)

@@ -120,6 +120,23 @@ def test_a_pipeline_takes_a_student_once_effbert_is_imported(classifier):
         assert [scores["light"], scores["heavy"]] == pytest.approx(row.tolist(), abs=1e-6)
 
 
+@pytest.mark.parametrize("own_code", [False, True])
+def test_a_pipeline_gives_the_number_of_a_regression(tmp_path, own_code):
+    from transformers import AutoTokenizer, pipeline
+
+    model = student(num_labels=1)
+    saved(tmp_path / "model", model)
+    given = AutoTokenizer.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        expected = model(**given(["good fast"], return_tensors="pt")).logits.item()
+    loaded = EffBertForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    if own_code:
+        loaded = standalone.plain_model(loaded, standalone.load(standalone.source(loaded.config)))
+    (found,) = pipeline("text-classification", model=loaded, tokenizer=given)("good fast")
+    assert found["score"] == pytest.approx(expected, abs=1e-5)
+    assert expected != pytest.approx(torch.sigmoid(torch.tensor(expected)).item(), abs=1e-2)
+
+
 def test_a_folder_loads_where_effbert_is_missing(classifier, tmp_path):
     questions = student(EffBertForQuestionAnswering, neighbour_padding="released", embedding_size=None)
     saved(tmp_path / "questions", questions)
@@ -164,6 +181,8 @@ def test_with_effbert_its_own_classes_load_the_same_weights(classifier, tmp_path
     for name in ("config.json", "modeling_effbert.py", "model.safetensors", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["out", "twice"]
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())  # whose code is not there
 
 
 def test_a_killed_export_leaves_no_folder_and_the_same_command_makes_it(classifier, tmp_path):
@@ -179,7 +198,8 @@ def test_an_encoder_without_pooler_and_a_folder_without_tokenizer(tmp_path, caps
     config = student(output_hidden_states=True).config  # which the check of the outputs is not about
     EffBertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "model")
     run(tmp_path / "model", "--output_dir", tmp_path / "out")
-    assert "holds no tokenizer" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "holds no tokenizer" in shown and "load it with add_pooling_layer=False" in shown
     assert export.load_student(tmp_path / "out").pooler is None
 
 
@@ -299,6 +319,8 @@ def test_code_that_disagrees_is_not_left_behind(classifier, tmp_path, monkeypatc
         (("--format", "onnx", "--data_dir", "x"), "--data_dir is the folder of a known task"),
         (("--format", "onnx", "--validation_file", "x"), "--validation_file and --text_columns go together"),
         (("--format", "onnx", "--task", "a", "--validation_file", "x"), "exclude each other"),
+        (("--max_length", "9"), "--max_length is of rows to score on"),
+        (("--format", "onnx", "--task", "mrpc", "--label_column", "x"), "--label_column is a column of --validation_f"),
         (("--format", "onnx", "--task", "mnlii"), "unknown task 'mnlii'"),
         (("--format", "onnx", "--validation_file", "none.csv", "--text_columns", "a"), "none.csv: no such file"),
     ],

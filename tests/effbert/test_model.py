@@ -4,10 +4,18 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import AutoModel, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 import effbert  # noqa: F401  (registers the model type)
+from effbert import standalone
 from effbert.architecture import Architecture, count_parameters
 from effbert.data.tasks import TaskSpec
 from effbert.kernels import gradients_in_place
@@ -77,6 +85,51 @@ def test_a_tuple_comes_where_the_call_or_the_config_asks_for_one(kind):
         torch.testing.assert_close(output, whole.to_tuple())
     model.config.return_dict = False
     assert type(model(*inputs)) is tuple and type(model(*inputs, return_dict=True)) is type(whole)
+
+
+@pytest.mark.parametrize("module", ["own", "exported"])
+@pytest.mark.parametrize(
+    ("settings", "labels"),
+    [
+        ({"num_labels": 3}, torch.tensor([2, 0, 1])),
+        ({"num_labels": 1}, torch.tensor([0.5, -1.0, 2.0])),
+        ({"num_labels": 1}, torch.tensor([[0.5], [-1.0], [2.0]])),
+        ({"num_labels": 3, "problem_type": "regression"}, torch.ones(3, 3)),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, torch.eye(3)),
+    ],
+)
+def test_losses_are_those_of_transformers(module, settings, labels):
+    model = EffBertForSequenceClassification(config(**settings)).eval()
+    sizes = {"num_hidden_layers": 0, "hidden_size": 4, "num_attention_heads": 1, "vocab_size": 9}
+    bert = BertForSequenceClassification(BertConfig(**sizes, **settings))
+    if module == "exported":
+        model = standalone.plain_model(model, standalone.load(standalone.source(model.config)))
+    output = model(*batch(), labels=labels)
+    torch.testing.assert_close(output.loss, bert.loss_function(labels, output.logits, bert.config))
+
+
+@pytest.mark.parametrize("module", ["own", "exported"])
+def test_positions_beyond_the_sequence_add_nothing_to_the_loss(module):
+    model = EffBertForQuestionAnswering(config(num_labels=2)).eval()
+    if module == "exported":
+        model = standalone.plain_model(model, standalone.load(standalone.source(model.config)))
+    ids, mask = batch()
+    given = {"start_positions": torch.tensor([1, 2, 3]), "end_positions": torch.tensor([4, 99, 5])}
+    output = model(ids, mask, **given)
+    kept = torch.tensor([0, 2])
+    start = F.cross_entropy(output.start_logits, given["start_positions"])
+    end = F.cross_entropy(output.end_logits[kept], given["end_positions"][kept])
+    torch.testing.assert_close(output.loss, (start + end) / 2)
+    assert model(ids, mask, start_positions=given["start_positions"]).loss is None
+
+
+@pytest.mark.parametrize("kinds", [(0, 1), (1, 0)])
+def test_a_head_of_another_kind_is_not_taken_for_ones_own(tmp_path, kinds):
+    classes = (EffBertForSequenceClassification, EffBertForQuestionAnswering)
+    saved, loaded = (classes[index] for index in kinds)
+    saved(config(num_labels=2)).save_pretrained(tmp_path)
+    _, found = loaded.from_pretrained(tmp_path, output_loading_info=True)
+    assert {f"{loaded.head_name}.weight", f"{loaded.head_name}.bias"} <= set(found["missing_keys"])
 
 
 @pytest.mark.parametrize("kind", [EffBertModel, EffBertForSequenceClassification, EffBertForQuestionAnswering])

@@ -12,7 +12,7 @@ from effbert.architecture import Architecture, count_parameters
 from effbert.data.tasks import TaskSpec
 from effbert.kernels.expression import ExpressionError
 from effbert.model import EffBertConfig, EffBertModel
-from effbert.models import MODELS, architecture_of, dimensions, model_fields, sized_down
+from effbert.models import MODELS, architecture_of, dimensions, model_fields, refuse_out_of_reach, sized_down
 from effbert.supernet import Supernet, supernet_config
 
 PARAMETERS = json.loads((Path(__file__).parents[1] / "fixtures" / "params.json").read_text())
@@ -81,6 +81,13 @@ def test_a_teacher_sized_down_keeps_its_proportions():
     assert abs(count - 15_000_000) < 500_000
 
 
+@pytest.mark.parametrize("parameters", [1, 10**9])
+def test_a_teacher_is_not_sized_down_to_what_it_cannot_have(parameters):
+    with pytest.raises(ValueError, match=r"sized down to 6 layers has from 383,760 \(width 12\) to 66,364,416 \(width"):
+        refuse_out_of_reach(BertConfig(), 6, parameters)
+    refuse_out_of_reach(BertConfig(), 6, 66_364_416)
+
+
 def test_a_narrow_supernet_is_the_first_channels_of_a_wide_one_each_layer_twice():
     wide = EffBertConfig(
         vocab_size=30, embedding_size=4, hidden_size=12, intermediate_size=12, num_attention_heads=2,
@@ -102,6 +109,21 @@ def test_a_narrow_supernet_is_the_first_channels_of_a_wide_one_each_layer_twice(
         supernet.narrowed(16)
 
 
+def test_mlps_narrower_than_their_layers_repeat_as_they_are_and_have_no_narrower_model():
+    config = EffBertConfig(
+        vocab_size=30, embedding_size=4, hidden_size=12, intermediate_size=6, num_attention_heads=2,
+        max_position_embeddings=8,
+    )  # fmt: skip
+    supernet = Supernet(supernet_config(config, 1))
+    twice = supernet.narrowed(12, times=2)
+    assert twice.config.intermediate_size == 6
+    for layer in twice.effbert.layers:
+        for mine, own in zip(layer.parameters(), supernet.effbert.layers[0].parameters(), strict=True):
+            assert torch.equal(mine, own)
+    with pytest.raises(ValueError, match="a supernet of width 12, 6 inside its MLPs, has no first 8 channels"):
+        supernet.narrowed(8)
+
+
 @pytest.mark.parametrize(
     ("name", "head", "parameters"),
     [
@@ -116,6 +138,20 @@ def test_arch_takes_a_name_with_its_sizes(name, head, parameters, capsys):
         assert main(["arch", name, *more]) == 0
         shown = capsys.readouterr().out
         assert head in shown and parameters in shown
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--num_labels", "-3", "--num_labels -3: must be at least 1"),
+        ("--length", "0", "--length 0: must be at least 1"),
+        ("--hidden_size", "-540", "hidden_size -540: must be at least 1"),
+        ("--num_attention_heads", "7", "does not divide into 7 attention heads"),
+    ],
+)
+def test_arch_prices_no_sizes_that_cannot_be(flag, value, said, capsys):
+    assert main(["arch", "efficientbert", flag, value]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_arch_takes_other_sizes_for_a_named_architecture(capsys):

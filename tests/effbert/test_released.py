@@ -1,6 +1,7 @@
 """The authors' checkpoints become folders that transformers loads, with the recorded outputs."""
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -12,10 +13,13 @@ import transformers
 from commands import killed_before
 from effbert.__main__ import main
 from effbert.architecture import Architecture
+from effbert.config import PretrainConfig
 from effbert.data import glue
 from effbert.data.tasks import plain_name
+from effbert.model import EffBertConfig
+from effbert.models import model_fields
 from effbert.released import MULTI_TASK, STUDENT_NAMES, import_checkpoint, read_state
-from effbert.start import start_weights
+from effbert.start import check_start, model_config, start_weights
 from effbert.supernet import Supernet, derive_config
 
 
@@ -122,7 +126,7 @@ def test_what_could_run_code_is_named_and_not_read(parity, tmp_path, capsys):
 
 
 def test_a_named_model_has_its_own_sizes(tmp_path, capsys):
-    from effbert.model import EffBertConfig, EffBertModel
+    from effbert.model import EffBertModel
 
     architecture = str(Architecture.uniform("1_1", 2))
     sizes = {"vocab_size": 20, "hidden_size": 24, "intermediate_size": 96, "max_position_embeddings": 9}
@@ -223,7 +227,7 @@ def test_a_student_for_spans(parity, tmp_path):
 
 
 def test_a_table_without_neighbours_is_the_768_wide_kind(tmp_path):
-    from effbert.model import EffBertConfig, EffBertModel
+    from effbert.model import EffBertModel
 
     architecture = Architecture.parse("linear1_2(relu(mul(linear1_2(x,wb1),x)),wb2)")
     config = EffBertConfig(
@@ -236,6 +240,25 @@ def test_a_table_without_neighbours_is_the_768_wide_kind(tmp_path):
         "pad_released", None, 48,
     )  # fmt: skip
     torch.testing.assert_close(model.layers[0].mlps[0].dense1.weight, whole.layers[0].mlps[0].dense1.weight[:24])
+
+
+def test_an_imported_768_wide_supernet_is_what_its_named_student_begins_with(tmp_path):
+    """With its own padding operations; how masked neighbours are embedded is nothing to a table without them."""
+    sizes = {"vocab_size": 20, "max_position_embeddings": 9, "num_attention_heads": 12}
+    own = {name: value for name, value in model_fields("efficientbert-tinybert6").items() if name != "architecture"}
+    layers = Architecture.uniform("4_1", 6)
+    config = EffBertConfig(architecture=str(layers), **own | sizes | {"combine": "pad_released"})
+    with torch.device("meta"):
+        supernet = Supernet(config)
+    (tmp_path / "config.json").write_text(
+        json.dumps(config.to_dict() | {"architectures": [type(supernet).__name__], "neighbour_padding": "released"})
+    )
+    given = PretrainConfig("", teacher="", model=("efficientbert-tinybert6",), start_from=(str(tmp_path),))
+    teacher = transformers.BertConfig(num_attention_heads=12)
+    wanted = model_config(given, given.model[0], str(tmp_path), 0, teacher, {**sizes, "fit_size": 768})
+    assert wanted.combine == "pad_released" and wanted.neighbour_padding == "zero"
+    check_start(wanted, str(tmp_path))
+    assert model_config(given, given.model[0], "", 0, teacher, {**sizes, "fit_size": 768}).combine == "pad"
 
 
 def test_a_vocabulary_gives_it_a_tokenizer(parity, tmp_path):
@@ -255,6 +278,14 @@ def wrong(parity, tmp_path, state=None, *more, architecture="random0"):
     return main(["import", str(path), "--architecture", text, "--output_dir", str(tmp_path / "out"), *more])
 
 
+def wider_mlps(state):
+    """Layer 2 has MLPs of twice the inner width: their first half is not what an architecture uses of them."""
+    for name in [name for name in state if name.startswith("encoder.1.all_ffn") and "dense" in name]:
+        dimension = {"dense1.weight": 0, "dense1.bias": 0, "dense2.weight": 1}.get(".".join(name.split(".")[-2:]))
+        if dimension is not None:
+            state[name] = torch.cat((state[name], state[name]), dimension)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -264,6 +295,14 @@ def wrong(parity, tmp_path, state=None, *more, architecture="random0"):
         (lambda s: s.pop("embeddings.token_embeddings.weight"), "lacks embeddings.token_embeddings.weight"),
         (lambda s: [s.pop(k) for k in list(s) if k.startswith("encoder.2")], "2 layers, the architecture has 3"),
         (lambda s: [s.pop(k) for k in list(s) if "all_ffn.2" in k or "all_ffn.3" in k], "2 MLPs in layer 1"),
+        (lambda s: s.pop("encoder.1.all_ffn.1.dense1.weight"), "missing: effbert.layers.1.mlps.1.dense1.weight"),
+        (lambda s: s.update({"encoder.1.all_ffn.3.gate": torch.ones(2)}), "surplus: effbert.layers.1.mlps.3.gate"),
+        (lambda s: s.update({"encoder.scale": torch.ones(2)}), "surplus: effbert.layers.scale"),
+        (lambda s: s.update({"encoder.0.all_ffn": torch.ones(2)}), "surplus: effbert.layers.0.mlps"),
+        (lambda s: s.update({"encoder.0.all_ffn.odd.bias": torch.ones(2)}), "surplus: effbert.layers.0.mlps.odd.bias"),
+        (lambda s: s.update({"encoder.0.all_ffn.4.bias": torch.ones(2)}), "surplus: effbert.layers.0.mlps.4.bias"),
+        (lambda s: s.update({"classifier.weight": torch.ones(())}), "lacks classifier.weight"),
+        (wider_mlps, "of another size: effbert.layers.1.mlps.0.dense1.bias, effbert.layers.1.mlps.0.dense1.weight"),
     ],
 )
 def test_weights_that_do_not_fit_are_listed(parity, tmp_path, capsys, change, said):
@@ -279,12 +318,15 @@ def test_other_wrong_input_is_one_line(parity, tmp_path, capsys):
     bare = dict(multi)
     multi |= {"classifiers.0.weight": torch.ones(3, 60), "classifiers.0.bias": torch.ones(3)}
     (tmp_path / "vocab.txt").write_text("a\nb\n")
+    (tmp_path / "same.txt").write_text("a\n" * 200)
     for state, more, said in (
         (None, ("--task", "sst-2"), "a head for classification with 3 outputs, task sst-2 needs classification with 2"),
         (None, ("--task", "imdb"), "--task imdb: the released heads are of"),
         (None, ("--num_attention_heads", "7"), "does not divide into 7 attention heads"),
         (None, ("--vocab", str(tmp_path / "vocab.txt")), "2 tokens, the checkpoint has 200"),
         (None, ("--vocab", "nowhere.txt"), "--vocab nowhere.txt: no such file"),
+        (None, ("--vocab", str(tmp_path / "same.txt")), "same.txt: 199 of its 200 tokens are there twice"),
+        (None, ("--vocab", str(tmp_path / "best_model.bin")), "best_model.bin: not UTF-8 text"),
         (bare, ("--task", "mnli"), "it has no head, and none for task mnli"),
         (multi, (), "none is named: give --task"),
         (multi, ("--task", "wnli"), "'wnli' is none of them"),

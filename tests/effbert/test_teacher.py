@@ -200,7 +200,8 @@ def test_a_new_head_replaces_any_other_and_keeps_the_encoder(tmp_path, family, h
     old.save_pretrained(tmp_path)
     torch.manual_seed(5)
     model = with_new_head(tmp_path, head, labels)
-    assert model.config.num_labels == len(labels) and model.config.problem_type is None
+    assert model.config.num_labels == len(labels)
+    assert model.config.problem_type == ("regression" if head == "regression" else None)
     assert model.config.label2id == {name: index for index, name in enumerate(labels)}
     before, prefix = old.state_dict(), model.base_model_prefix
     for name, weight in model.state_dict().items():

@@ -484,6 +484,14 @@ def test_what_a_later_step_would_refuse_is_refused_before_anything_is_computed(t
     assert not [entry for entry in (tmp_path / "run").iterdir() if not entry.name.startswith(".")]
 
 
+@pytest.mark.parametrize("content", ["[1]", "{bad"])
+def test_a_damaged_plan_is_one_line(tmp_path, capsys, content):
+    (tmp_path / "plan.json").write_text(content)
+    assert main(["paper", "--output_dir", str(tmp_path), "--show"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"effbert: {tmp_path / 'plan.json'}: is no plan") and error.count("\n") == 1
+
+
 def test_a_plan_that_has_not_begun_is_shown(tmp_path, capsys):
     assert main(smoke(tmp_path / "run", "--show")) == 0
     shown = capsys.readouterr().out
