@@ -163,7 +163,7 @@ def open_model(folder: str | Path, spec: TaskSpec, reading: Reading) -> SavedMod
     tokenizer = load_tokenizer(folder)
     length = reading.max_length or usual_length(config, tokenizer, spec.kind)
     check_texts(config, tokenizer, length, "model")
-    if config.type_vocab_size < 2:
+    if getattr(config, "type_vocab_size", 1) < 2:
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     return SavedModel(str(folder), spec, reading, config, tokenizer, length, columns)
 

@@ -137,11 +137,21 @@ def check_family(config) -> None:
 
 
 def longest_text(config) -> int:
-    """Tokens that a BERT-like model, or a student, has positions for."""
+    """Tokens that a model, or a student, has positions for; ValueError where its config does not say."""
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    if positions < 1:
+        raise ValueError(
+            f"a {config.model_type} model cannot be read: its config should have max_position_embeddings, the longest "
+            "text, as BERT's has"
+        )
     offset = getattr(config, "position_offset", None)
-    return config.max_position_embeddings - (
-        student_vocabulary(config)["position_offset"] if offset is None else offset
-    )
+    return positions - (position_offset(config) if offset is None else offset)
+
+
+def position_offset(config) -> int:
+    """The position of a text's first token: RoBERTa counts from pad_token_id + 1, so its table is that much longer than
+    its texts."""
+    return config.pad_token_id + 1 if config.model_type in ROBERTA_LIKE else 0
 
 
 def usual_length(config, tokenizer, kind: str) -> int:
@@ -166,9 +176,10 @@ def check_texts(config, tokenizer, max_length: int, what: str = "teacher") -> No
         raise ValueError(
             f"the {what} reads texts of at most {longest_text(config)} tokens: --max_length {max_length} is too long"
         )
-    if len(tokenizer) > config.vocab_size:
+    vocabulary = getattr(config, "vocab_size", 0)
+    if len(tokenizer) > vocabulary:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} entries and the {what}'s vocabulary {config.vocab_size}: "
+            f"the tokenizer has {len(tokenizer)} entries and the {what}'s vocabulary {vocabulary}: "
             "they do not belong together"
         )
     if tokenizer.pad_token_id != config.pad_token_id:
@@ -239,7 +250,6 @@ def load_model(folder: str | Path, head: str | None = None, what: str = "teacher
         model, found = auto.from_pretrained(
             local_path(folder),
             use_safetensors=True,
-            attn_implementation="sdpa",
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -301,19 +311,18 @@ def head_of(config) -> str | None:
     return None
 
 
-ROBERTA_LIKE = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text")
+ROBERTA_LIKE = (
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "mpnet",
+    "longformer", "ibert",
+)  # fmt: skip
 
 
 def student_vocabulary(config) -> Mapping[str, int]:
-    """What a student takes over from its teacher: vocabulary, padding, positions, segments.
-
-    RoBERTa counts positions from pad_token_id + 1, so its table is that much longer than its texts.
-    """
-    offset = config.pad_token_id + 1 if config.model_type in ROBERTA_LIKE else 0
+    """What a student takes over from its teacher: vocabulary, padding, positions, segments."""
     return {
         "vocab_size": config.vocab_size,
         "pad_token_id": config.pad_token_id,
-        "position_offset": offset,
+        "position_offset": position_offset(config),
         "max_position_embeddings": config.max_position_embeddings,
         "type_vocab_size": config.type_vocab_size,
         "fit_size": config.hidden_size,

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForSequenceClassification, BertConfig
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
@@ -125,6 +126,57 @@ def test_scores_are_those_of_the_rows_fed_by_hand(task, tmp_path, tokenizer):
     found = evaluate_saved(folder, task, tmp_path, Reading(per_device_eval_batch_size=3))["validation"]
     assert found == pytest.approx(wanted | {"rows": 20}, abs=1e-5)
     assert len(set(predictions.tolist())) > 1
+
+
+def save_other(folder: Path, family: str, tokenizer, labels, **changes) -> str:
+    """A tiny classifier of another family, with large weights; `family` as in transformers' class names."""
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
+    own = {"DistilBert": {"n_layers": 1, "n_heads": 2, "dim": 16, "hidden_dim": 16}}
+    usual = {
+        "max_position_embeddings": 64,
+        "initializer_range": 0.5,
+        "init_std": 0.5,
+        "id2label": dict(enumerate(labels)),
+    }
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    config = getattr(transformers, f"{family}Config")(**{**ids, **usual, **own.get(family, sizes), **changes})
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", ["DistilBert", "MPNet", "DebertaV2"])
+def test_a_model_without_segments_is_scored(family, tmp_path, tokenizer, capsys):
+    if family == "MPNet":  # its positions count from 2, whatever the config says of padding
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = "[UNK]"
+        assert tokenizer.pad_token_id == 1
+    folder = save_other(tmp_path / "model", family, tokenizer, spec_of("mrpc").labels)
+    write_glue(tmp_path, "mrpc", "validation", 20)
+    rows = glue.load_split("mrpc", "validation", tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    encoded = tokenizer(list(rows["text_a"]), list(rows["text_b"]), padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        logits = model(encoded["input_ids"], encoded["attention_mask"]).logits.numpy()
+    found = open_model(folder, spec_of("mrpc"), Reading()).logits(rows, "validation")[1]
+    np.testing.assert_allclose(np.stack(found), logits, atol=1e-5)
+    assert main(["evaluate", folder, "--task", "mrpc", "--data_dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith("mrpc validation rows 20\n")
+    longest = 62 if family == "MPNet" else 64
+    with pytest.raises(ValueError, match=f"texts of at most {longest} tokens: --max_length 65 is too long"):
+        open_model(folder, spec_of("mrpc"), Reading(max_length=65))
+
+
+def test_a_model_that_does_not_say_how_long_texts_may_be_is_refused(tmp_path, tokenizer, capsys):
+    folder = save_other(tmp_path / "model", "DistilBert", tokenizer, spec_of("mrpc").labels)
+    config = transformers.FunnelConfig(vocab_size=len(tokenizer), id2label=dict(enumerate(spec_of("mrpc").labels)))
+    config.architectures = ["FunnelForSequenceClassification"]
+    config.save_pretrained(folder)
+    write_glue(tmp_path, "mrpc", "validation")
+    for more in ((), ("--max_length", "32")):
+        said = fails(capsys, "evaluate", folder, "--task", "mrpc", "--data_dir", tmp_path, *more)
+        assert "a funnel model cannot be read: its config should have max_position_embeddings" in said
 
 
 def test_labels_meet_by_name_not_by_place(tmp_path, tokenizer):

@@ -14,6 +14,7 @@ from effbert.teacher import (
     head_of,
     layer_map,
     load_model,
+    longest_text,
     read_config,
     student_vocabulary,
     with_new_head,
@@ -189,6 +190,7 @@ def test_weights_are_loaded_in_fp32_whatever_they_were_saved_in(tmp_path):
     build("Bert").half().save_pretrained(tmp_path)
     loaded = [load_model(tmp_path, "classification"), with_new_head(tmp_path, "classification", ("a", "b"))]
     assert {parameter.dtype for model in loaded for parameter in model.parameters()} == {torch.float32}
+    assert {model.config._attn_implementation for model in loaded} == {"sdpa"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -243,6 +245,14 @@ def test_head_and_vocabulary_are_read_from_the_config(tmp_path):
     roberta = student_vocabulary(build("Roberta").config)
     assert (roberta["pad_token_id"], roberta["position_offset"], roberta["type_vocab_size"]) == (1, 2, 1)
     assert student_vocabulary(build("Electra").config)["position_offset"] == 0
+
+
+def test_the_longest_text_is_told_of_any_family_whose_config_says_it():
+    longest = {"DistilBert": 512, "Bart": 1024, "MPNet": 510, "Longformer": 510, "ModernBert": 8192}
+    assert {name: longest_text(getattr(transformers, f"{name}Config")()) for name in longest} == longest
+    for name in ("T5", "Funnel", "XLNet"):
+        with pytest.raises(ValueError, match=rf"a {name.lower()} model cannot be read: .*max_position_embeddings"):
+            longest_text(getattr(transformers, f"{name}Config")())
 
 
 def test_a_roberta_student_runs_at_the_longest_text_of_its_teacher():
