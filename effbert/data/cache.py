@@ -72,16 +72,27 @@ def _files(count: int) -> list[str]:
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """A hash of all that decides which ids a tokenizer gives: its pieces, rules and special tokens."""
+    """A hash of all that decides which ids a tokenizer gives: its pieces, rules and special tokens, and the side that
+    is cut; not of where it was loaded from."""
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         rules = json.loads(backend.to_str())
         rules.pop("truncation", None)
         rules.pop("padding", None)
     else:
-        rules = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+        rules = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), _settings(tokenizer)]
     special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
-    text = json.dumps([rules, special, list(tokenizer.model_input_names)], sort_keys=True)
+    parts = [rules, special, list(tokenizer.model_input_names)]
+    if tokenizer.truncation_side != "right":  # left out where it is as ever, so that entries stay valid
+        parts.append(tokenizer.truncation_side)
+    text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _settings(tokenizer) -> dict:
+    """What a slow tokenizer was made with, such as its casing, without its folder and the length of its texts."""
+    elsewhere = ("name_or_path", "is_local", "local_files_only", "model_max_length")
+    found = tokenizer.init_kwargs.items()
+    return {name: value for name, value in found if name not in elsewhere and not name.endswith("_file")}
 
 
 def dataset_fingerprint(dataset: "Dataset") -> str:

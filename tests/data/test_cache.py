@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from transformers import AutoTokenizer, BertJapaneseTokenizer
 
 from effbert.data.cache import cached, cached_together, dataset_fingerprint, default_cache_dir, tokenizer_fingerprint
 from effbert.data.tokenizer import train_wordpiece
@@ -151,6 +152,29 @@ def test_tokenizer_fingerprint_sees_vocabulary_and_rules_but_not_use():
     assert tokenizer_fingerprint(one) == before == tokenizer_fingerprint(same)
     assert tokenizer_fingerprint(train_wordpiece(text, 32)) != before
     assert tokenizer_fingerprint(train_wordpiece(text, 40, lowercase=False)) != before
+
+
+def test_tokenizer_fingerprint_sees_which_side_is_cut():
+    tokenizer = train_wordpiece(["some words to learn from"] * 4, 40)
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer.truncation_side = "left"
+    assert tokenizer_fingerprint(tokenizer) != before
+
+
+def test_tokenizer_fingerprint_sees_the_casing_of_a_slow_tokenizer_but_not_its_folder(tmp_path):
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nfox\nFox\n")
+    basic = {"word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece"}
+    found = set()
+    for lowercase in (True, False):
+        first = BertJapaneseTokenizer(tmp_path / "vocab.txt", do_lower_case=lowercase, **basic)
+        first.save_pretrained(tmp_path / "one")
+        AutoTokenizer.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+        loaded = [AutoTokenizer.from_pretrained(tmp_path / name) for name in ("one", "two")]
+        (fingerprint,) = {tokenizer_fingerprint(tokenizer) for tokenizer in (first, *loaded)}
+        found.add(fingerprint)
+    assert len(found) == 2
+    first.truncation_side = "left"
+    assert tokenizer_fingerprint(first) not in found
 
 
 def test_dataset_fingerprint_is_of_the_content_alone(tmp_path):
