@@ -274,6 +274,8 @@ class _Work:
             return [Sequences(_flat(packed), None, _lengths(packed))]
         documents = [np.array(ids, np.int32) for ids in _tokenize(texts, self.tokenizer)]
         if len(documents) < 2:
+            if number or len(texts) >= _DOCUMENTS:  # another block may have a pair
+                return [self._pairs(()) for _ in range(self.sets)]
             raise ValueError(
                 f"released samples pair documents, and this text has {len(documents)}, of {_LINES} lines or an article "
                 "each: use packed samples"

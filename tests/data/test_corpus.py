@@ -466,6 +466,21 @@ def test_one_document_has_no_other(tokenizer, tmp_path):
         only_set(tmp_path / "short.txt", tokenizer, 4, samples="released")
 
 
+@pytest.mark.parametrize("last", ["\u200b", LINES[0]])
+def test_a_last_block_without_a_pair_gives_no_samples(last, tokenizer, tmp_path, monkeypatch):
+    """What is no blank may still be nothing to a tokenizer."""
+    monkeypatch.setattr(module, "_DOCUMENTS", 4)
+    settings = {"samples": "released", "num_proc": 1, "cache_dir": tmp_path / "cache"}
+    texts = [f"{LINES[0]} {number}" for number in range(4)]
+    short = only_set(parquet(tmp_path / "short.parquet", texts, title=["t"] * 4), tokenizer, 32, **settings)
+    more = parquet(tmp_path / "more.parquet", [*texts, "\u200b", last], title=["t"] * 6)
+    for sets in (1, 2):
+        found = load_corpus(more, tokenizer, 32, sets=sets, **settings)
+        assert [len(each) for each in found] == [4] * sets and found[0]["input_ids"] == short["input_ids"]
+    front = parquet(tmp_path / "front.parquet", ["\u200b"] * 4 + texts, title=["t"] * 8)
+    assert len(only_set(front, tokenizer, 32, **settings)) == 4
+
+
 def square(number: int) -> int:
     return number * number
 
