@@ -1,7 +1,7 @@
 """How far procedures agree about the ranks of one list of candidates, each of them run at several seeds.
 
-    python -m effbert.bench.rank_agreement FILE
-    python -m effbert.bench.rank_agreement FILE --write
+    effbert bench rank-agreement FILE
+    effbert bench rank-agreement FILE --write
 
 FILE is JSON with "values": procedure -> for each of its seeds the values of all candidates, in one order. The first
 procedure is the one that the others are held against; what it agrees with itself, at another seed, is the ceiling.
@@ -27,7 +27,7 @@ Values = dict[str, np.ndarray]  # [seeds, candidates] by procedure
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, with --write into the file too. ValueError for a file of another form."""
-    parser = argparse.ArgumentParser(prog="python -m effbert.bench.rank_agreement", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="effbert bench rank-agreement", allow_abbrev=False)
     parser.add_argument("file", type=Path, help='JSON file with "values"')
     parser.add_argument("--write", action="store_true", help="keep the result in the file")
     options = parser.parse_args(arguments)

@@ -5,8 +5,8 @@ them and the same seeds. Two kinds of fitness: a synthetic one over the fine spa
 linear structures within a band of parameters; or, with --table, a list of real candidates and their values, to which
 the samplers are then confined.
 
-    python -m effbert.bench.samplers --seeds 20 --evaluations 300 --output samplers.json
-    python -m effbert.bench.samplers --table candidates.json
+    effbert bench samplers --seeds 20 --evaluations 300 --output samplers.json
+    effbert bench samplers --table candidates.json
 
 Shown for each sampler: the best value after 20, 40, 80, 150 and 300 evaluations and the mean value of evaluation 81 on,
 averaged over seeds, and the evaluations until the first in the top 1 % of the space, median and quartiles over seeds,
@@ -61,7 +61,7 @@ class Problem:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table, write every curve where --output says. ValueError for a file that cannot be used."""
-    parser = argparse.ArgumentParser(prog="effbert.bench.samplers", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="effbert bench samplers", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20, help="how many")
     parser.add_argument("--evaluations", type=int, default=300, help="budget of each run")
     parser.add_argument("--objective", type=Path, default=OBJECTIVE, help="the synthetic fitness; a checkout has it")

@@ -111,6 +111,11 @@ def main(arguments: list[str]) -> int:
     config = parse(
         SearchConfig, arguments, "effbert bench search-cost", default=preset(name, PRESETS, SearchConfig(""))
     )
+    if config.stage1.filter != "none" or config.max_latency_ms or config.minimize:
+        raise ValueError(
+            "bench search-cost trains a whole list of candidates by one metric: leave out --stage1.filter, "
+            "--max_latency_ms and --minimize"
+        )
     if not config.output_dir:
         raise ValueError("bench search-cost needs --output_dir, the folder that results are kept in")
     quiet_libraries()

@@ -349,6 +349,9 @@ def print_costs(architecture, dims, length: int, num_labels: int) -> None:
 
 def second_word(command: str, arguments: list[str], known: dict):
     """The function that `effbert COMMAND WORD` names, and the arguments after WORD."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"effbert {command} WORD, one of {', '.join(known)}; effbert {command} WORD --help lists its flags")
+        raise SystemExit(0)
     if not arguments or arguments[0] not in known:
         found = f"unknown {arguments[0]!r}" if arguments else "a word is missing"
         raise ValueError(f"effbert {command}: {found}: one of {', '.join(known)}")
@@ -412,6 +415,7 @@ BENCHMARKS = {
     "search-cost": "search_cost",
     "inference": "inference",
     "samplers": "samplers",
+    "rank-agreement": "rank_agreement",
     "forecast": "forecast",
 }
 

@@ -33,6 +33,9 @@ class StudentArguments:
     neighbour_padding: Literal["zero", "released"] = "zero"
 
     def __post_init__(self):
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "embedding_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
@@ -167,6 +170,12 @@ class FinalStage(Budget):
     num_random: int = 2
     num_front: int = 2
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("num_random", "num_front"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0")
+
 
 def _candidate() -> SearchStage:
     return SearchStage(
@@ -209,6 +218,9 @@ class RunConfig:
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {minimum}")
+
+
+OWN_ROWS = ("validation_file", "text_columns", "label_column", "task_kind")  # settings of a task with a train_file
 
 
 @dataclass(frozen=True)
@@ -395,11 +407,13 @@ class SearchConfig(TextConfig, TaskConfig):
         ranking_rows: "drawn" cuts them out by a fixed draw, and nothing trains on them; "released" takes the last ones
             of the file, as published, on which teachers and final rows train too.
         min_params: Fewest parameters of a candidate, with the projection, without pooler and head; 0 for the published
-            architecture's count at these sizes times 15/15.74.
-        max_params: Most parameters of a candidate; 0 for the published architecture's count times 16/15.74.
+            architecture's count at these sizes times 15/15.74, or 15/16 of max_params where that is less.
+        max_params: Most parameters of a candidate; 0 for the published architecture's count times 16/15.74, or 16/15 of
+            min_params where that is more.
         params: Find a sub-network of so many parameters: the published band, 15 to 16 million for 15.74, scaled to it,
             in place of min_params and max_params.
-        max_flops: Most FLOPs of a candidate for a text of max_length tokens, with the projection; 0 for any.
+        max_flops: Most FLOPs of a candidate for a text of max_length tokens, without projection, pooler and head; 0 for
+            any.
         max_latency_ms: Most milliseconds of a candidate's deployed model for one text of max_length tokens, in fp32 on
             this device; 0 for any. Slower ones are discarded before they train.
         minimize: Costs that count beside the task's metric: "parameters", "flops", "latency". Candidates are then
@@ -506,10 +520,14 @@ class SearchConfig(TextConfig, TaskConfig):
         if self.params and (self.min_params or self.max_params):
             raise ValueError("--params sets the band of parameters: leave out --min_params and --max_params")
         count = self.params or count_parameters(published(self.student.num_hidden_layers), dims).total_with_projection
-        return (
-            self.min_params or round(count * BAND[0] / PUBLISHED_PARAMETERS),
-            self.max_params or round(count * BAND[1] / PUBLISHED_PARAMETERS),
-        )
+        low, high = (round(count * end / PUBLISHED_PARAMETERS) for end in BAND)
+        if self.min_params and self.max_params:
+            return self.min_params, self.max_params
+        if self.min_params:
+            return self.min_params, max(high, round(self.min_params * BAND[1] / BAND[0]))
+        if self.max_params:
+            return min(low, round(self.max_params * BAND[0] / BAND[1])), self.max_params
+        return low, high
 
 
 def published(num_layers: int) -> Architecture:

@@ -329,7 +329,7 @@ class _Learner:
 
     COUNTERS = (
         "epoch", "position", "step", "tokens", "loss_sum", "window_sum", "window_steps", "first_loss", "first_window",
-        "late_loss", "last_loss", "records", "seconds",
+        "early_sum", "late_loss", "last_loss", "records", "seconds",
     )  # fmt: skip
 
     def __init__(
@@ -342,7 +342,9 @@ class _Learner:
         self.total = self.steps * arguments.num_train_epochs
         self.optimizer = Optimizer(self.model, arguments, self.total)
         self.epoch = self.position = self.step = self.tokens = self.window_steps = 0
-        self.loss_sum = self.window_sum = self.pending = self.first_loss = torch.zeros((), dtype=torch.float64)
+        self.early = min(CHECK_EVERY, self.total) // 2  # steps of the first half of the first window
+        self.loss_sum = self.window_sum = self.pending = torch.zeros((), dtype=torch.float64)
+        self.first_loss = self.early_sum = torch.zeros((), dtype=torch.float64)
         self.late_loss = torch.full((), math.inf, dtype=torch.float64)
         self.pending_tokens, self.pending_numbers = 0, []
         self.last_loss = float("nan")
@@ -404,7 +406,9 @@ class _Learner:
         mean = self.pending + 0 * norm.double()  # a gradient that is not finite shows in the sums
         if self.step == 0:
             self.first_loss = mean
-        elif self.first_window is None and self.step >= min(CHECK_EVERY, self.total) // 2:
+        if self.step < self.early:
+            self.early_sum = self.early_sum.to(mean.device) + mean
+        elif self.first_window is None and self.step:
             self.late_loss = torch.minimum(self.late_loss.to(mean.device), mean)
         self.loss_sum = self.loss_sum.to(mean.device) + mean
         self.window_sum = self.window_sum.to(mean.device) + mean
@@ -444,9 +448,11 @@ class _Learner:
 
     def check(self) -> None:
         """Read the loss of the steps since the last check; end the phase where it diverges from the mean of its first
-        CHECK_EVERY steps. Steps that the last of these windows lacks count as that mean, so that one odd batch is no
-        divergence. The first window itself is judged by the phase's first loss, where steps compare: all of its second
-        half are above. They do not where a step uses a part of a supernet, or another task than the one before."""
+        CHECK_EVERY steps, or of the first half of them, where that is less. Steps that the last of these windows lacks
+        count as that mean, so that one odd batch is no divergence. The first window itself is judged by the phase's
+        first loss, where steps compare: all of its second half are above. They do not where a step uses a part of a
+        supernet, or another task than the one before: there the first half counts DIVERGED times, and what grows within
+        it is not seen."""
         total = float(self.window_sum)
         self.check_finite(total)
         if self.diverged or (self.window_steps < CHECK_EVERY and self.step < self.total):  # the end of an epoch
@@ -454,6 +460,9 @@ class _Learner:
         if self.first_window is None:
             begun, now = float(self.first_loss), float(self.late_loss) if self.partly_used is None else 0.0
             self.first_window = total / self.window_steps
+            if self.early:
+                early = float(self.early_sum) / self.early
+                self.first_window = min(self.first_window, early if self.partly_used is None else DIVERGED * early)
         else:
             begun = self.first_window
             now = (total + (CHECK_EVERY - self.window_steps) * begun) / CHECK_EVERY

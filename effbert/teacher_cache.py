@@ -8,6 +8,7 @@ read is kept: the embedding output, the mapped layers' outputs, queries and keys
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,7 +114,9 @@ def _fill(folder: Path, teacher: Teacher, plan: BatchPlan, num_layers: int, inpu
     starts = _starts(plan.rows.lengths)
     targets = layer_map(len(teacher.layers), num_layers)
     width = teacher.config.hidden_size * (3 * num_layers + 1)
-    values = np.memmap(folder / _VALUES, np.int16, "w+", shape=(int(starts[-1]), width))
+    with open(folder / _VALUES, "wb") as file:  # a disk that fills up under a mapped file ends the process
+        os.posix_fallocate(file.fileno(), 0, 2 * int(starts[-1]) * width)
+    values = np.memmap(folder / _VALUES, np.int16, "r+", shape=(int(starts[-1]), width))
     logits = None
     for batch in plan:
         trace = teacher.trace(*inputs_of(batch))

@@ -16,7 +16,7 @@ import torch
 
 from effbert import random
 from effbert.architecture import attention_head_size
-from effbert.config import RunConfig, SearchConfig, TaskConfig, TeacherConfig, TextConfig
+from effbert.config import OWN_ROWS, RunConfig, SearchConfig, TaskConfig, TeacherConfig, TextConfig
 from effbert.data.batches import BatchPlan, subset
 from effbert.data.cache import dataset_fingerprint, tokenizer_fingerprint
 from effbert.data.corpus import SAMPLE_SETS, check_corpus, load_corpus, sentences_of
@@ -270,6 +270,9 @@ def load_tasks(config: TaskConfig) -> dict[str, Task]:
         raise ValueError(
             f"--data_dir {config.data_dir} and --train_file exclude each other: files of known tasks, or your own rows"
         )
+    for name in OWN_ROWS:
+        if not config.train_file and getattr(config, name) != getattr(TaskConfig, name):
+            raise ValueError(f"--{name} is of your own task: give its --train_file too, or leave it out")
     if config.train_file:
         own = {
             "train_file": config.train_file,

@@ -65,8 +65,9 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     """The numbers with as many decimals as tell them apart, in thousands, millions, ... where they are large."""
     size = max(map(abs, values), default=0)
     unit, suffix = next((unit, suffix) for least, unit, suffix in _UNITS if size >= least)
-    steps = [abs(b - a) / unit for a, b in itertools.pairwise(values)]
-    decimals = max(0, -math.floor(math.log10(min(steps)) + 1e-9)) if steps else 2
+    steps = [abs(b - a) / unit for a, b in itertools.pairwise(values) if b != a]
+    alone = 2 if any(value / unit % 1 for value in values) else 0
+    decimals = max(0, -math.floor(math.log10(min(steps)) + 1e-9)) if steps else alone
     return [f"{value / unit:.{decimals}f}{suffix}" for value in values]
 
 
@@ -316,5 +317,6 @@ def _widened(values: Iterable[float]) -> tuple[float, float]:
     """From a little below the smallest to a little above the largest."""
     values = list(values)
     low, high = min(values), max(values)
-    margin = 0.07 * (high - low) or 0.05 * abs(low) or 1.0
+    spread, size = high - low, max(abs(low), abs(high))
+    margin = 0.07 * spread if spread > 1e-9 * size else 0.05 * size or 1.0  # what rounding alone tells apart is one
     return low - margin, high + margin

@@ -1,8 +1,9 @@
 """The final distillation: the winner and what it is compared with, all under one budget, scored on held-out rows.
 
 Every row starts from weights that have seen the supernet's warm-up tokens: slices of the warm supernet where the row is
-an architecture of the space, and a warm-up of its own for the plain BERT, whose MLP is no slice. Each finished row is a
-JSON file in <run>/final, so a resumed run redoes none.
+an architecture of the space, and a warm-up of its own for the plain BERT, whose MLP is no slice. (Of a supernet that
+was given, --start_from, the tokens are its own; the plain BERT then has those of this run.) Each finished row is a JSON
+file in <run>/final, so a resumed run redoes none.
 """
 
 import json
@@ -27,7 +28,7 @@ from effbert.student import Student, distil, warm_up
 from effbert.supernet import Supernet, derive_config
 from effbert.workspace import Workspace, best_step, model_inputs, note_windows, show
 
-BEST = "best"
+BEST, TEACHER_ROW = "best", "teacher.json"
 
 
 @dataclass(frozen=True)
@@ -221,12 +222,16 @@ def cpu_latency(model, vocab_size: int, length: int) -> dict[str, float]:
 
 
 def teacher_row(workspace: Workspace) -> dict:
-    """The teacher's line of the table: scores on the held-out rows and what it costs (FLOPs of the encoder)."""
+    """The teacher's line of the table: scores on the held-out rows and what it costs (FLOPs of the encoder). Made once,
+    kept in <run>/teacher.json."""
+    file = workspace.folder / TEACHER_ROW
+    if file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))
     teacher = workspace.teachers[workspace.main_task.spec.name]
     config, length = teacher.config, workspace.config.max_length
     scores, hits = held_out(workspace, teacher)
     flops = bert_flops(length, config.hidden_size, config.intermediate_size, config.num_hidden_layers)
-    return {
+    row = {
         "row": "teacher",
         "repeat": 0,
         "architecture": "",
@@ -236,6 +241,8 @@ def teacher_row(workspace: Workspace) -> dict:
         "flops": flops.total,
         **cpu_latency(teacher.model, config.vocab_size, length),
     }
+    write_atomic(file, json.dumps(row, indent=1))
+    return row
 
 
 def save_best(workspace: Workspace, model: EffBertHeadModel) -> None:

@@ -163,14 +163,16 @@ def forecast(config: SearchConfig, data: DataSizes, rates: Rates, together: int)
         first = _passes(config.supernet, partial(data.general, 1.0, of_candidates=True))
         parts.append(Part(FIRST_SUPERNET, 1, first, first * (rates.teacher + rates.supernet)))
     warm = _passes(config.supernet, partial(data.general, 1.0))
-    parts.append(Part("supernet", 1, warm, warm * (rates.teacher + rates.supernet)))
+    if not config.start_from:
+        parts.append(Part("supernet", 1, warm, warm * (rates.teacher + rates.supernet)))
     for name in ("stage1", "stage2"):
-        parts.append(candidates(name, getattr(config, name), data, rates, together))
+        parts.append(candidates(name, getattr(config, name), data, rates, together, staying=int(name == "stage2")))
     parts.append(shared_weights(config, data, rates))
     if config.agreement_candidates:
         alone = dataclasses.replace(
-            config.stage1, num_candidates=config.agreement_candidates, cohort=config.agreement_candidates, rungs=(1.0,)
-        )
+            config.stage1, num_candidates=config.agreement_candidates, cohort=config.agreement_candidates, rungs=(1.0,),
+            filter="none",
+        )  # fmt: skip
         parts.append(candidates("alone", alone, data, rates, together))
     rows = 3 + config.final.num_random + (config.final.num_front if config.minimize else 0)  # at most
     tokens = student_tokens(data, config.final) * config.seeds
@@ -178,7 +180,7 @@ def forecast(config: SearchConfig, data: DataSizes, rates: Rates, together: int)
     scored = times_scored(config.final.task_phase, partial(data.batches, data.main, config.final.task_share))
     seconds += config.seeds * rows * scored * data.held_out(data.main) * rates.scoring
     seconds += config.seeds * warm * (rates.teacher + rates.candidate)  # the plain BERT warms up by itself
-    return [*parts, Part("final", rows * config.seeds, rows * tokens, seconds)]
+    return [*parts, Part("final", rows * config.seeds, rows * tokens + config.seeds * warm, seconds)]
 
 
 def teachers(config: SearchConfig, data: DataSizes, rates: Rates) -> Part:
@@ -192,13 +194,19 @@ def teachers(config: SearchConfig, data: DataSizes, rates: Rates) -> Part:
     return Part("teachers", len(data.tuned), tokens, tokens * rates.tuning + scored * rates.teacher)
 
 
-def candidates(name: str, settings: SearchStage, data: DataSizes, rates: Rates, together: int) -> Part:
-    """Trained candidates: every rung of every cohort; the teacher reads once for as many as train together."""
-    cohorts, rest = divmod(settings.num_candidates, settings.cohort)
+def candidates(
+    name: str, settings: SearchStage, data: DataSizes, rates: Rates, together: int, staying: int = 0
+) -> Part:
+    """Trained candidates: every rung of every cohort; the teacher reads once for as many as train together. staying: of
+    the first cohort, those that no filter discards."""
+    sizes = Counter(
+        (min(settings.cohort, settings.num_candidates - first), staying * (first == 0))
+        for first in range(0, settings.num_candidates, settings.cohort)
+    )
     tokens, seconds = 0, 0.0
-    for size, times in ((settings.cohort, cohorts), (rest, 1)):
-        trained = settings.kept(size)
-        for rung in ladder(settings, trained) if size and times else ():
+    for (size, safe), times in sizes.items():
+        trained = safe + (settings.kept(size - safe) if size > safe else 0)
+        for rung in ladder(settings, trained):
             each = student_tokens(data, cut(settings, rung.share), of_candidates=True)
             groups = -(-rung.places // together)
             times_ranked = settings.task_phase.num_train_epochs if rung.share == 1 else 1

@@ -19,11 +19,13 @@ from effbert.answers import Reading, Unfinished, evaluate_saved, predict_glue, p
 from effbert.architecture import Architecture, Dimensions, attention_head_size, count_parameters
 from effbert.config import (
     GLUE_TASKS,
+    OWN_ROWS,
     PRESETS,
     Budget,
     DistillConfig,
     PretrainConfig,
     SearchConfig,
+    TaskConfig,
     TeacherConfig,
     published,
     refuse_best,
@@ -639,7 +641,7 @@ def of_teacher(task: str) -> str:
 def of_one_task(config: PaperConfig, task: str, own: dict) -> dict:
     """The fields that make a run one on `task`: your own files are the search's main task alone."""
     main = task_key(task) == task_key(config.task)
-    files = {} if main else {"train_file": "", "validation_file": "", "text_columns": (), "teacher_labels": ()}
+    files = {} if main else {name: getattr(TaskConfig, name) for name in ("train_file", *OWN_ROWS, "teacher_labels")}
     if main and config.train_file:
         files = {"data_dir": ""}
     return {

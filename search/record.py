@@ -83,6 +83,8 @@ def read_record(folder: str | Path, storage: str = "") -> Record:
     config = (load(folder / CONFIG_FILE, dict) or {}).get("effbert_run")
     if not isinstance(config, dict):
         raise ValueError(f"{folder} is no run: give the --output_dir of a search, a folder with its {CONFIG_FILE}")
+    if "run" in config:
+        raise ValueError(f"{folder} is a run of another command: give the --output_dir of a search, or of a plan")
     trainings = training_files(folder)
     storage, study = storage or config.get("storage", ""), folder / STUDY_FILE
     where, engine = without_password(storage) if storage else str(study), _engine(folder, storage)
@@ -184,6 +186,7 @@ def _engine(folder: Path, storage: str):
 
     try:
         if storage:
+            _refuse_missing(storage)
             return create_engine(storage, **engine_settings(storage))
         path = folder / STUDY_FILE
         uri = f"{path.resolve().as_uri()}?mode=ro"
@@ -192,6 +195,15 @@ def _engine(folder: Path, storage: str):
         return create_engine("sqlite://", creator=lambda: sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS))
     except (ImportError, SQLAlchemyError) as error:
         raise ValueError(f"{without_password(storage)}: cannot be read as a study: {first_line(error)}") from None
+
+
+def _refuse_missing(storage: str) -> None:
+    """ValueError for the URL of an SQLite file that is not there: opening it would make one."""
+    from sqlalchemy.engine import make_url
+
+    url = make_url(storage)
+    if url.get_backend_name() == "sqlite" and url.database and not Path(url.database).exists():
+        raise ValueError(f"--storage {without_password(storage)}: no study there: {url.database} does not exist")
 
 
 def _json(path: Path, kind: type):

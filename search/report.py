@@ -137,6 +137,16 @@ def rich_table(console: Console, title: str, rows: Rows) -> Table:
     return view
 
 
+def warmed_up(results: dict) -> str:
+    """What a model card says of how rows began."""
+    if not results.get("start_from"):
+        return ", after the same warm-up"
+    return (
+        f". They began with slices of the supernet in {results['start_from']}, the plain BERT with a warm-up on this "
+        "run's text"
+    )
+
+
 def model_card(results: dict) -> str:
     """README.md of the winner's folder: what it is, how it scores, what it cost to find."""
     winner = next(line for line in results["table"] if line["row"] == "winner")
@@ -165,7 +175,7 @@ Architecture, a layer a line:
 
 {layers}
 
-All rows were distilled from the same teacher with the same budget, after the same warm-up:
+All rows were distilled from the same teacher with the same budget{warmed_up(results)}:
 
 {markdown(table_rows(results["table"], results["metric"]))}
 Costs are those of the deployed model at length {results["max_length"]}: 2 FLOPs a multiply-add of linears and

@@ -297,6 +297,7 @@ def conclude(workspace: Workspace, winner: Architecture, study: Study, results: 
         "kind": spec.kind,
         "metric": metric,
         "seed": config.seed,
+        "start_from": "".join(config.start_from),
         "max_length": config.max_length,
         "winner": str(winner),
         "layers": [str(layer) for layer in winner.layers],
@@ -304,9 +305,10 @@ def conclude(workspace: Workspace, winner: Architecture, study: Study, results: 
         "results": results,
         "seconds": training_seconds(workspace.folder, study, results),
         "processes": workspace.world.size,
-        **surroundings(),
     }
-    write_atomic(workspace.folder / "results.json", json.dumps(summary, indent=1))
+    file = workspace.folder / "results.json"
+    summary |= surroundings_of(file, summary) or surroundings()
+    write_atomic(file, json.dumps(summary, indent=1))
     best = workspace.folder / BEST
     found = any(result["row"] == "winner" and result["scores"] for result in results)
     if found and best.exists():
@@ -322,6 +324,15 @@ def conclude(workspace: Workspace, winner: Architecture, study: Study, results: 
     where = f"the winner is in {best}" if found else lost
     reporter.say(f"{where}; a report is in {workspace.folder / 'report.html'}")
     return summary
+
+
+def surroundings_of(file: Path, summary: dict) -> dict:
+    """With what a file came about that says the same already; {} where there is none."""
+    if not file.exists():
+        return {}
+    before = json.loads(file.read_text(encoding="utf-8"))
+    same = all(before.get(name) == value for name, value in json.loads(json.dumps(summary)).items())
+    return {name: value for name, value in before.items() if name not in summary} if same else {}
 
 
 def surroundings() -> dict:

@@ -216,7 +216,7 @@ def _drop(
     values = {number: _rungs(found)[rung] for number, found in there.items()}
     ranks = fronts([point(values[number], found, minimize) for number, found in there.items()])
     stay = survivors(values, keys, places, dict(zip(there, ranks, strict=True)) if minimize else None)
-    if len(stay) < len(values) and len(set(ranks)) == 1:
+    if len(stay) < len(values) and len(set(ranks)) == len(set(values.values())) == 1:
         told = f"{share:.2g} of the budget tells none of {len(values)} candidates apart"
         line.reporter.say(f"{told}: {len(stay)} go on by their names alone; a larger share might")
     for number in sorted(values.keys() - set(stay)):

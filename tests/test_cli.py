@@ -60,6 +60,13 @@ def test_an_architecture_that_is_none(capsys, text, words):
     assert words in fails(capsys, "arch", text)
 
 
+@pytest.mark.parametrize("command", ["kernels", "bench"])
+def test_a_command_of_commands_lists_them(capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0 and capsys.readouterr().out.startswith(f"effbert {command} WORD, one of ")
+
+
 @pytest.mark.parametrize(
     "arguments,words",
     [

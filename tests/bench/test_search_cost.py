@@ -74,6 +74,16 @@ def quick(monkeypatch):
     monkeypatch.setattr(search_cost, "_in_own_process", here)
 
 
+@pytest.mark.parametrize(
+    "more", [["--stage1.filter", "parameters"], ["--max_latency_ms", "9"], ["--minimize", "flops"]]
+)
+def test_what_would_leave_candidates_untrained_or_rank_them_otherwise_is_refused(quick, tmp_path, more):
+    command = ["--preset", "quick", "--candidates", "3", "--output_dir", str(tmp_path / "run"), *more]
+    with pytest.raises(ValueError, match="trains a whole list of candidates by one metric: leave out"):
+        search_cost.main(command)
+    assert not (tmp_path / "run").exists()
+
+
 def test_it_runs_to_its_table_and_runs_nothing_twice(quick, tmp_path, capsys):
     command = ["--preset", "quick", "--candidates", "3", "--output_dir", str(tmp_path / "run")]
     assert search_cost.main(command) == 0

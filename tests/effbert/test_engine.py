@@ -395,6 +395,21 @@ def test_a_loss_that_explodes_in_a_short_phase_is_divergence(begin, stopped):
     assert (results[1].finished, results[1].steps) == (False, stopped) and "loss grown from" in results[1].diverged
 
 
+@pytest.mark.parametrize("partly_used", [None, lambda numbers: {}])
+@pytest.mark.parametrize("begin", [6, 7, 8, 9])
+def test_a_loss_that_explodes_late_in_the_first_window_is_divergence(begin, partly_used):
+    """Its own height is not what the next window is judged by; one odd batch there is none."""
+    arguments = TrainingArguments(learning_rate=0.0, num_train_epochs=3)
+
+    def run(last):
+        model = Tiny()
+        loss_of = lambda batch, number: model(batch) * 0 + (1e9 if begin <= number < last else 1.0)  # noqa: E731
+        return train(model, plan_of, loss_of, arguments, Phase(("p", 1), 3), partly_used=partly_used)
+
+    assert run(99).diverged == "loss grown from 1 to 1e+09 at step 20" if partly_used is None else run(99).steps == 20
+    assert run(begin + 1).finished
+
+
 def test_a_phase_of_few_steps_diverges_too():
     arguments = TrainingArguments(learning_rate=0.0, num_train_epochs=1, gradient_accumulation_steps=4)
     _, results, _ = together([1], arguments, spoil=lambda name, number: 1e9 if number >= 4 else 1.0)

@@ -1,6 +1,11 @@
 """A teacher's kept outputs: what comes back is what it said, in bf16; what no longer fits is made anew."""
 
 import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +13,6 @@ import torch
 import transformers
 from datasets import Dataset
 
-from effbert import teacher_cache
 from effbert.data.batches import BatchPlan
 from effbert.files import DiskFullError
 from effbert.teacher import Teacher, layer_map
@@ -105,11 +109,39 @@ def test_one_that_would_be_too_large_is_not_made(tmp_path, rows):
     assert not (tmp_path / "kept").exists()
 
 
-def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path, rows, monkeypatch):
+@pytest.mark.parametrize("module, name", [(np, "save"), (os, "posix_fallocate")])
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path, rows, monkeypatch, module, name):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(teacher_cache.np, "save", full)
+    monkeypatch.setattr(module, name, full)
     with pytest.raises(DiskFullError, match="kept: no space left on device"):
         opened(tmp_path / "kept", teacher_of(), rows)
     assert list(tmp_path.iterdir()) == []
+
+
+FULL_DISK = """
+import sys
+sys.path[:0] = [sys.argv[1]]
+from pathlib import Path
+from datasets import Dataset
+from test_teacher_cache import opened, teacher_of
+rows = Dataset.from_dict({"input_ids": [[1] * 100] * 40})
+folder = Path(sys.argv[2])
+try:
+    opened(folder / "kept", teacher_of(), rows)
+except OSError as error:
+    print(type(error).__name__, [path.name for path in folder.iterdir()])
+"""
+
+
+def test_a_small_disk_that_fills_up_does_not_end_the_process(tmp_path):
+    """A mapped file without room behind it would: by a bus error, which nothing can catch."""
+    mount = f"mount -t tmpfs -o size=512k none {tmp_path}"
+    inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*inside, mount], capture_output=True).returncode:
+        pytest.skip("no unshare here that may mount a small file system")
+    command = f'{mount} && exec "$0" -c "$1" "$2" "$3"'
+    given = [sys.executable, FULL_DISK, str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run([*inside, command, *given], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout == "DiskFullError []\n", done.stderr

@@ -252,15 +252,28 @@ def test_a_task_name_that_is_no_folder_name_is_refused(config, tmp_path, name):
 def test_a_task_named_twice_is_refused(config, tmp_path, monkeypatch):
     task = Task(dataclasses.replace(SPEC, name="builtin-topic"), None, None)
     monkeypatch.setattr(rooms, "load_task", lambda name, data_dir=None, **own: task)
-    twice = dataclasses.replace(config, train_file="", task="builtin-topic", tasks=("Builtin_Topic",))
+    given = {"train_file": "", "validation_file": "", "text_columns": (), "task": "builtin-topic"}
+    twice = dataclasses.replace(config, **given, tasks=("Builtin_Topic",))
     assert "given twice" in refused(twice, tmp_path / "run")
 
 
 def test_a_built_in_task_reads_no_data_dir_however_it_is_written(config, monkeypatch):
     monkeypatch.setattr(rooms, "load_task", lambda name, data_dir=None, **own: Task(SPEC, data_dir, None))
+    known = dataclasses.replace(config, train_file="", validation_file="", text_columns=(), data_dir="glue")
     for name, expected in (("builtin_topic", None), ("Builtin-Next", None), ("mrpc", "glue")):
-        (task,) = rooms.load_tasks(dataclasses.replace(config, train_file="", task=name, data_dir="glue")).values()
+        (task,) = rooms.load_tasks(dataclasses.replace(known, task=name)).values()
         assert task.train == expected
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"validation_file": "dev.csv"}, {"text_columns": ("a",)}, {"label_column": "b"}, {"task_kind": "regression"}],
+)
+def test_settings_of_ones_own_rows_are_refused_where_there_are_none(config, setting):
+    known = dataclasses.replace(config, train_file="", validation_file="", text_columns=(), task="builtin-topic")
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"--{name} is of your own task: give its --train_file too"):
+        rooms.load_tasks(dataclasses.replace(known, **setting))
 
 
 @pytest.mark.parametrize("name", ["foo", "cuda:99", "cuda:x", "meta", ""])

@@ -69,6 +69,39 @@ def test_others_of_the_front_are_forecast_where_costs_count(workspace):
     assert front.tokens > plain.tokens
 
 
+def test_a_supernet_that_is_given_is_not_trained(workspace):
+    whole, given = parts(workspace), parts(changed(workspace, start_from=("folder",)))
+    assert whole["supernet"].tokens > 0 and "supernet" not in given
+    assert given["final"] == whole["final"]  # where the plain BERT warms up by itself, as before
+
+
+def test_what_trains_alone_is_not_filtered(workspace):
+    tokens = [
+        parts(changed(stage(workspace, cohort=8, filter=filter), agreement_candidates=4))["alone"].tokens
+        for filter in ("none", "parameters")
+    ]
+    assert tokens[0] == tokens[1] > 0
+
+
+def test_the_winner_of_stage_1_is_trained_in_stage_2_whatever_the_filter_says(workspace):
+    def tokens(count):
+        settings = dataclasses.replace(
+            workspace.config.stage2, num_candidates=count, cohort=4, rungs=(1.0,), filter="parameters"
+        )
+        return parts(changed(workspace, stage2=settings))["stage2"].tokens
+
+    assert tokens(4) * 2 == 3 * (tokens(8) - tokens(4))  # one and half of three, then half of four
+
+
+def test_the_warm_up_of_the_plain_bert_is_counted(workspace):
+    with_warm_up, without = (
+        parts(changed(workspace, supernet=dataclasses.replace(workspace.config.supernet, num_train_epochs=epochs)))
+        for epochs in (1, 0)
+    )
+    warm = with_warm_up["supernet"].tokens
+    assert with_warm_up["final"].tokens - without["final"].tokens == workspace.config.seeds * warm > 0
+
+
 def test_scoring_is_counted_for_every_candidate(workspace):
     scoring = parts(workspace, Rates(0.0, 0.0, 0.0, 0.0, 1.0, "test"))
     assert scoring["stage3"].seconds == workspace.config.stage3.num_candidates * forecast.Drawn(workspace).ranking(1.0)
@@ -208,6 +241,14 @@ def test_a_dry_run_says_what_a_search_costs_and_keeps_nothing(tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("limit", [["--max_params", "70000"], ["--min_params", "100000"]])
+def test_one_end_of_the_band_alone_takes_the_other_along(limit, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    assert main(["search", "--preset", "smoke", "--dry_run", "--flops_per_second", "1e10", *limit]) == 0
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -216,6 +257,10 @@ def test_a_dry_run_says_what_a_search_costs_and_keeps_nothing(tmp_path, monkeypa
         (["--output_dir", "nowhere", "--flops_per_second", "1e12"], "is for --dry_run"),
         (["--dry_run", "--max_flops", "1000"], "the nearest has"),
         (["--dry_run", "--params", "100"], "no architecture has"),
+        (["--dry_run", "--max_params", "100"], "no architecture has"),
+        (["--dry_run", "--final.num_front", "-2"], "num_front is -2: it must be at least 0"),
+        (["--dry_run", "--student.num_hidden_layers", "0"], "num_hidden_layers is 0: it must be at least 1"),
+        (["--dry_run", "--text_columns", "a"], "--text_columns is of your own task: give its --train_file too"),
         (["--dry_run", "--params", "80000", "--max_params", "90000"], "leave out --min_params and --max_params"),
     ],
 )

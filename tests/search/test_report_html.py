@@ -399,6 +399,27 @@ def test_a_plan_is_shown_by_its_search_and_its_table(tmp_path):
         read_record(folder)
 
 
+def test_a_database_that_is_not_there_is_not_made(whole, tmp_path):
+    with pytest.raises(ValueError, match=r"nothere\.db: no study there: .*nothere\.db does not exist"):
+        read_record(whole, f"sqlite:///{tmp_path / 'nothere.db'}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_no_search_is_said_to_be_none(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"effbert_run": {"run": "PretrainConfig", "model": "supernet"}}))
+    with pytest.raises(ValueError, match="is a run of another command"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize("apart", [0, 1, 3])
+def test_values_that_only_rounding_tells_apart_are_drawn(apart):
+    low = 0.5933333333333333
+    low, high = figures._widened([low, low + apart * np.spacing(low)])
+    found = figures.ticks(low, high)
+    assert len(set(figures.tick_labels(found))) == len(found) > 1
+    assert figures.tick_labels([7.0, 7.0]) == ["7", "7"] and figures.tick_labels([0.25]) == ["0.25"]
+
+
 def test_reading_agrees_with_the_study_and_changes_nothing(whole):
     report_html.write_report(whole)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in whole.rglob("*") if path.is_file()}

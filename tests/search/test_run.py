@@ -124,9 +124,9 @@ def test_the_saved_winner_scores_what_the_table_says(undisturbed):
 def test_the_same_command_again_computes_nothing(undisturbed):
     folder, _ = undisturbed
     files = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    before = outcome(folder)
+    before, results = outcome(folder), (folder / "results.json").read_bytes()
     finish(folder)
-    assert outcome(folder) == before
+    assert outcome(folder) == before and (folder / "results.json").read_bytes() == results
     assert files == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
 

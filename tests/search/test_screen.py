@@ -4,6 +4,7 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -179,6 +180,17 @@ def test_a_rung_that_tells_nothing_apart_says_so(tmp_path, space, capsys, apart)
     assert (said in " ".join(capsys.readouterr().out.split())) != apart
 
 
+def test_candidates_of_one_front_are_told_apart_by_their_values(tmp_path, space, capsys):
+    settings = SearchStage(num_candidates=4, cohort=4, sampler="random", rungs=(0.5, 1.0))
+
+    def evaluate(members, share):
+        return [(n, Outcome(0.9 - n / 10, {"parameters": 1, "flops": 9 - n})) for n, _ in members]
+
+    _, found = run_stage(tmp_path, space, settings, Evaluator(len, evaluate, None, ("flops",)))
+    assert [evaluation.state for evaluation in found] == ["complete", "complete", "pruned", "pruned"]
+    assert "by their names alone" not in " ".join(capsys.readouterr().out.split())
+
+
 def test_where_costs_count_a_sampler_hears_anew_of_those_that_later_ones_beat(tmp_path, space, monkeypatch):
     settings = SearchStage(num_candidates=4, cohort=1, sampler="random")
     values, heard = [0.1, 0.2, 0.15, 0.4], []
@@ -222,11 +234,22 @@ def test_a_measured_latency_is_read_back(workspace, architectures, tmp_path):
 
 
 def test_a_latency_that_nothing_reaches_is_said_before_anything_trains(workspace, space, tmp_path):
-    with pytest.raises(ValueError, match=r"--max_latency_ms 1e-06: of 8 architectures .* the fastest takes") as caught:
+    with pytest.raises(ValueError, match=r"--max_latency_ms 1e-06: of 256 archite.* fastest takes") as caught:
         check_latency(changed(workspace, tmp_path, max_latency_ms=1e-6), space)
     assert "\n" not in str(caught.value)
     check_latency(changed(workspace, tmp_path, max_latency_ms=1e6), space)
     check_latency(workspace, space)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_latency_that_few_architectures_reach_is_not_refused(workspace, space, tmp_path, monkeypatch, seed):
+    def stacks(architecture):
+        return sum(structure.stacks for structure in architecture.structures)
+
+    rng = np.random.default_rng(seed)
+    limit = float(np.quantile([stacks(space.sample(rng)) for _ in range(300)], 0.05))
+    monkeypatch.setattr(Latencies, "of", lambda self, architecture: float(stacks(architecture)))
+    check_latency(changed(workspace, tmp_path, max_latency_ms=limit, seed=seed), space)
 
 
 @pytest.mark.parametrize(
