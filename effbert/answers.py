@@ -10,7 +10,7 @@ import json
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -247,10 +247,11 @@ def _spans(
     return squad.predict_spans(starts, ends, encoded, rows, n_best=n_best)
 
 
-def check_output(path: str | Path, flag: str = "--output") -> Path:
-    """`path`, where a new file can be written; ValueError or OSError, one line, where it exists or cannot be."""
+def check_output(path: str | Path, flag: str = "--output", own: Collection[str] = ()) -> Path:
+    """`path`, where a new file can be written; ValueError or OSError, one line, where it exists or cannot be. `own`:
+    files, as absolute paths, that may exist, since an earlier start of the same command wrote them."""
     path = Path(path).expanduser()
-    if path.exists():
+    if path.exists() and str(path.absolute()) not in own:
         raise ValueError(f"{flag} {path} exists already: remove it or choose another name")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{flag} {path}: there is no folder {path.parent}")
@@ -268,18 +269,38 @@ class Unfinished:
 
     def __init__(self, output: Path):
         self.folder = output.with_name(f"{output.name}.unfinished")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} should be a folder, for what is done so far, and is a file: remove it")
 
     def text(self, name: str, key: str, make: Callable[[], str]) -> tuple[str, bool]:
         """The text kept under `name` and `key`, and True; else what `make` gives, kept from now on, and False."""
-        path = self.folder / name
-        if path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if kept["key"] == key:
-                return kept["text"], True
+        kept = self._read(name, dict)
+        if kept.get("key") == key and isinstance(kept.get("text"), str):
+            return kept["text"], True
         text = make()
-        self.folder.mkdir(exist_ok=True)
-        write_atomic(path, json.dumps({"key": key, "text": text}))
+        self._write(name, {"key": key, "text": text})
         return text, False
+
+    @property
+    def beside(self) -> list[str]:
+        """The files beside the output that this command has begun to write, as absolute paths."""
+        return self._read("beside", list)
+
+    def begin(self, paths: Sequence[Path]) -> None:
+        """Keep that these files beside the output are its own from now on."""
+        self._write("beside", [*self.beside, *(str(path.absolute()) for path in paths)])
+
+    def _read(self, name: str, kind: type):
+        """What is kept under a name; an empty `kind` where nothing is that can be read."""
+        try:
+            kept = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError, RecursionError):
+            return kind()
+        return kept if isinstance(kept, kind) else kind()
+
+    def _write(self, name: str, kept) -> None:
+        self.folder.mkdir(exist_ok=True)
+        write_atomic(self.folder / name, json.dumps(kept))
 
     def remove(self) -> None:
         """The output is there."""
@@ -304,6 +325,7 @@ def predict_glue(
     output = check_output(output)
     if output.suffix != ".zip":
         raise ValueError(f"--output {output}: the GLUE server takes a .zip")
+    done, texts = Unfinished(output), {}
     if reading.labels and len(set(models.values())) > 1:
         raise ValueError(f"--labels names the columns of one model, and there are {len(set(models.values()))}")
     splits = {task: glue.source_of(task).results for task in models}
@@ -313,7 +335,6 @@ def predict_glue(
         raise ValueError(f"{twice[0]} has two models: give mnli, or mnli-m and mnli-mm")
     opened = {task: open_model(folder, glue.source_of(task).spec, reading) for task, folder in models.items()}
     rows = {(task, split): glue.load_split(task, split, data_dir) for task in models for split in splits[task]}
-    done, texts = Unfinished(output), {}
     for task in models:
         model = opened.pop(task)  # and its weights go with it
         for split, file in splits[task].items():
@@ -374,9 +395,8 @@ def predict_squad(
     sides = {flag: Path(path).expanduser() for flag, path in wanted.items() if path}
     if len({output, *sides.values()}) <= len(sides):
         raise ValueError(f"--output {output}: each file to be written needs a name of its own")
-    if not done.folder.exists():  # else a side file may be this command's own
-        for flag, path in sides.items():
-            check_output(path, flag)
+    for flag, path in sides.items():
+        check_output(path, flag, done.beside)
     rows = squad.load_questions(predict_file) if predict_file else squad.load_validation(task, data_dir)
     model = open_model(folder, spec, reading)
 
@@ -394,6 +414,7 @@ def predict_squad(
         "--null_odds": {key: odds for key, (_, odds) in found.items()},
         "--n_best": {key: _listed(spans, odds if version2 else None) for key, (spans, odds) in found.items()},
     }
+    done.begin(list(sides.values()))
     for flag, path in sides.items():
         write_atomic(path, json.dumps(contents[flag], indent=2) + "\n")
     write_atomic(output, json.dumps(best, indent=2) + "\n")

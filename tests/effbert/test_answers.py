@@ -23,6 +23,7 @@ from effbert.answers import (
     OwnRows,
     Reading,
     SavedModel,
+    Unfinished,
     evaluate_saved,
     named_models,
     open_model,
@@ -499,6 +500,57 @@ def test_a_killed_squad_prediction_asks_the_model_for_nothing_again(tmp_path, to
     assert main(arguments(output)) == 0
     assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert list(output.parent.iterdir()) == [output]
+
+
+def test_a_file_beside_the_answers_is_replaced_only_where_the_same_command_began_it(tmp_path, tokenizer, capsys):
+    write_squad(tmp_path / "data", "2.0")
+    folder = save_bert(tmp_path / "model", "squad2.0", tokenizer)
+    data = ("--task", "squad2.0", "--data_dir", str(tmp_path / "data"))
+    odds, best = tmp_path / "odds.json", tmp_path / "best.json"
+    command = ["predict", folder, *data, "--output", str(tmp_path / "answers.json"), "--null_odds", str(odds)]
+    killed_before("odds.json", [*command, "--n_best", str(best)])
+    killed_before("answers.json", [*command, "--n_best", str(best)])
+    assert odds.exists() and best.exists()
+    other = tmp_path / "other.json"
+    other.write_text("mine")
+    assert f"--n_best {other} exists already" in fails(capsys, *command, "--n_best", other)
+    assert "there is no folder" in fails(capsys, *command, "--n_best", tmp_path / "nowhere" / "best.json")
+    assert other.read_text() == "mine"
+    assert main([*command, "--n_best", str(best)]) == 0
+    assert json.loads(odds.read_text()).keys() == json.loads(best.read_text()).keys() == {"a", "b"}
+
+
+def test_a_file_is_refused_where_another_command_was_killed_before_it_wrote_any(tmp_path, tokenizer, capsys):
+    write_squad(tmp_path / "data", "2.0")
+    folder = save_bert(tmp_path / "model", "squad2.0", tokenizer)
+    data = ("--task", "squad2.0", "--data_dir", str(tmp_path / "data"))
+    command = ["predict", folder, *data, "--output", str(tmp_path / "answers.json")]
+    killed_before("answers.json", command)
+    for flag in ("--null_odds", "--n_best"):
+        (tmp_path / "mine.json").write_text("mine")
+        assert f"{flag} {tmp_path / 'mine.json'} exists already" in fails(
+            capsys, *command, flag, tmp_path / "mine.json"
+        )
+        assert (tmp_path / "mine.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b"{}", b'{"key": 1}', b"[" * 100_000])
+def test_what_is_kept_but_cannot_be_read_is_made_again(content, tmp_path):
+    done = Unfinished(tmp_path / "answers.json")
+    assert done.text("answers", "key", lambda: "text") == ("text", False)
+    assert done.text("answers", "key", lambda: pytest.fail("it was kept")) == ("text", True)
+    for name in ("answers", "beside"):
+        (done.folder / name).write_bytes(content)
+    assert done.beside == []
+    assert done.text("answers", "key", lambda: "again") == ("again", False)
+
+
+@pytest.mark.parametrize("task", ["rte", "squad"])
+def test_a_file_in_the_place_of_the_folder_for_what_is_done_is_refused(task, tmp_path, capsys):
+    output = tmp_path / "answers.zip"
+    (tmp_path / "answers.zip.unfinished").write_text("")
+    said = fails(capsys, "predict", "model", "--task", task, "--output", output)
+    assert f"{output}.unfinished should be a folder, for what is done so far, and is a file: remove it" in said
 
 
 @pytest.mark.parametrize(
