@@ -175,6 +175,7 @@ def test_a_model_that_does_not_say_how_long_texts_may_be_is_refused(tmp_path, to
     config.architectures = ["FunnelForSequenceClassification"]
     config.save_pretrained(folder)
     write_glue(tmp_path, "mrpc", "validation")
+    capsys.readouterr()
     for more in ((), ("--max_length", "32")):
         said = fails(capsys, "evaluate", folder, "--task", "mrpc", "--data_dir", tmp_path, *more)
         assert "a funnel model cannot be read: its config should have max_position_embeddings" in said
@@ -513,6 +514,7 @@ def test_a_file_beside_the_answers_is_replaced_only_where_the_same_command_began
     assert odds.exists() and best.exists()
     other = tmp_path / "other.json"
     other.write_text("mine")
+    capsys.readouterr()
     assert f"--n_best {other} exists already" in fails(capsys, *command, "--n_best", other)
     assert "there is no folder" in fails(capsys, *command, "--n_best", tmp_path / "nowhere" / "best.json")
     assert other.read_text() == "mine"
@@ -526,6 +528,7 @@ def test_a_file_is_refused_where_another_command_was_killed_before_it_wrote_any(
     data = ("--task", "squad2.0", "--data_dir", str(tmp_path / "data"))
     command = ["predict", folder, *data, "--output", str(tmp_path / "answers.json")]
     killed_before("answers.json", command)
+    capsys.readouterr()
     for flag in ("--null_odds", "--n_best"):
         (tmp_path / "mine.json").write_text("mine")
         assert f"{flag} {tmp_path / 'mine.json'} exists already" in fails(
