@@ -101,6 +101,7 @@ class Budget:
         for name in ("general_share", "task_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0 and at most 1")
+            object.__setattr__(self, name, float(getattr(self, name)))  # 1 is all of it, and not one row
         refuse_best(general_phase=self.general_phase)
         if self.task_phase.num_train_epochs < 1:
             raise ValueError("task_phase.num_train_epochs is 0: a student without task distillation has no score")
@@ -114,8 +115,8 @@ class SearchStage(Budget):
     candidates are scored without training. sampler: who proposes candidates, the first initial_samples at random; what
     it learns from their values is learned anew every refit_every of them; "released" is the published search's, which
     learns nothing of less than 50 and draws architectures in ways of its own, also those that stage 3 trains its
-    supernet on (effbert.search.released). cohort: candidates proposed at once, before
-    any of them has a value, so a whole first cohort is random. rungs: rising shares of the budget, the last one 1; a
+    supernet on (effbert.search.released). cohort: candidates proposed at once, before any of them has a value, so a
+    whole first cohort is random. rungs: rising shares of the budget, the last one 1; a
     cohort is trained on the first, its best on the next, so many that every rung costs the same. filter: a score before
     any training by which filter_share of a cohort, all but one at the most, is discarded (effbert.search.proxies).
     ranking_share: of the rows that rank candidates, those that this stage scores on.
@@ -135,6 +136,7 @@ class SearchStage(Budget):
         super().__post_init__()
         if not 0 < self.ranking_share <= 1:
             raise ValueError(f"ranking_share is {self.ranking_share}: it must be above 0 and at most 1")
+        object.__setattr__(self, "ranking_share", float(self.ranking_share))
         if self.task_phase.load_best_model_at_end:
             raise ValueError(
                 "task_phase.load_best_model_at_end: a candidate's best epoch counts anyway, and stage 3's supernet has "

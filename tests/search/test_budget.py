@@ -20,6 +20,12 @@ from effbert.search.study import Evaluation, Study
 NINTHS = SearchStage(cohort=27, rungs=(1 / 9, 1 / 3, 1.0), general_share=0.02, task_share=0.1)
 
 
+def test_a_share_of_1_is_all_and_not_one_row():
+    stage = SearchStage(general_share=1, task_share=1, ranking_share=1)
+    for name in ("general_share", "task_share", "ranking_share"):
+        assert type(getattr(stage, name)) is float
+
+
 def test_every_rung_costs_the_same_and_one_that_drops_nobody_is_left_out():
     assert ladder(NINTHS, 27) == [Rung(1 / 9, 27), Rung(1 / 3, 9), Rung(1.0, 3)]
     assert ladder(NINTHS, 3) == [Rung(1 / 9, 3), Rung(1.0, 1)]
