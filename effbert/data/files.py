@@ -135,6 +135,15 @@ def tab_separated(path: Path) -> list[tuple[int, list[str]]]:
     return [(number, line.removesuffix("\r").split("\t")) for number, line in enumerate(lines, 1)]
 
 
+def refuse_half(text: str, where: str) -> None:
+    """ValueError with `where` for a text with half of a character, which JSON can escape and no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(f"{where} holds {half}, half of a character: write both halves, or none") from None
+
+
 def wrong_width(path: Path, line: int, found: int, expected: int) -> ValueError:
     """The error for a row that has `found` columns where `expected` are due."""
     return ValueError(f"{path}:{line}: {found} columns, expected {expected}")
@@ -155,16 +164,21 @@ def _fields(path: Path, text_columns: Sequence[str], label_column: str) -> Itera
         for column, text in zip(text_columns, texts, strict=True):
             if not isinstance(text, str):
                 raise ValueError(f"{where}: column {column!r} should hold text, not {json.dumps(text)[:40]}")
+            refuse_half(text, f"{where}: column {column!r}")
         label = row[label_column]
-        if label is None or label == "" or isinstance(label, (list, dict)):
+        endless = isinstance(label, float) and not math.isfinite(label)  # NaN, which JSON lacks and Python reads
+        if label is None or label == "" or isinstance(label, (list, dict)) or endless:
             raise ValueError(f"{where}: column {label_column!r} should hold a label, not {json.dumps(label)[:40]}")
+        refuse_half(str(label), f"{where}: column {label_column!r}")
         yield where, texts[0], texts[1] if len(texts) == 2 else "", str(label)
     if empty:
         raise ValueError(f"{path}: there are no rows")
 
 
 def _comma_rows(path: Path) -> Rows:
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    text = read_text(path)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    usual = csv.field_size_limit(len(text))  # 131,072 characters, of all readers of this process
     try:
         line, rows = 1, []
         for fields in reader:
@@ -173,6 +187,8 @@ def _comma_rows(path: Path) -> Rows:
             line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}:{line}: not a CSV row: {error}") from None
+    finally:
+        csv.field_size_limit(usual)
     return _under_header(path, rows)
 
 
@@ -199,6 +215,9 @@ def parse_json(path: Path, text: str, first_line: int = 1) -> Any:
         raise ValueError(f"{path}:{line}: not JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:
         raise ValueError(f"{path}:{first_line}: not JSON that can be read: nested too deep") from None
+    except ValueError as error:  # a number of too many digits; Python advises behind the semicolon
+        reason = str(error).partition(";")[0]
+        raise ValueError(f"{path}:{first_line}: not JSON that can be read: {reason}") from None
 
 
 def _json_rows(path: Path) -> Rows:

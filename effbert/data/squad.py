@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from effbert.data.files import inner, parse_json, read_text
+from effbert.data.files import inner, parse_json, read_text, refuse_half
 from effbert.data.glue import fetch
 from effbert.data.tasks import Task, TaskSpec, plain_name
 
@@ -407,11 +407,14 @@ def _read(path: Path, version2: bool, answers: bool = True) -> list[dict[str, An
 def _row(question: Any, context: str, version2: bool, where: str, answers: bool) -> dict[str, Any]:
     texts, starts = [], []
     for number, answer in enumerate(_part(question, "answers", list, where) if answers else ()):
-        text = _part(answer, "text", str, f"{where}.answers[{number}]")
+        place = f"{where}.answers[{number}]"
+        text, start = _part(answer, "text", str, place), _part(answer, "answer_start", int, place)
         if not text.strip():
-            raise ValueError(f"{where}.answers[{number}]: the answer is empty")
+            raise ValueError(f"{place}: the answer is empty")
+        if not -(2**31) <= start < 2**31:
+            raise ValueError(f"{place}: 'answer_start' should be a place in the context, and has more than 32 bits")
         texts.append(text)
-        starts.append(_part(answer, "answer_start", int, f"{where}.answers[{number}]"))
+        starts.append(start)
     if not texts and not version2:
         raise ValueError(f"{where}: no answer, which only SQuAD 2.0 allows")
     return {
@@ -423,10 +426,12 @@ def _row(question: Any, context: str, version2: bool, where: str, answers: bool)
 
 
 def _part(content: Any, key: str, kind: type, where: str) -> Any:
-    """`content[key]`, which must be a `kind`."""
+    """`content[key]`, which must be a `kind`, and text that can be written."""
     value = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{where}: not in the SQuAD layout, {key!r} should be a {kind.__name__}")
+    if kind is str:
+        refuse_half(value, f"{where}: {key!r}")
     return value
 
 

@@ -90,6 +90,15 @@ def test_any_text_survives_csv_and_jsonl(tmp_path_factory, rows):
         assert load_task("t", path, path, ["t"]).train["text_a"] == [row["t"] for row in rows]
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl"])
+def test_a_cell_may_be_as_long_as_the_file(suffix, tmp_path):
+    rows = [{"t": "x" * 200_000, "label": "a"}, {"t": "\N{GRINNING FACE}", "label": "b"}]
+    path = write(tmp_path / f"a{suffix}", rows)
+    usual = csv.field_size_limit()
+    assert load_task("t", path, path, ["t"]).train["text_a"] == [row["t"] for row in rows]
+    assert csv.field_size_limit() == usual
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
@@ -111,6 +120,11 @@ def test_any_text_survives_csv_and_jsonl(tmp_path_factory, rows):
         ("a.json", '{"rows": []}', r"a.json: should hold a list"),
         ("a.json", '[{"t": 5, "label": "a"}]', r"a.json: row 1: column 't' should hold text, not 5"),
         ("a.json", "[" * 100_000, r"a.json:1: not JSON"),
+        ("a.jsonl", '{"t": "x", "label": 1}\n{"t": "y", "label": %s}\n' % ("9" * 5000), r"a.jsonl:2: .*4300 digits"),
+        ("a.json", '[{"t": "x", "label": NaN}]', r"a.json: row 1: column 'label' should hold a label, not NaN$"),
+        ("a.jsonl", '{"t": "x", "label": -1e999}', r"a.jsonl:1: column 'label' should hold a label, not -Infinity$"),
+        ("a.jsonl", r'{"t": "x \ud83d", "label": 1}', r"a.jsonl:1: column 't' holds \\ud83d, half of a character"),
+        ("a.json", r'[{"t": "x", "label": "\udc00"}]', r"a.json: row 1: column 'label' holds \\udc00, half of a"),
         ("a.txt", "t,label\nx,a\n", r"a.txt: the suffix must say the format, one of .csv, .tsv, .json, .jsonl"),
     ],
 )

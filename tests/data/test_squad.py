@@ -354,6 +354,13 @@ def test_by_name_gives_the_rows_of_the_files(tmp_path, monkeypatch):
         (official({**GOOD, "answers": [{"text": "Ada", "answer_start": 4}]}), "none of its 1 first answers is at its"),
         (official({**GOOD, "answers": [{"text": "Ada", "answer_start": -30}]}), "none of its 1 first answers is at"),
         (official({**GOOD, "answers": [{"text": " ", "answer_start": 3}]}), r"qas\[0\].answers\[0\]: .* is empty"),
+        (
+            official({**GOOD, "answers": [{"text": "Ada", "answer_start": 2**31}]}),
+            r"answers\[0\]: 'answer_start' .* 32 b",
+        ),
+        (official({**GOOD, "answers": [{"text": "Ada", "answer_start": True}]}), "'answer_start' should be a int"),
+        (official({**GOOD, "question": "\ud83d?"}), r"qas\[0\]: 'question' holds \\ud83d, half of a character"),
+        (official(GOOD, context="Ada \ude00"), r"train-v1.1.json: data\[0\].paragraphs\[0\]: 'context' holds \\ude00"),
         (official(GOOD, NONE), r"qas\[1\]: no answer, which only SQuAD 2.0 allows"),
         (official(), r"train-v1.1.json: there are no questions"),
     ],
