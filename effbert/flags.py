@@ -52,11 +52,12 @@ def parse(kind: type, arguments: list[str], program: str, **options):
 
 
 def quiet_libraries() -> None:
-    """Progress bars and advice of the libraries below would tear our own lines."""
+    """Progress bars, advice and errors of the libraries below would tear our own lines, which say the errors too."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
     import transformers
 
     datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

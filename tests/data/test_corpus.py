@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from commands import Command
 from effbert.data import corpus as module
 from effbert.data.batches import Rows
 from effbert.data.corpus import cut_pair, in_order, load_corpus, pack, pair_up, sentences_of
@@ -186,6 +187,22 @@ def test_a_table_that_does_not_do_is_one_line(name, content, says, tokenizer, tm
     with pytest.raises((ValueError, OSError), match=says) as caught:
         load_corpus(tmp_path / name, tokenizer, 16)
     assert "\n" not in str(caught.value) and not isinstance(caught.value, FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.json", b'{"text": "it begins well"}\n{"text": \n', "cannot be read"),
+        ("a.csv", "text\ncaf\u00e9\n".encode("latin-1"), "utf-8"),
+    ],
+)
+def test_a_damaged_table_is_one_line_of_the_command(name, content, says, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    corpus = str(tmp_path / name)
+    command = Command(["search", "--preset", "smoke", "--output_dir", str(tmp_path / "run"), "--corpus", corpus])
+    lines = command.communicate(300)[0].splitlines()
+    (line,) = [line for line in lines if "training a WordPiece vocabulary" not in line]  # what it does, on stdout
+    assert command.returncode == 2 and line.startswith("effbert: corpus ") and corpus in line and says in line
 
 
 def test_numbers_and_missing_values_of_a_csv_are_text(tokenizer, tmp_path):
