@@ -43,8 +43,9 @@ class Reading:
     """How a saved model reads texts.
 
     Attributes:
-        max_length: Longest text in tokens; 0 for what our students learnt with, as their tokenizer says, and for other
-            models 128, or 384 for SQuAD, and no more than tokenizer and positions allow.
+        max_length: Longest text in tokens; 0 for what our students and teachers learnt with, as the tokenizer of the
+            first and the config of the second says, and for other models 128, or 384 for SQuAD, and no more than
+            tokenizer and positions allow.
         doc_stride: Tokens of context by which the windows of a long SQuAD context move on; 0 for what the model learnt
             with, as its config says, and for other models windows that share 128, or a third of max_length.
         max_query_length: Tokens kept of a SQuAD question, special ones not counted; 0 for what the model learnt with,

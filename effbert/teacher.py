@@ -155,8 +155,11 @@ def position_offset(config) -> int:
 
 
 def usual_length(config, tokenizer, kind: str) -> int:
-    """Tokens of a text where nobody says how many: of our students as many as they learnt with, which their tokenizer
-    says; of others 128, or 384 for a task of kind "spans", and no more than tokenizer and positions allow."""
+    """Tokens of a text where nobody says how many: of our students and teachers as many as they learnt with, which a
+    student's tokenizer and a teacher's config say; of others 128, or 384 for a task of kind "spans", and no more than
+    tokenizer and positions allow."""
+    if learnt := getattr(config, "learnt_length", 0):
+        return learnt
     most = min(tokenizer.model_max_length, longest_text(config))
     if config.model_type == "effbert" and tokenizer.model_max_length < 10**9:  # transformers' way to say nothing
         return most

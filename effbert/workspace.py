@@ -548,6 +548,7 @@ def fine_tune(
     model = with_new_head(base, spec.kind, labels).to(workspace.device)
     size = arguments.per_device_train_batch_size
     note_windows(model, config, spec.kind)
+    model.config.learnt_length = config.max_length  # of students their tokenizer says it
     say(f"teacher for {spec.name}: fine-tuning {base}")
     result = train(
         model,

@@ -327,6 +327,26 @@ def test_windows_are_those_that_are_asked_for(tmp_path, tokenizer):
     assert len({open_model(other, spec_of("rte"), reading).fingerprint() for reading in readings}) == 1
 
 
+@pytest.mark.parametrize("task", ["squad", "rte"])
+def test_a_teacher_is_read_as_long_as_it_learnt_with(task, tmp_path, tokenizer, capsys):
+    """With windows that no others would fit, and more than its tokenizer advises."""
+    longer = copy.deepcopy(tokenizer)
+    longer.model_max_length = 256
+    folder = save_bert(tmp_path / "bert", task, longer, max_position_embeddings=512)
+    for name in ("train", "dev"):
+        write_squad(tmp_path / "data", "1.1", name)
+    for name in ("train", "validation"):
+        write_glue(tmp_path / "data", "rte", name)
+    data = ["--task", task, "--data_dir", str(tmp_path / "data"), "--device", "cpu"]
+    windows = ["--doc_stride", "330"] if task == "squad" else []
+    sizes = ["--max_length", "400", "--finetuning.num_train_epochs", "1", "--output_dir", str(tmp_path / "run")]
+    assert main(["teacher", "--teacher", folder, *data, *windows, *sizes]) == 0
+    model = open_model(tmp_path / "run" / "model", spec_of(task), Reading())
+    assert model.max_length == 400
+    assert main(["evaluate", str(tmp_path / "run" / "model"), *data]) == 0
+    assert open_model(tmp_path / "run" / "model", spec_of(task), Reading(max_length=24)).max_length == 24
+
+
 def everything(tmp_path, tokenizer) -> dict[str, str]:
     """Test files of all tasks, and a model for each."""
     models = {}
