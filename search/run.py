@@ -16,6 +16,7 @@ import torch
 from effbert import __version__
 from effbert.architecture import Architecture
 from effbert.config import SearchConfig, SearchStage, as_dict
+from effbert.errors import first_line
 from effbert.files import remove_partial, write_atomic
 from effbert.parallel import ALONE, World
 from effbert.search import forecast, report
@@ -182,7 +183,7 @@ def three_stages(
         reporter.say(f"{name}: {best}")
         return best
 
-    pages = Pages(workspace.folder, study, config)
+    pages = Pages(workspace.folder, study, config, reporter.say)
 
     trained = trained_candidates(candidates, supernet, "stage1", config.stage1, reporter)
     found = on_first(run, "stage1", config.stage1, coarse, trained, None)
@@ -227,11 +228,19 @@ def train_alone(workspace: Workspace, study: Study, space: ArchitectureSpace, re
     line.close()
 
 
+def write_page(folder: Path, study: Study, say: Callable[[str], None]) -> None:
+    """report.html. One that cannot be drawn is said, and ends no search."""
+    try:
+        write_report(folder, storage=study.url)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        say(f"report.html is not written: {first_line(error)}")
+
+
 class Pages:
     """report.html and agreement.json, written anew while a search runs, but seldom: they cost time."""
 
-    def __init__(self, folder: Path, study: Study, config: SearchConfig):
-        self.folder, self.study, self.config = folder, study, config
+    def __init__(self, folder: Path, study: Study, config: SearchConfig, say: Callable[[str], None]):
+        self.folder, self.study, self.config, self.say = folder, study, config, say
         self.written = 0.0
 
     def refresh(self) -> None:
@@ -255,7 +264,7 @@ class Pages:
         if found is not None:
             entries.append({"stage": "stage3", "what": "shared weights against training alone"} | _tau(found))
         write_atomic(self.folder / "agreement.json", json.dumps(entries, indent=1))
-        write_report(self.folder, storage=self.study.url)
+        write_page(self.folder, self.study, self.say)
         self.written = time.monotonic()
 
     def _shared_weights(self) -> Interval | None:
@@ -313,7 +322,7 @@ def conclude(workspace: Workspace, winner: Architecture, study: Study, results: 
     found = any(result["row"] == "winner" and result["scores"] for result in results)
     if found and best.exists():
         write_atomic(best / "README.md", report.model_card(summary))
-    write_report(workspace.folder, storage=study.url)
+    write_page(workspace.folder, study, reporter.say)
     chosen = report.chosen_by(config.final.task_phase.load_best_model_at_end)
     title = f"{metric} on held-out rows{chosen}; costs of the deployed model at length {config.max_length}"
     report.print_table(reporter.console, title, report.table_rows(table, metric))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import sqlite3
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from effbert.__main__ import main
 from effbert.architecture import PUBLISHED, Architecture, Dimensions
-from effbert.search import figures, report_html
+from effbert.search import figures, report_html, run
 from effbert.search.record import STAGES, read_record
 from effbert.search.space import ArchitectureSpace
 from effbert.search.study import Study
@@ -409,6 +410,23 @@ def test_a_run_that_is_no_search_is_said_to_be_none(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"effbert_run": {"run": "PretrainConfig", "model": "supernet"}}))
     with pytest.raises(ValueError, match="is a run of another command"):
         read_record(tmp_path)
+
+
+def test_a_page_that_cannot_be_drawn_is_said_and_ends_no_search(whole, monkeypatch):
+    said = []
+    monkeypatch.setattr(report_html, "page", lambda record: math.log10(0))
+    study = Study(shutil.copytree(whole, whole.parent / "undrawn"))
+    run.write_page(study.output_dir, study, said.append)
+    assert said == [f"report.html is not written: {error_of(math.log10, 0)}"]
+    monkeypatch.undo()
+    run.write_page(study.output_dir, study, said.append)
+    assert len(said) == 1 and (study.output_dir / "report.html").exists()
+
+
+def error_of(function, *arguments):
+    with pytest.raises(ValueError) as caught:
+        function(*arguments)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("apart", [0, 1, 3])
