@@ -25,11 +25,11 @@ left() {  # left SECONDS_KEPT: what remains of the time, at least 3 seconds
     echo $((seconds > 3 ? seconds : 3))
 }
 
-part() {  # part LOG SECONDS COMMAND...
+part() {  # part LOG SECONDS COMMAND...; as by Ctrl-C, at which pytest tells what has failed so far
     local log=$1 seconds=$2 begun=$SECONDS code
     shift 2
     echo "\$ $*" >>"$OUT/$log"
-    timeout --kill-after=10 "$seconds" "$@" 2>&1 | tee -a "$OUT/$log"
+    timeout --signal=INT --kill-after=10 "$seconds" "$@" 2>&1 | tee -a "$OUT/$log"
     code=${PIPESTATUS[0]}
     if [ "$code" = 124 ] || [ "$code" = 137 ]; then
         say "stopped after $seconds s: $*"

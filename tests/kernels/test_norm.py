@@ -64,8 +64,9 @@ def test_published_width(device, check_error):
 @given(st.integers(1, 20), st.integers(2, 200), st.sampled_from([0.0, 0.3]), st.integers(0, 2**62))
 def test_any_shape(rows, width, p, key):
     torch.manual_seed(rows + width)
-    tensors = inputs(rows, width, torch.float32)
-    tensors[1] += torch.linspace(-8, 8, width)  # two nearly equal columns amplify rounding
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = inputs(rows, width, torch.float32, device)
+    tensors[1] += torch.linspace(-8, 8, width, device=device)  # two nearly equal columns amplify rounding
     dropout = Dropout(p, key, 2)
     exact = results(eager, tensors, dropout, 1e-5, torch.float64)
     for name, ours, truth in zip(NAMES, results(norm, tensors, dropout, 1e-5), exact, strict=True):

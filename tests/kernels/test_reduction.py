@@ -25,8 +25,9 @@ def test_sums_of_many_shapes_are_exact_in_one_launch(device):
 @settings(deadline=None, max_examples=8)
 @given(st.lists(st.tuples(st.integers(0, 140), st.integers(1, 3), st.integers(1, 20)), min_size=1, max_size=3))
 def test_any_shape(shapes):
-    partials = [integers(*shape) for shape in shapes]
-    targets = [torch.empty(shape[1:]) for shape in shapes]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    partials = [integers(*shape, device=device) for shape in shapes]
+    targets = [torch.empty(shape[1:], device=device) for shape in shapes]
     reduce_partials(partials, targets, accumulate=False)
     for partial, target in zip(partials, targets, strict=True):
         assert torch.equal(target, partial.sum(dim=0))
