@@ -21,7 +21,7 @@ from effbert.data.batches import BatchPlan, subset
 from effbert.data.cache import dataset_fingerprint, tokenizer_fingerprint
 from effbert.data.corpus import SAMPLE_SETS, check_corpus, load_corpus, sentences_of
 from effbert.data.encode import WINDOWS, EncodedTask, encode_split, encode_task
-from effbert.data.tasks import BUILTIN, Task, TaskSpec, load_task, map_labels, plain_name
+from effbert.data.tasks import BUILTIN, Task, TaskSpec, is_known, load_task, map_labels, plain_name
 from effbert.data.tokenizer import load_tokenizer, train_wordpiece
 from effbert.engine import Phase, TrainingResult, forget, train
 from effbert.evaluate import evaluate
@@ -273,6 +273,8 @@ def load_tasks(config: TaskConfig) -> dict[str, Task]:
     for name in OWN_ROWS:
         if not config.train_file and getattr(config, name) != getattr(TaskConfig, name):
             raise ValueError(f"--{name} is of your own task: give its --train_file too, or leave it out")
+    if config.train_file and is_known(config.task):
+        raise ValueError(f"--train_file is of your own task, {config.task} is a known one: give --task a name of yours")
     if config.train_file:
         own = {
             "train_file": config.train_file,

@@ -120,6 +120,14 @@ def load_validation(
     return task.spec, {"validation": task.validation}, ()
 
 
+def is_known(name: str) -> bool:
+    """Whether a name is that of a built-in task, of GLUE or of SQuAD."""
+    from effbert.data import glue, squad
+
+    wanted = plain_name(name)
+    return wanted in {*map(plain_name, BUILTIN), *glue.TASKS, *glue.HALVES, *squad.VERSIONS, "ax"}
+
+
 def plain_name(name: str) -> str:
     """The name with case, hyphens and underscores taken out: `SST-2` and `sst2` are one task."""
     return name.lower().replace("-", "").replace("_", "")

@@ -249,6 +249,12 @@ def test_a_task_name_that_is_no_folder_name_is_refused(config, tmp_path, name):
     assert "a task's name should be" in refused(dataclasses.replace(config, task=name), tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["builtin-topic", "MNLI", "sst2", "squad", "mnli-mm"])
+def test_ones_own_rows_do_not_take_the_name_of_a_known_task(config, tmp_path, name):
+    said = refused(dataclasses.replace(config, task=name), tmp_path / "run")
+    assert said == f"--train_file is of your own task, {name} is a known one: give --task a name of yours"
+
+
 def test_a_task_named_twice_is_refused(config, tmp_path, monkeypatch):
     task = Task(dataclasses.replace(SPEC, name="builtin-topic"), None, None)
     monkeypatch.setattr(rooms, "load_task", lambda name, data_dir=None, **own: task)
