@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
             return world.on_first(_whole, given)
 
-    return _ended(start)
+    return _ended(start, goes_on=is_shared(given))
 
 
 def _whole(arguments: list[str]) -> int:
@@ -36,14 +36,15 @@ def _whole(arguments: list[str]) -> int:
         return stop.code or 0
 
 
-def _ended(function: Callable[[], int]) -> int:
-    """The exit status that function() returns, or that of the error it ends with, once that is told."""
+def _ended(function: Callable[[], int], goes_on: bool = False) -> int:
+    """The exit status that function() returns, or that of the error it ends with, once that is told. goes_on: what was
+    done when it is stopped is kept."""
     from effbert.errors import first_line
 
     try:
         return function()
     except KeyboardInterrupt:
-        _tell("stopped; the same command goes on from here")
+        _tell("stopped; the same command goes on from here" if goes_on else "stopped")
         return 130
     except BrokenPipeError:
         return 141

@@ -348,7 +348,7 @@ def print_costs(architecture, dims, length: int, num_labels: int) -> None:
 
 
 def second_word(command: str, arguments: list[str], known: dict):
-    """The function that `effbert COMMAND WORD` names, and the arguments after WORD."""
+    """The function that `effbert COMMAND WORD` names, and the arguments after WORD; --help in its place lists all."""
     if arguments and arguments[0] in ("-h", "--help"):
         print(f"effbert {command} WORD, one of {', '.join(known)}; effbert {command} WORD --help lists its flags")
         raise SystemExit(0)

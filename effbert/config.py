@@ -523,12 +523,10 @@ class SearchConfig(TextConfig, TaskConfig):
             raise ValueError("--params sets the band of parameters: leave out --min_params and --max_params")
         count = self.params or count_parameters(published(self.student.num_hidden_layers), dims).total_with_projection
         low, high = (round(count * end / PUBLISHED_PARAMETERS) for end in BAND)
-        if self.min_params and self.max_params:
-            return self.min_params, self.max_params
-        if self.min_params:
-            return self.min_params, max(high, round(self.min_params * BAND[1] / BAND[0]))
         if self.max_params:
-            return min(low, round(self.max_params * BAND[0] / BAND[1])), self.max_params
+            low, high = min(low, round(self.max_params * BAND[0] / BAND[1])), self.max_params
+        if self.min_params:
+            low, high = self.min_params, self.max_params or max(high, round(self.min_params * BAND[1] / BAND[0]))
         return low, high
 
 

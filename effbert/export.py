@@ -80,7 +80,7 @@ class ExportConfig:
             raise ValueError("--task and --validation_file exclude each other: give a known task, or your own rows")
         if self.max_length and self.task is None and self.validation_file is None:
             raise ValueError("--max_length is of rows to score on: name them with --task or --validation_file")
-        if self.label_column != "label" and self.validation_file is None:
+        if self.label_column != ExportConfig.label_column and self.validation_file is None:
             raise ValueError("--label_column is a column of --validation_file: give both, or neither")
         if self.data_dir is not None and self.task is None:
             raise ValueError("--data_dir is the folder of a known task: name it with --task")
@@ -106,11 +106,11 @@ def export(source: str | Path, config: ExportConfig) -> list[str]:
         onnx_export.check_installed()
         onnx_export.check_opset(config.opset)
     model = load_student(source)
-    scored = config.task or config.validation_file
-    splits, notes = onnx_export.load_rows(source, config, model) if scored else ({}, ())
     broken = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ValueError(f"{source} has weights that are not finite: {', '.join(broken[:3])} ({len(broken)} in all)")
+    scored = config.task or config.validation_file
+    splits, notes = onnx_export.load_rows(source, config, model) if scored else ({}, ())
     text = standalone.source(model.config)
     plain = standalone.plain_model(model, standalone.load(text))
     refuse_difference(largest_difference(model, plain), f"{standalone.FILE_NAME} for {source}", CODE_TOLERANCE)

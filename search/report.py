@@ -142,8 +142,8 @@ def warmed_up(results: dict) -> str:
     if not results.get("start_from"):
         return ", after the same warm-up"
     return (
-        f". They began with slices of the supernet in {results['start_from']}, the plain BERT with a warm-up on this "
-        "run's text"
+        f". They began with slices of the supernet in {results['start_from'][0]}, the plain BERT with a warm-up on "
+        "this run's text"
     )
 
 

@@ -306,7 +306,7 @@ def conclude(workspace: Workspace, winner: Architecture, study: Study, results: 
         "kind": spec.kind,
         "metric": metric,
         "seed": config.seed,
-        "start_from": "".join(config.start_from),
+        "start_from": list(config.start_from),
         "max_length": config.max_length,
         "winner": str(winner),
         "layers": [str(layer) for layer in winner.layers],
@@ -336,12 +336,13 @@ def conclude(workspace: Workspace, winner: Architecture, study: Study, results: 
 
 
 def surroundings_of(file: Path, summary: dict) -> dict:
-    """With what a file came about that says the same already; {} where there is none."""
-    if not file.exists():
+    """The `surroundings` that results.json has already, where all else in it is `summary`; {} elsewhere."""
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # none yet, or a damaged one, which is written anew
         return {}
-    before = json.loads(file.read_text(encoding="utf-8"))
-    same = all(before.get(name) == value for name, value in json.loads(json.dumps(summary)).items())
-    return {name: value for name, value in before.items() if name not in summary} if same else {}
+    found = {name: value for name, value in before.items() if name not in summary} if isinstance(before, dict) else {}
+    return found if found and before == json.loads(json.dumps(summary)) | found else {}
 
 
 def surroundings() -> dict:

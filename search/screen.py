@@ -63,18 +63,22 @@ def make_screen(workspace: Workspace, supernet: Supernet, settings: SearchStage)
 
 
 def check_latency(workspace: Workspace, space: ArchitectureSpace) -> None:
-    """ValueError where an architecture drawn from a space, and those of DRAWN draws with the fewest stacked MLPs and
-    FLOPs, are all slower than --max_latency_ms."""
+    """ValueError where of DRAWN architectures those with the fewest stacked MLPs, and with the fewest FLOPs, are all
+    slower than --max_latency_ms."""
     limit = workspace.config.max_latency_ms
     if not limit:
         return
     rng, latencies = random.generator(workspace.config.seed, "latency"), Latencies(workspace)
-    drawn = [ArchitectureSpace.sample(space, rng) for _ in range(DRAWN)]
-    stacks = {architecture: sum(layer.stacks for layer in architecture.structures) for architecture in drawn}
-    flops = {architecture: count_flops(architecture, space.dims, workspace.config.max_length) for architecture in drawn}
-    cheap = sorted(set(drawn), key=lambda found: (stacks[found], flops[found].total, str(found)))[:CHEAPEST]
-    cheap += sorted(set(drawn), key=lambda found: (flops[found].total, stacks[found], str(found)))[:CHEAPEST]
-    tried = dict.fromkeys((drawn[0], *cheap))
+    costs = {}
+    for _ in range(DRAWN):
+        drawn = ArchitectureSpace.sample(space, rng)  # alike whatever the sampler
+        flops = count_flops(drawn, space.dims, workspace.config.max_length).total
+        costs[drawn] = sum(structure.stacks for structure in drawn.structures), flops
+    tried = {
+        architecture: None
+        for by in (lambda one: costs[one], lambda one: costs[one][::-1])
+        for architecture in sorted(costs, key=by)[:CHEAPEST]
+    }
     if any(latencies.of(architecture) <= limit for architecture in tried):
         return
     fastest = min(tried, key=latencies.of)

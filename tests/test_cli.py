@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import transformers
 
+from effbert import cli
 from effbert.__main__ import main
 from effbert.architecture import PUBLISHED
 
@@ -58,6 +59,17 @@ def test_help_and_version(capsys):
 )
 def test_an_architecture_that_is_none(capsys, text, words):
     assert words in fails(capsys, "arch", text)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"), [("search", "stopped; the same command goes on from here"), ("arch", "stopped")]
+)
+def test_a_stopped_command_goes_on_only_where_it_keeps_what_it_did(capsys, monkeypatch, command, said):
+    def stopped(*arguments, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, command, stopped)
+    assert main([command]) == 130 and capsys.readouterr().err == f"effbert: {said}\n"
 
 
 @pytest.mark.parametrize("command", ["kernels", "bench"])

@@ -406,7 +406,7 @@ def test_a_loss_that_explodes_late_in_the_first_window_is_divergence(begin, part
         loss_of = lambda batch, number: model(batch) * 0 + (1e9 if begin <= number < last else 1.0)  # noqa: E731
         return train(model, plan_of, loss_of, arguments, Phase(("p", 1), 3), partly_used=partly_used)
 
-    assert run(99).diverged == "loss grown from 1 to 1e+09 at step 20" if partly_used is None else run(99).steps == 20
+    assert run(99).diverged == f"loss grown from {'1' if partly_used is None else '10'} to 1e+09 at step 20"
     assert run(begin + 1).finished
 
 

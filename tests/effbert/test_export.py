@@ -203,6 +203,13 @@ def test_an_encoder_without_pooler_and_a_folder_without_tokenizer(tmp_path, caps
     assert export.load_student(tmp_path / "out").pooler is None
 
 
+def test_weights_that_are_not_finite_are_said_to_be_so(tmp_path, capsys):
+    model = student()
+    model.classifier.bias.data[0] = float("nan")
+    line = fails(capsys, saved(tmp_path / "model", model), "--output_dir", tmp_path / "out")
+    assert "has weights that are not finite: classifier.bias (1 in all)" in line and not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "dev.csv"

@@ -62,7 +62,7 @@ def test_a_row_that_diverges_is_said_and_best_is_the_first_winner_with_scores(
         | {"metric": "accuracy", "seed": 5, "max_length": 8, "device": "d"}
     )
     assert f"accuracy {table[0]['score']:.4f}" in card and "seed 6" in card and "after the same warm-up" in card
-    assert report.warmed_up({"start_from": "net"}).startswith(". They began with slices of the supernet in net, the pl")
+    assert report.warmed_up({"start_from": ["net"]}).startswith(". They began with slices of the supernet in net, ")
 
     before = [json.dumps(result) for result in results]
     monkeypatch.setattr(final, "distil", lambda *more: pytest.fail("every row is finished"))

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import effbert  # noqa: F401  (registers the model type)
 from commands import Command, finished
 from effbert.data.tasks import load_task
+from effbert.search.run import surroundings, surroundings_of
 from effbert.search.study import Study
 
 COMMAND = ["search", "--preset", "smoke", "--output_dir"]
@@ -128,6 +129,18 @@ def test_the_same_command_again_computes_nothing(undisturbed):
     finish(folder)
     assert outcome(folder) == before and (folder / "results.json").read_bytes() == results
     assert files == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+
+
+def test_a_result_that_is_damaged_is_written_anew(undisturbed, tmp_path):
+    results = json.loads((undisturbed[0] / "results.json").read_text())
+    same = {name: value for name, value in results.items() if name not in surroundings()}
+    file = tmp_path / "results.json"
+    assert surroundings_of(file, same) == {}
+    for damaged in ("{", "[]", json.dumps(results | {"winner": "another"})):
+        file.write_text(damaged)
+        assert surroundings_of(file, same) == {}
+    file.write_text(json.dumps(results))
+    assert surroundings_of(file, same) == {name: results[name] for name in surroundings()}
 
 
 def test_another_configuration_in_the_same_folder_names_the_difference(undisturbed):
