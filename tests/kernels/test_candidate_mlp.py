@@ -292,8 +292,11 @@ def test_one_kernel_for_the_whole_block_takes_one_column_and_no_rows(whole_block
     p=st.sampled_from([0.0, 0.25]),
     name=st.sampled_from(["mlp", "mlp_block"]),
 )
-def test_any_expression_width_and_stride(device, check_error, seed, rows, channels, margin, parent, p, name):
-    """x and weights are views of wider tensors, so rows may begin anywhere; the weights are slices of a parent's."""
+def test_any_expression_width_and_stride(device, seed, rows, channels, margin, parent, p, name):
+    """x and weights are views of wider tensors, so rows may begin anywhere; the weights are slices of a parent's.
+
+    Sums may cancel to nearly nothing here, and what rounding leaves goes by their terms, which are of the order of 1.
+    """
     rng = np.random.default_rng(seed)
     expression = random_expression(STRUCTURES[rng.integers(16)], rng)
     constants = [expression, expression.structure.inner_width(channels)]
@@ -311,7 +314,11 @@ def test_any_expression_width_and_stride(device, check_error, seed, rows, channe
     plain, ours = of_views(getattr(eager, name)), of_views(getattr(fused, name))
     exact = run(plain, [tensor.double() for tensor in wide])
     for mine, theirs, right in zip(run(ours, wide), run(plain, wide), exact, strict=True):
-        check_error(mine, theirs, right, what=f"{name} of {expression}")
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
+        if right.numel():
+            error, plain_error = ((found.double() - right).abs().max().item() for found in (mine, theirs))
+            allowed = 2 * plain_error + 1e-4 * max(1.0, right.abs().max().item())
+            assert error <= allowed, f"{name} of {expression}: {error:.1e}, plain {plain_error:.1e}"
 
 
 @pytest.mark.parametrize("form", ["strided", "expanded"])
