@@ -2,7 +2,8 @@
 
     python -m effbert.bench.kernels --output kernels.json               on a GPU: all ops, all variants
     python -m effbert.bench.kernels --output kernels.json --quick       tiny shapes, also on a CPU
-    python -m effbert.bench.kernels --output kernels.json --ops mlp_block,score_mse --no-compile
+    python -m effbert.bench.kernels --output kernels.json --ops mlp_block,score_mse --passes eager
+    python -m effbert.bench.kernels --warm-up                           compile the fused kernels, measure nothing
 
 The one idea: all variants of an op run side by side in one process on the same tensors, and a fused kernel whose
 results are wrong gets no time. The rivals are what people run: PyTorch's own dropout and attention, products in bf16,
@@ -59,7 +60,8 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a case. kind: "rival" (a name of the case's), "reference", "compile" or "triton"."""
+    """One way to run a case. kind: "rival" (a name of the case's), "reference", "compile" (of its first rival) or
+    "triton"."""
 
     name: str
     kind: str
@@ -97,6 +99,10 @@ class Target:
     quantity: str = "warm"
 
 
+TRITON, TRITON_GRAPH = Variant("triton", "triton"), Variant("triton+graph", "triton", graph=True)
+PASSES = ("eager", "compile")
+MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
+
 TARGETS = (
     Target(SIX_LAYERS, "triton+graph", "eager+graph", 2.3),
     Target(SIX_LAYERS, "triton+graph", "compile max-autotune+graph", 1.4),
@@ -111,25 +117,50 @@ TARGETS = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print each row as it comes, keep the record up to date; 1 where a fused kernel is wrong or fails."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     sizes = QUICK if options.quick else Sizes()
     chosen = chosen_cases(sizes, options.ops)
+    if options.warm_up:
+        return warm_up(chosen, Setting.of(device_to_measure()))
     output_file(options.output)
     run = Run(chosen, sizes, device_to_measure())
-    for result in run.results(not options.no_compile):
+    for result in run.results(options.passes):
         write_atomic(options.output, json.dumps(run.record(), indent=1))
         print(run.line(result), flush=True)
     print("\n" + run.summary())
     return int(run.failed)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m effbert.bench.kernels", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="JSON file, rewritten after each row")
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="effbert bench kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="JSON file, rewritten after each row")
     parser.add_argument("--ops", help="comma-separated names; default: all")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few repeats")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    return parser
+    parser.add_argument(
+        "--passes",
+        nargs="+",
+        choices=PASSES,
+        default=PASSES,
+        help="eager: beside eager PyTorch; compile: beside what is compiled first, which takes minutes; default: both",
+    )
+    parser.add_argument("--warm-up", action="store_true", help="compile the fused kernels and measure nothing")
+    options = parser.parse_args(arguments)
+    if bool(options.output) == options.warm_up:
+        parser.error("one of --output FILE and --warm-up is needed")
+    return options
+
+
+def warm_up(cases: Sequence[Case], setting: Setting) -> int:
+    """One call of each case's fused kernels, which compiles them; 1 where one fails."""
+    failed = 0
+    for case in cases:
+        try:
+            problem = Problem(case, setting)
+            problem.call(problem.forward(TRITON))()
+        except Exception as error:
+            failed = 1
+            print(f"{case.name}: {_first_line(error)}", file=sys.stderr)
+    return failed
 
 
 class Run:
@@ -143,19 +174,36 @@ class Run:
         self.ceilings: Ceilings = ceilings(device, 8192 if on_gpu else 256)
         self.rows: list[Result] = []
 
-    def results(self, with_compile: bool) -> Iterator[Result]:
-        """All rows, the quick variants of every case first, so that an early end loses the least."""
-        modes = (None, "max-autotune-no-cudagraphs") if with_compile else ()
-        for select in (_plain_variants, *(partial(_compiled_variants, mode=mode) for mode in modes)):
-            for case in self.cases:
+    def results(self, passes: Sequence[str] = PASSES) -> Iterator[Result]:
+        """All rows of these passes, the quick and the most telling first, so that an early end loses the least."""
+        for chosen, select in self._rounds(passes):
+            for case in chosen:
                 for result in measure(case, select(case), self.setting, self.sizes.repeats):
                     self.rows.append(result)
                     yield result
             yield from self._sums()
 
+    def _rounds(self, passes: Sequence[str]) -> Iterator[tuple[Sequence[Case], Callable[[Case], list[Variant]]]]:
+        """Cases, and which variants of them. With torch.compile the six layers come first, tuned as far as it goes: a
+        target asks for that. Alone, this pass has its own rows of the fused kernels, so that it compares in one run."""
+        if "eager" in passes:
+            yield self.cases, _plain_variants
+        if "compile" in passes:
+            if "eager" not in passes:
+                yield self.cases, lambda case: [TRITON, TRITON_GRAPH]
+            tuned = partial(_compiled_variants, mode=MAX_AUTOTUNE)
+            yield self.layers, tuned
+            yield self.cases, partial(_compiled_variants, mode=None)
+            yield [case for case in self.cases if case not in self.layers], tuned
+
+    @property
+    def layers(self) -> list[Case]:
+        """Those of the six published layers that are among the cases."""
+        return [case for case in self.cases if case.op == "mlp_block" and not case.parent_slices]
+
     def _sums(self) -> Iterator[Result]:
         """The six published layers added up, for every variant that all six have and that has no sum yet."""
-        layers = [case.name for case in self.cases if case.op == "mlp_block" and not case.parent_slices]
+        layers = [case.name for case in self.layers]
         known = {row.variant for row in self.rows if row.case == SIX_LAYERS}
         for variant in dict.fromkeys(row.variant for row in self.rows if row.case in layers):
             rows = [row for row in self.rows if row.case in layers and row.variant == variant]
@@ -172,11 +220,7 @@ class Run:
 
     def roofline_ms(self, name: str) -> float:
         """Least time of a case, or of the six layers, at the ceilings of this device."""
-        names = (
-            {case.name for case in self.cases if case.op == "mlp_block" and not case.parent_slices}
-            if name == SIX_LAYERS
-            else {name}
-        )
+        names = {case.name for case in self.layers} if name == SIX_LAYERS else {name}
         passes = [case.cost(self.setting.dtype.itemsize) for case in self.cases if case.name in names]
         return 1e3 * sum(cost.seconds(self.ceilings, self.setting.precision) for cost in passes)
 
@@ -310,14 +354,17 @@ def _plain_variants(case: Case) -> list[Variant]:
     if case.rivals["eager"] is not getattr(eager, case.op):
         found.append(Variant("reference", "reference"))
     found += [Variant(f"{name}+graph", "rival", graph=True) for name in case.rivals]
-    return [*found, Variant("triton", "triton"), Variant("triton+graph", "triton", graph=True)]
+    return [*found, TRITON, TRITON_GRAPH]
 
 
 def _compiled_variants(case: Case, mode: str | None) -> list[Variant]:
     if case.parent_slices:
         return []
     name = "compile max-autotune" if mode else "compile"
-    return [Variant(name, "compile", False, mode), Variant(f"{name}+graph", "compile", True, mode)]
+    found = [Variant(name, "compile", False, mode), Variant(f"{name}+graph", "compile", True, mode)]
+    for name in () if mode else case.compiled_rivals:
+        found += [Variant(name, "rival"), Variant(f"{name}+graph", "rival", graph=True)]
+    return found
 
 
 class Problem:
@@ -444,7 +491,7 @@ def _op(case: Case, variant: Variant) -> Callable:
         return partial(getattr(kernels, case.op), backend="triton")
     if variant.kind == "reference":
         return getattr(eager, case.op)
-    return case.rivals[variant.name.removesuffix("+graph")]
+    return (case.rivals | case.compiled_rivals)[variant.name.removesuffix("+graph")]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """bench/gpu.sh goes on when a part fails, leaves out what cannot run, and says so in its exit status."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -25,14 +26,15 @@ def run(tmp_path):
     for folder in (checkout / "bench", checkout / "tests/kernels", tools):
         folder.mkdir(parents=True)
     shutil.copy(SCRIPT, checkout / "bench")
-    (checkout / "tests/kernels/test_linear.py").write_text("import hypothesis\n")
-    (checkout / "tests/kernels/test_norm.py").write_text("import torch\n")
+    (checkout / "tests/kernels/test_linear.py").write_text("import hypothesis\ndef test_it(device): ...\n")
+    (checkout / "tests/kernels/test_norm.py").write_text("import torch\ndef test_it(device, dtype): ...\n")
+    (checkout / "tests/kernels/test_sources.py").write_text("import torch\ndef test_it(): ...\n")
     (checkout / "tests/test_marked.py").write_text("pytestmark = pytest.mark.gpu\n")
     stand_in = tools / "python3"
     stand_in.write_text(STAND_IN)
     stand_in.chmod(0o755)
 
-    def run(failing="nothing", hanging="nothing", minutes=9):
+    def run(*parts, failing="nothing", hanging="nothing", minutes=9):
         environment = dict(
             os.environ,
             PATH=f"{tools}:{os.environ['PATH']}",
@@ -42,39 +44,69 @@ def run(tmp_path):
             HANGING=hanging,
             MINUTES=str(minutes),
         )
-        command = ["bash", str(checkout / "bench/gpu.sh")]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
-        parts = [line for line in (tmp_path / "calls").read_text().splitlines() if not line.startswith("-c import")]
-        return done.returncode, parts, (tmp_path / "out/run.txt").read_text()
+        command = ["bash", str(checkout / "bench/gpu.sh"), *parts]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
 
     return run
 
 
-def ordered(parts):
-    """The calls that follow each other, without the warming ones beside them."""
-    return [call for call in parts if "--no-compile" not in call]
+@pytest.fixture
+def called(tmp_path):
+    """The calls that follow each other after the installation, without the warming ones beside them."""
+
+    def called():
+        calls = (tmp_path / "calls").read_text().splitlines()
+        calls = [call for call in calls if not call.startswith("-c import") and "--warm-up" not in call]
+        assert calls[0].startswith("-m pip install") and "--no-deps" in calls[0]
+        return [call.removeprefix("-m ") for call in calls[1:]]
+
+    return called
 
 
-def test_parts_run_in_order_of_value_and_the_kernels_are_compiled_beside_them(run):
-    status, parts, log = run()
-    install, gpu, kernel_tests, kernels, step, inference = ordered(parts)
-    assert status == 0, log
-    assert install.startswith("-m pip install") and "--no-deps" in install
-    assert gpu == "-m pytest -q -m gpu -n 8 tests/test_marked.py"
-    assert kernel_tests == "-m pytest -q -n 8 tests/kernels/test_norm.py"
-    assert kernels.startswith("-m effbert.bench.kernels --output") and step.startswith("-m effbert.bench.step --output")
-    assert inference.startswith("-m effbert.bench.inference --runtimes gpu-bf16")
-    assert "left out: tests/kernels/test_linear.py (hypothesis is not installed)" in log
-    assert len(parts) == 6 + 9
+def test_parts_run_in_order_of_value_and_the_kernels_are_compiled_beside_them(run, called, tmp_path):
+    done = run()
+    gpu, kernels, step, inference, compiled, all_tests = called()
+    assert done.returncode == 0, done.stderr
+    assert gpu == "pytest -q -m gpu --benchmark-skip -n 8 tests/test_marked.py"
+    assert all_tests == "pytest -q -n 8 tests/kernels/test_norm.py"
+    assert kernels.startswith("effbert.bench.kernels --passes eager --output")
+    assert compiled.startswith("effbert.bench.kernels --passes compile --output")
+    assert step.startswith("effbert.bench.step --output")
+    assert inference.startswith("effbert.bench.inference --runtimes gpu-graph")
+    assert (
+        "left out: tests/kernels/test_linear.py (hypothesis is not installed)" in (tmp_path / "out/log.txt").read_text()
+    )
+    assert (tmp_path / "calls").read_text().count("--warm-up") == 9
 
 
-def test_a_failing_part_does_not_stop_the_others(run):
-    status, parts, log = run(failing="pytest -q -m gpu")
-    assert status == 1 and len(ordered(parts)) == 6
-    assert "exit 3" in log and log.count("exit 0") == 5
+def test_parts_can_be_chosen(run, called):
+    assert run("compiled", "step").returncode == 0
+    compiled, step = called()
+    assert "--passes compile" in compiled and "bench.step" in step
 
 
-def test_a_part_that_hangs_is_stopped(run):
-    status, parts, log = run(hanging="bench.kernels --output", minutes=0)
-    assert status == 1 and ordered(parts)[-2].startswith("-m effbert.bench.step")
-    assert "stopped after 3 s: python3 -m effbert.bench.kernels" in log
+def test_an_unknown_part_is_one_line_and_runs_nothing(run, tmp_path):
+    done = run("tests", "speed")
+    assert done.returncode == 2 and not (tmp_path / "calls").exists()
+    assert done.stderr == "bench/gpu.sh: no part speed; parts: tests kernels step inference compiled all-tests\n"
+
+
+def test_a_failing_part_does_not_stop_the_others(run, called, tmp_path):
+    assert run(failing="pytest -q -m gpu").returncode == 1
+    log = (tmp_path / "out/log.txt").read_text()
+    assert len(called()) == 6 and "exit 3" in log and log.count("exit 0") == 6
+
+
+def test_a_part_that_hangs_is_stopped(run, called, tmp_path):
+    assert run(hanging="--passes eager", minutes=0).returncode == 1
+    assert len(called()) == 6
+    log = (tmp_path / "out/log.txt").read_text()
+    assert "stopped after 3 s: python3 -m effbert.bench.kernels --passes eager" in log
+
+
+def test_the_files_that_start_kernels_are_found():
+    """The script goes by the name of a fixture: those files of this checkout that it finds start kernels."""
+    tests = SCRIPT.parents[1] / "tests/kernels"
+    found = {path.name for path in tests.glob("test_*.py") if re.search(r"(?m)^def .*\bdevice\b", path.read_text())}
+    assert {"test_linear.py", "test_candidate_mlp.py", "test_score_loss.py", "test_row_block.py"} <= found
+    assert not {"test_aot.py", "test_tiles.py", "test_eager.py", "test_sources.py"} & found

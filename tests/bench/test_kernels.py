@@ -44,7 +44,7 @@ def on_cpu(monkeypatch):
 
 def test_all_ops_are_measured_on_a_cpu_with_a_reason_where_they_cannot_be(tmp_path, capsys, on_cpu):
     output = tmp_path / "sub" / "kernels.json"
-    assert bench.main(["--quick", "--no-compile", "--output", str(output)]) == 0
+    assert bench.main(["--quick", "--passes", "eager", "--output", str(output)]) == 0
     record, table = json.loads(output.read_text()), capsys.readouterr().out
     assert {"device", "driver", "versions", "dtype", "seed", "sizes", "notes", "ceilings"} <= record.keys()
     assert record["dtype"] == "float32" and record["versions"]["torch"] == torch.__version__
@@ -55,10 +55,9 @@ def test_all_ops_are_measured_on_a_cpu_with_a_reason_where_they_cannot_be(tmp_pa
         if variant in ("eager", "reference", "gram", "bf16"):
             assert 0 < row["warm"]["quartile_1_ms"] <= row["warm"]["median_ms"] <= row["warm"]["quartile_3_ms"]
             assert row["reason"] is None and row["percent_of_roofline"] > 0
-        elif variant.startswith("triton") or variant.endswith("+graph"):
-            assert row["warm"] is None and row["reason"] == bench.NO_GPU
         else:
-            assert variant == "flex" and "backward" in row["reason"]
+            assert variant.startswith("triton") or variant.endswith("+graph"), variant
+            assert row["warm"] is None and row["reason"] == bench.NO_GPU
     medians = [rows[case.name, "eager"]["warm"]["median_ms"] for case in CASES if case.name[:-1].endswith("layer ")]
     assert len(medians) == 6
     assert rows[bench.SIX_LAYERS, "eager"]["warm"]["median_ms"] == pytest.approx(sum(medians))
@@ -67,24 +66,70 @@ def test_all_ops_are_measured_on_a_cpu_with_a_reason_where_they_cannot_be(tmp_pa
     assert "compile max-autotune+graph / triton+graph (warm) at least 1.4: not measured" in table
 
 
-def test_compiled_variants_follow_the_plain_ones(tmp_path, on_cpu, monkeypatch):
+@pytest.fixture
+def compiled_modes(monkeypatch):
+    """torch.compile that compiles nothing, which is not what is tested here; the modes it was asked for."""
     modes = []
 
     def remembered(function, fullgraph, dynamic, mode):
         modes.append(mode)
         return function
 
-    monkeypatch.setattr(torch, "compile", remembered)  # compiling is not what is tested here
-    bench.main(["--quick", "--ops", "soft_cross_entropy", "--output", str(tmp_path / "k.json")])
-    rows = json.loads((tmp_path / "k.json").read_text())["rows"]
-    first = [row["variant"] for row in rows if row["case"] == "soft_cross_entropy C=3"]
-    assert first == [
-        *("eager", "eager+graph", "triton", "triton+graph"),
-        *("compile", "compile+graph", "compile max-autotune", "compile max-autotune+graph"),
+    monkeypatch.setattr(torch, "compile", remembered)
+    return modes
+
+
+def variants_of(path, case):
+    return [row["variant"] for row in json.loads(path.read_text())["rows"] if row["case"] == case]
+
+
+COMPILED = ["compile", "compile+graph"]
+TUNED = ["compile max-autotune", "compile max-autotune+graph"]
+
+
+def test_compiled_variants_follow_the_plain_ones(tmp_path, on_cpu, compiled_modes):
+    output = tmp_path / "k.json"
+    bench.main(["--quick", "--ops", "soft_cross_entropy", "--output", str(output)])
+    plain = ["eager", "eager+graph", "triton", "triton+graph"]
+    assert variants_of(output, "soft_cross_entropy C=3") == [*plain, *COMPILED, *TUNED]
+    assert compiled_modes == [None, None, bench.MAX_AUTOTUNE, bench.MAX_AUTOTUNE]
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["variant"] for row in rows if row["warm"]] == [
+        name for name in ("eager", "compile", "compile max-autotune") for _ in range(2)
     ]
-    assert modes == [None, None, "max-autotune-no-cudagraphs", "max-autotune-no-cudagraphs"]
-    measured = [row["variant"] for row in rows if row["warm"]]
-    assert measured == ["eager", "eager", "compile", "compile", "compile max-autotune", "compile max-autotune"]
+
+
+def test_what_compiles_can_be_compared_alone_the_tuned_layers_first(tmp_path, on_cpu, compiled_modes):
+    output = tmp_path / "k.json"
+    bench.main(["--quick", "--ops", "mlp_block,score_mse", "--passes", "compile", "--output", str(output)])
+    fused = ["triton", "triton+graph"]
+    assert variants_of(output, "mlp_block layer 1") == [*fused, *TUNED, *COMPILED]
+    assert variants_of(output, bench.SIX_LAYERS) == [*fused, *TUNED, *COMPILED]
+    assert variants_of(output, "score_mse L=8") == [*fused, *COMPILED, "flex", "flex+graph", *TUNED]
+    assert compiled_modes == [bench.MAX_AUTOTUNE] * 6 + [None] * 8 + [bench.MAX_AUTOTUNE] * 2
+    flex = [row for row in json.loads(output.read_text())["rows"] if row["variant"] == "flex"]
+    assert all("backward" in row["reason"] for row in flex)  # it has none on a CPU
+
+
+def test_kernels_are_compiled_ahead_and_a_failure_is_told(on_cpu, monkeypatch, capsys):
+    called = []
+
+    def mlp(*args, backend):
+        called.append(backend)
+        return eager.mlp(*args)
+
+    monkeypatch.setattr(kernels, "mlp", mlp)
+    assert bench.main(["--quick", "--ops", "mlp", "--warm-up"]) == 0 and called == ["triton"]
+    monkeypatch.setattr(kernels, "mlp", lambda *args, backend: 1 / 0)
+    assert bench.main(["--quick", "--ops", "mlp", "--warm-up"]) == 1
+    assert "mlp: ZeroDivisionError: division by zero" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("both", [[], ["--warm-up", "--output", "k.json"]])
+def test_a_file_or_nothing_to_measure(both, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--quick", *both])
+    assert "one of --output FILE and --warm-up is needed" in capsys.readouterr().err
 
 
 def test_a_compilation_serves_the_calls_with_and_without_graph(monkeypatch):
@@ -103,7 +148,7 @@ def test_an_unknown_op_is_refused(tmp_path):
 
 def results(case, **change):
     run = bench.Run([replace(case, **change)], bench.QUICK, CPU)
-    return run, {result.variant: result for result in run.results(with_compile=False)}
+    return run, {result.variant: result for result in run.results(["eager"])}
 
 
 def test_a_right_kernel_gets_a_time_and_a_ratio(pretend_gpu):
@@ -161,7 +206,7 @@ def test_sums_need_all_six_layers(pretend_gpu):
     layers = [case for case in CASES if case.op == "mlp_block" and not case.parent_slices]
     pretend_gpu("mlp_block", lambda *args: eager.mlp_block(*args) * (1 if args[-3] > 8 else 2))  # layer 6 is wrong
     run = bench.Run(layers, bench.QUICK, CPU)
-    sums = {row.variant: row for row in run.results(with_compile=False) if row.case == bench.SIX_LAYERS}
+    sums = {row.variant: row for row in run.results(["eager"]) if row.case == bench.SIX_LAYERS}
     assert sums["triton"].reason.startswith("wrong") and sums["triton"].warm is None
     assert sums["eager"].warm.median_ms > 0
     assert run.roofline_ms(bench.SIX_LAYERS) == pytest.approx(sum(run.roofline_ms(case.name) for case in layers))
@@ -171,7 +216,7 @@ def test_sums_need_all_six_layers(pretend_gpu):
 def test_rivals_compute_the_op_itself(case, monkeypatch):
     monkeypatch.setattr(kernel_cases, "DROPOUT", 0.0)
     problem = bench.Problem(case, kernel_cases.Setting.of(CPU))
-    for name, op in case.rivals.items():
+    for name, op in (case.rivals | case.compiled_rivals).items():
         if name == "flex":  # has no backward on a CPU
             tensors = [tensor.detach() for tensor in problem.tensors]
             torch.testing.assert_close(case.forward(op, tensors), problem.plain[0], rtol=1e-5, atol=0)
@@ -230,7 +275,7 @@ def test_targets_are_met_or_missed():
 
 @GPU
 def test_everything_is_measured_on_a_gpu(tmp_path):
-    assert bench.main(["--quick", "--no-compile", "--output", str(tmp_path / "k.json")]) == 0
+    assert bench.main(["--quick", "--passes", "eager", "--output", str(tmp_path / "k.json")]) == 0
     record = json.loads((tmp_path / "k.json").read_text())
     assert record["dtype"] == "bfloat16" and record["driver"]
     for row in record["rows"]:

@@ -3,6 +3,9 @@ a CUDA graph does, whatever Python would do by then; with one they are CUDA grap
 
 import contextlib
 import copy
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -212,15 +215,25 @@ def test_a_variable_turns_recording_off(parity, noted, monkeypatch):
 
 @pytest.mark.gpu
 def test_cuda_graphs_train_as_launches_do(parity):
+    """Up to what rounding becomes in Adam: a recorded step keeps its mask, and attention may take another kernel."""
     with graphs.launches():
         plain = trained(parity, ["random0", "released_head"], "cuda")
-    assert_same(trained(parity, ["random0", "released_head"], "cuda"), plain, 1e-5)
+    assert_same(trained(parity, ["random0", "released_head"], "cuda"), plain, 1e-3)
+
+
+READS_A_VALUE = """
+import torch
+from effbert import graphs
+(lane,) = graphs.lanes(torch.device("cuda"), 1)
+value = torch.ones((), device="cuda")
+with lane.after():
+    lane.record(lambda: float(value))
+"""
 
 
 @pytest.mark.gpu
 def test_a_step_that_cannot_be_recorded_is_one_line():
-    """The last of this file: what a broken capture leaves behind is nobody's concern then."""
-    (lane,) = graphs.lanes(torch.device("cuda"), 1)
-    value = torch.ones((), device="cuda")
-    with pytest.raises(ValueError, match=f"set {graphs.ENVIRONMENT}=0"), lane.after():
-        lane.record(lambda: float(value))
+    """In a process of its own: what a broken capture leaves behind is nobody's concern then."""
+    done = subprocess.run([sys.executable, "-c", READS_A_VALUE], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.search(rf"ValueError: a step cannot be recorded \(.*set {graphs.ENVIRONMENT}=0", done.stderr), done.stderr

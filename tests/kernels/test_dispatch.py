@@ -53,7 +53,7 @@ def soft_loss(backend, device=DEVICE):
 def test_a_backend_can_be_an_argument_and_all_agree():
     eager = soft_loss("eager")
     for backend in ("auto", "triton", "compile"):
-        torch.testing.assert_close(soft_loss(backend), eager, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(soft_loss(backend), eager, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture
