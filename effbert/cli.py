@@ -218,6 +218,7 @@ def export(arguments: list[str]) -> int:
 
     from effbert.export import ExportConfig
     from effbert.export import export as write
+    from effbert.pace import on_stderr
 
     @dataclass(frozen=True)
     class Arguments:
@@ -231,22 +232,27 @@ def export(arguments: list[str]) -> int:
 
     given = parse(Arguments, arguments, "effbert export")
     quiet_libraries()
-    print("\n".join(write(given.model, given.settings)))
+    with on_stderr():
+        print("\n".join(write(given.model, given.settings)))
     return 0
 
 
 def evaluate(arguments: list[str]) -> int:
     """effbert evaluate: the official metrics of a saved model."""
     from effbert.answers import main_evaluate
+    from effbert.pace import on_stderr
 
-    return main_evaluate(arguments) or 0
+    with on_stderr():
+        return main_evaluate(arguments) or 0
 
 
 def predict(arguments: list[str]) -> int:
     """effbert predict: what the GLUE server and SQuAD's scripts take."""
     from effbert.answers import main_predict
+    from effbert.pace import on_stderr
 
-    return main_predict(arguments) or 0
+    with on_stderr():
+        return main_predict(arguments) or 0
 
 
 def arch(arguments: list[str]) -> int:

@@ -25,6 +25,7 @@ from effbert.data.batches import Batch
 from effbert.kernels import gradients_in_place
 from effbert.memory import out_of_memory
 from effbert.optim import Optimizer, PartlyUsed, TrainingArguments
+from effbert.pace import Standing
 from effbert.parallel import ALONE, World
 
 CHECK_EVERY = 10  # steps between reads of the loss: a read waits for the device
@@ -107,7 +108,7 @@ def train(
     device: torch.device | str = "cpu",
     after_epoch: Callable[[int], dict] | None = None,
     rank: Callable[[], float] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: Callable[[Standing], None] | None = None,
     partly_used: Callable[[Sequence[int]], PartlyUsed] | None = None,
     world: World = ALONE,
 ) -> TrainingResult:
@@ -123,13 +124,13 @@ def train_together(
     *,
     share: Callable[[Batch], Any] | None = None,
     device: torch.device | str = "cpu",
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: Callable[[Standing], None] | None = None,
     world: World = ALONE,
 ) -> list[TrainingResult]:
     """Train models in place over `arguments.num_train_epochs` epochs, step by step on the same batches.
 
     plan_of: epoch -> its batches, equally many each epoch. share: called once for a batch on `device`; its result goes
-    to every loss_of. on_step: called with (step, total steps). A model whose loss or gradient is not finite, or whose
+    to every loss_of. on_step: called after each step. A model whose loss or gradient is not finite, or whose
     loss grows past DIVERGED, ends its own phase; nothing is raised. With a checkpoint on disk a phase goes on from it,
     and the others catch up with it or it waits for them; the caller deletes the files (`forget`) once the outcome is
     safe elsewhere. Where memory does not hold all, half of them go first and the rest waits, on the CPU. With
@@ -245,7 +246,7 @@ class _Together:
         if position < due[0].steps:
             self.update(due, epoch, position)
             if on_step is not None:
-                on_step(due[0].step, due[0].total)
+                on_step(self.standing(due))
             if due[0].step % CHECK_EVERY == 0 or position + 1 == due[0].steps:
                 for learner in due:
                     learner.check()
@@ -259,6 +260,11 @@ class _Together:
             raise KeyboardInterrupt
         if due[0].step % CHECK_EVERY == 0 or position == due[0].steps:
             self.save_if_due(running)
+
+    def standing(self, due: list["_Learner"]) -> Standing:
+        """Where those are that took this step; no loss is read for it."""
+        losses = tuple(learner.read_loss for learner in due if learner.read_loss is not None)
+        return Standing(due[0].step, due[0].total, str(self.learners[0].phase.name[-1]), losses)
 
     def update(self, due: list["_Learner"], epoch: int, position: int) -> None:
         """Forward and backward of the batches of one accumulation group for each learner, then its optimiser."""
@@ -349,6 +355,7 @@ class _Learner:
         self.pending_tokens, self.pending_numbers = 0, []
         self.last_loss = float("nan")
         self.first_window: float | None = None
+        self.read_loss: float | None = None  # a batch's, in the mean of the steps before the last check
         self.records: list[dict] = []
         self.best: dict | None = None  # score, step and weights, on the CPU
         self.seconds, self.diverged = 0.0, ""
@@ -455,6 +462,7 @@ class _Learner:
         it is not seen."""
         total = float(self.window_sum)
         self.check_finite(total)
+        self.read_loss = total / (self.window_steps * self.arguments.gradient_accumulation_steps)
         if self.diverged or (self.window_steps < CHECK_EVERY and self.step < self.total):  # the end of an epoch
             return
         if self.first_window is None:

@@ -8,14 +8,14 @@ import torch
 from effbert import metrics
 from effbert.data.batches import Batch, BatchPlan
 from effbert.data.encode import EncodedTask
+from effbert.pace import paced
 
 
 @torch.inference_mode()
 def predict(logits_of: Callable[[Batch], torch.Tensor], plan: BatchPlan, device="cpu") -> list[np.ndarray]:
     """For every row of the plan's data, in the data's order, its logits: [num_labels], for spans [its length, 2]."""
     rows: dict[int, np.ndarray] = {}
-    for number in range(len(plan)):
-        batch = plan[number]
+    for batch in paced(plan, "reading rows"):
         logits = logits_of(batch.to(device)).float().cpu().numpy()
         lengths = batch.attention_mask.sum(dim=1).tolist()
         for row, values, length in zip(batch.indices.tolist(), logits, lengths, strict=True):

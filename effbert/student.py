@@ -10,6 +10,7 @@ from effbert.data.batches import Batch, subset
 from effbert.engine import Phase, Trainee, TrainingResult, train_together
 from effbert.model import EffBertHeadModel, EffBertModel
 from effbert.optim import TrainingArguments
+from effbert.pace import Standing
 from effbert.parallel import ALONE, World
 from effbert.step import general_lesson, task_lesson
 from effbert.supernet import Supernet
@@ -45,7 +46,7 @@ def distil(
     workspace: Workspace,
     students: Sequence[Student],
     budget: Budget,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: Callable[[Standing], None] | None = None,
     world: World = ALONE,
     teacher_of: Callable[[Batch], Trace] | None = None,
 ) -> list[Distillation]:
@@ -95,7 +96,7 @@ def warm_up(
     students: Sequence[Student],
     share: float,
     arguments: TrainingArguments,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: Callable[[Standing], None] | None = None,
     world: World = ALONE,
 ) -> list[TrainingResult]:
     """General distillation in place on the first `share` of the corpus; `world` as in `distil`."""
@@ -126,7 +127,7 @@ def distil_generally(
     models: Sequence[Supernet | EffBertModel],
     arguments: TrainingArguments,
     phases: Sequence[Phase],
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: Callable[[Standing], None] | None = None,
     world: World = ALONE,
 ) -> list[TrainingResult]:
     """General distillation in place, on the whole corpus, of bare encoders or of a supernet with all its weights, from

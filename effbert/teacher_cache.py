@@ -18,6 +18,7 @@ import torch
 from effbert.data.batches import Batch, BatchPlan
 from effbert.data.cache import dataset_fingerprint
 from effbert.files import atomic_dir
+from effbert.pace import paced
 from effbert.teacher import Teacher, layer_map
 from effbert.trace import Trace
 
@@ -118,7 +119,7 @@ def _fill(folder: Path, teacher: Teacher, plan: BatchPlan, num_layers: int, inpu
         os.posix_fallocate(file.fileno(), 0, 2 * int(starts[-1]) * width)
     values = np.memmap(folder / _VALUES, np.int16, "r+", shape=(int(starts[-1]), width))
     logits = None
-    for batch in plan:
+    for batch in paced(plan, "the teacher's outputs"):
         trace = teacher.trace(*inputs_of(batch))
         kept = [trace.hidden_states[0], *(trace.hidden_states[target + 1] for target in targets)]
         for heads in (trace.queries, trace.keys):

@@ -29,6 +29,7 @@ from effbert.files import atomic_dir, write_atomic
 from effbert.mlm import MaskedPlan, masked_lm_loss, new_bert
 from effbert.model import EffBertConfig
 from effbert.optim import TrainingArguments
+from effbert.pace import Standing
 from effbert.parallel import ALONE, World
 from effbert.start import check_tokens, start_weights
 from effbert.supernet import supernet_config
@@ -47,7 +48,7 @@ from effbert.teacher import (
 )
 
 Say = Callable[[str], None]
-Steps = Callable[[str], Callable[[int, int], None] | None]  # what is trained -> `on_step` of effbert.engine.train
+Steps = Callable[[str], Callable[[Standing], None] | None]  # what is trained -> `on_step` of effbert.engine.train
 
 
 def no_steps(what: str) -> None:

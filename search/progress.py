@@ -1,13 +1,18 @@
 """What a person sees while a search runs: one line for each finished thing, and on a terminal a live line below them
-with what is being trained or searched, the best so far and the time left. Elsewhere there are only the lines."""
+with what is being trained or searched, the best so far and the time left. Elsewhere there are only the lines, and what
+takes long says now and then where it is (effbert.pace)."""
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from effbert.pace import Pace, Standing, time_text
+
+PARTS = {"general": ", on text", "task": ", on the task", "tasks": ", on all tasks", "warm-up": ", warming up"}
 
 
 class Reporter:
@@ -38,18 +43,47 @@ class Reporter:
         """One line, with the seconds since the start."""
         self.console.print(f"[dim]{time.monotonic() - self.started:6.0f} s[/dim]  {escape(text)}")
 
-    def steps(self, what: str) -> Callable[[int, int], None]:
-        """A live line for a training phase: call what it returns with (step, total steps)."""
-        line = self._live.add_task(escape(what), total=None, visible=False)
+    def steps(self, what: str) -> Callable[[Standing], None]:
+        """A live line for training phases that follow each other: call what it returns after every step."""
+        line, phase = self._live.add_task(escape(what), total=None, visible=False), _PhaseLines(what)
 
-        def on_step(step: int, total: int) -> None:
-            self._live.update(line, completed=step, total=total, visible=step < total)
+        def on_step(at: Standing) -> None:
+            self._live.update(line, completed=at.step, total=at.total, visible=at.step < at.total)
+            for text in phase.lines(at, self._live.disable):
+                self.say(text)
 
         return on_step
 
     def stage(self, name: str, total: int, done: int) -> "StageLine":
         """A stage of `total` candidates begins, `done` of which are there from an earlier run."""
         return StageLine(self, name, total, done)
+
+
+class _PhaseLines:
+    """What there is to say of training phases that follow each other: with which step one goes on that was begun
+    before, and at its pace how far it is."""
+
+    def __init__(self, what: str):
+        self.what, self.last, self.pace = what, None, Pace()
+
+    def lines(self, at: Standing, often: bool) -> Iterator[str]:
+        """The lines due after a step; `often`, also how far it is."""
+        what = self.what + PARTS.get(at.part, "")
+        last, self.last = self.last, at
+        if last is None or at.part != last.part or at.step < last.step or last.step == last.total:
+            self.pace = Pace(at.step / at.total)
+            if at.step > 1:
+                yield f"{what}: goes on after step {at.step - 1:,} of {at.total:,}"
+            return
+        left = self.pace.left(at.step / at.total) if often else None
+        if left is not None:
+            yield f"{what}: step {at.step:,} of {at.total:,}{_losses(at.losses)}, {left} left"
+
+
+def _losses(losses: Sequence[float]) -> str:
+    """The losses of models that train together, from the least to the most."""
+    ends = dict.fromkeys(f"{loss:.4f}" for loss in (min(losses), max(losses))) if losses else ()
+    return f", loss {' to '.join(ends)}" if ends else ""
 
 
 class _Said(logging.Handler):
@@ -89,10 +123,9 @@ class StageLine:
         self.reporter._live.update(self._line, completed=done)
 
     def time_left(self) -> str:
-        """Minutes and seconds for the rest of the stage, from the mean of the candidates done in this process."""
+        """For the rest of the stage, from the mean of the candidates done in this process."""
         each = (time.monotonic() - self.started) / max(1, self.done - self.first)
-        seconds = int(each * (self.total - self.done))
-        return f"{seconds // 60}:{seconds % 60:02d}"
+        return time_text(each * (self.total - self.done))
 
     def close(self) -> None:
         """The stage is over."""

@@ -64,8 +64,8 @@ def test_a_phase_killed_after_any_step_ends_as_if_undisturbed(tmp_path, moment):
     whole, expected = run(Phase(("p", 1), 3))
     phase = Phase(("p", 1), 3, tmp_path / "p.pt", "settings", save_seconds=-1.0)
 
-    def kill(step, total):
-        if step == moment:
+    def kill(at):
+        if at.step == moment:
             raise Killed
 
     with pytest.raises(Killed):
@@ -87,8 +87,8 @@ def test_ctrl_c_finishes_the_step_saves_and_resumes(tmp_path):
     whole, _ = run(Phase(("p", 1), 3))
     phase = Phase(("p", 1), 3, tmp_path / "p.pt")
 
-    def interrupt(step, total):
-        if step == 4:
+    def interrupt(at):
+        if at.step == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
     handler = signal.getsignal(signal.SIGINT)
@@ -188,8 +188,8 @@ def ranked(folder, moment=None):
         seen.append((score, [parameter.detach().clone() for parameter in model.parameters()]))
         return score
 
-    def kill(step, total):
-        if step == moment:
+    def kill(at):
+        if at.step == moment:
             raise Killed
 
     phase = Phase(("p",), 3, folder / "p.pt", save_seconds=-1.0)
@@ -247,6 +247,22 @@ def test_other_seeds_and_names_train_differently():
         assert not torch.equal(base, next(run(phase)[0].parameters()))
 
 
+def test_each_step_says_where_the_phase_stands_and_the_loss_that_was_read_last():
+    model, seen, losses = Tiny(), [], []
+
+    def loss_of(batch, number):
+        losses.append(model(batch))
+        return losses[-1]
+
+    arguments = TrainingArguments(learning_rate=0.0, num_train_epochs=4, gradient_accumulation_steps=2)
+    train(model, plan_of, loss_of, arguments, Phase(("p", "general"), 0), on_step=seen.append)
+    steps = -(-len(plan_of(0)) // 2)
+    assert [at[:3] for at in seen] == [(step, 4 * steps, "general") for step in range(1, 4 * steps + 1)]
+    assert not any(at.losses for at in seen[:steps]) and all(len(at.losses) == 1 for at in seen[steps:])
+    of_epoch = torch.stack(losses[: len(plan_of(0))]).sum() / (2 * steps)
+    assert seen[steps].losses[0] == pytest.approx(float(of_epoch))
+
+
 def together(names, arguments=ARGUMENTS, folder=None, on_step=None, spoil=None):
     """Several Tiny models in step; `spoil(name, number)` gives a factor for the loss."""
     models = {name: Tiny() for name in names}
@@ -286,8 +302,8 @@ def test_models_trained_together_are_the_same_as_alone_and_share_one_look_at_eac
 
 @pytest.mark.parametrize("moment", [3, 7, 12])
 def test_models_that_were_saved_at_different_steps_catch_up(tmp_path, moment):
-    def kill(step, total):
-        if step == moment:
+    def kill(at):
+        if at.step == moment:
             raise Killed
 
     with pytest.raises(Killed):

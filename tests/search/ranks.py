@@ -15,6 +15,7 @@ from effbert.engine import Phase, train
 from effbert.flags import quiet_libraries
 from effbert.kernels import gradients_in_place
 from effbert.optim import TrainingArguments
+from effbert.pace import Standing
 from effbert.search.final import Row, equal_plain_width, final_rows
 from effbert.search.progress import Reporter
 from effbert.search.run import coarse_space
@@ -130,8 +131,8 @@ def long_phase(workspace: Workspace, on_step=None) -> dict:
 def killed(workspace: Workspace) -> None:
     """The same from its start; rank 1 dies at step KILLED_AT."""
 
-    def die(step: int, total: int) -> None:
-        if step == KILLED_AT and not workspace.world.is_first:
+    def die(at: Standing) -> None:
+        if at.step == KILLED_AT and not workspace.world.is_first:
             os.kill(os.getpid(), signal.SIGKILL)
 
     (workspace.folder / "long.pt").unlink(missing_ok=True)
