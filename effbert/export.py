@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from effbert import standalone
+from effbert import card, standalone
 from effbert.architecture import Architecture
 from effbert.errors import first_line
 from effbert.files import atomic_dir
@@ -48,7 +48,8 @@ class ExportConfig:
     Args:
         output_dir: Folder to write; it must not exist.
         format: transformers: config, weights, tokenizer, and the model's own code, which loads with
-            trust_remote_code=True where effbert is missing. onnx: model.onnx, checked with ONNX Runtime.
+            trust_remote_code=True where effbert is missing. onnx: model.onnx, checked with ONNX Runtime. README.md
+            says of either what it is and by which lines it is read.
         opset: ONNX operator set, 18 or later; 23 by default, the first with an attention operator.
         int8: Also write model_int8.onnx: weights of 8 bits, activations rounded as they come.
         task: Task whose validation splits the ONNX files are scored on, as effbert evaluate does.
@@ -109,6 +110,7 @@ def export(source: str | Path, config: ExportConfig) -> list[str]:
     broken = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ValueError(f"{source} has weights that are not finite: {', '.join(broken[:3])} ({len(broken)} in all)")
+    known = card.read_scores(source)
     scored = config.task or config.validation_file
     splits, notes = onnx_export.load_rows(source, config, model) if scored else ({}, ())
     text = standalone.source(model.config)
@@ -121,6 +123,11 @@ def export(source: str | Path, config: ExportConfig) -> list[str]:
             lines = [*onnx_export.write(folder, plain, config, splits), *notes]
         else:
             lines = _write_transformers(folder, model, text)
+        files = sorted(path.name for path in folder.glob("*.onnx"))
+        page = card.model_card(model, target.name, files, known, tokenizer=bool(copied))
+        (folder / card.FILE_NAME).write_text(page, encoding="utf-8")
+        if known:
+            shutil.copyfile(source / card.SCORES, folder / card.SCORES)
     if isinstance(model, EffBertModel) and model.pooler is None:
         lines.append("it has no pooler: load it with add_pooling_layer=False, else pooler_output is of fresh weights")
     if not copied:

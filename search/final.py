@@ -16,6 +16,7 @@ import torch
 
 from effbert import random
 from effbert.architecture import Architecture, bert_flops, count_flops, count_parameters, mlp_parameters
+from effbert.card import SCORES, scores_text
 from effbert.config import published
 from effbert.engine import Phase, forget
 from effbert.evaluate import evaluate_rows
@@ -149,7 +150,7 @@ def keep_winner(workspace: Workspace, model: EffBertHeadModel, repeat: int, scor
     if repeat == 0:
         shutil.rmtree(workspace.folder / BEST, ignore_errors=True)
     if scores and not (workspace.folder / BEST).exists():
-        save_best(workspace, model)
+        save_best(workspace, model, scores)
 
 
 @dataclass(frozen=True)
@@ -245,11 +246,19 @@ def teacher_row(workspace: Workspace) -> dict:
     return row
 
 
-def save_best(workspace: Workspace, model: EffBertHeadModel) -> None:
-    """The deployed winner in <run>/best: config, safetensors, tokenizer; without the training-only projection."""
+def save_best(workspace: Workspace, model: EffBertHeadModel, scores: dict[str, float]) -> None:
+    """The deployed winner in <run>/best: config, safetensors, tokenizer, scores; without the training-only
+    projection."""
     with atomic_dir(workspace.folder / BEST) as temporary:
         deployed(workspace, model).save_pretrained(temporary)
         workspace.student_tokenizer.save_pretrained(temporary)
+        (temporary / SCORES).write_text(scores_of(workspace, scores))
+
+
+def scores_of(workspace: Workspace, scores: dict[str, float]) -> str:
+    """Scores on the held-out rows as a saved student's folder holds them."""
+    spec = workspace.main_task.spec
+    return scores_text(spec, len(workspace.held_out[spec.name].raw.validation), scores)
 
 
 def deployed(workspace: Workspace, model: EffBertHeadModel) -> EffBertHeadModel:

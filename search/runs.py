@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from effbert import random
+from effbert.card import SCORES
 from effbert.config import (
     DistillConfig,
     PretrainConfig,
@@ -30,7 +31,7 @@ from effbert.files import remove_partial, write_atomic
 from effbert.model import EffBertConfig, EffBertModel, new_student, parse_architecture
 from effbert.models import PLUS
 from effbert.parallel import ALONE, World
-from effbert.search.final import costs, deployed, fresh_head, held_out, teacher_row
+from effbert.search.final import costs, deployed, fresh_head, held_out, scores_of, teacher_row
 from effbert.search.population import KEPT_TEACHER, kept_teacher
 from effbert.search.progress import Reporter
 from effbert.search.report import OFFICIAL, chosen_by, mean_and_spread, score_text
@@ -217,6 +218,7 @@ def keep_student(workspace: Workspace, student: Student, file: Path, result: Dis
     target = workspace.folder / name
     if not result.diverged and (seed == config.seed or not target.exists()):
         keep(deployed(workspace, model), target, result, tokenizer=workspace.student_tokenizer)
+        write_atomic(target / SCORES, scores_of(workspace, own["scores"]))
     write_atomic(file, json.dumps(own, indent=1))
 
 

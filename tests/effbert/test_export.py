@@ -5,15 +5,18 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from commands import killed_before
 from effbert import export, onnx_export, standalone
 from effbert.__main__ import main
+from effbert.card import scores_text
+from effbert.data.tasks import TaskSpec
 from effbert.data.tokenizer import train_wordpiece
 from effbert.evaluate import evaluate
 from effbert.model import EffBertConfig, EffBertForQuestionAnswering, EffBertForSequenceClassification, EffBertModel
@@ -50,6 +53,12 @@ with torch.no_grad():
 pipe = t.pipeline("text-classification", model=classes, **trust)
 shown["pipeline"] = pipe(["good fast", "big"], top_k=None)
 shown["module"] = type(pipe.model).__module__
+for name, folder in (("card", classes), ("card of spans", spans)):
+    card = {}
+    exec(open(folder + "/README.md").read().split("```python\\n")[1].split("```")[0], card)
+    shown[name] = [values.tolist() for values in card["outputs"].to_tuple()]
+alone = t.AutoTokenizer.from_pretrained(classes, trust_remote_code=False)
+shown["alone"] = alone("A text.")["input_ids"] == card["tokenizer"]("A text.")["input_ids"]
 shown["effbert"] = [name for name in sys.modules if name.split(".")[0] == "effbert"]
 print(json.dumps(shown))
 """
@@ -106,7 +115,7 @@ def fails(capsys, *arguments) -> str:
 
 
 def test_a_pipeline_takes_a_student_once_effbert_is_imported(classifier):
-    from transformers import AutoTokenizer, pipeline
+    from transformers import pipeline
 
     texts = ["good fast", "big"]
     pipe = pipeline("text-classification", model=str(classifier))
@@ -122,7 +131,7 @@ def test_a_pipeline_takes_a_student_once_effbert_is_imported(classifier):
 
 @pytest.mark.parametrize("own_code", [False, True])
 def test_a_pipeline_gives_the_number_of_a_regression(tmp_path, own_code):
-    from transformers import AutoTokenizer, pipeline
+    from transformers import pipeline
 
     model = student(num_labels=1)
     saved(tmp_path / "model", model)
@@ -155,18 +164,53 @@ def test_a_folder_loads_where_effbert_is_missing(classifier, tmp_path):
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout.splitlines()[-1])
     assert shown["effbert"] == [] and shown["module"].startswith("transformers_modules.")
+    assert "Do you wish to run" not in done.stdout + done.stderr and shown["alone"]
     model = EffBertForSequenceClassification.from_pretrained(classifier).eval()
+    given = partial(AutoTokenizer.from_pretrained(classifier), return_tensors="pt")
     with torch.no_grad():
         logits, pooled = model(*inputs()).logits, model.effbert(*inputs()).pooler_output
         spans = questions(*inputs())
+        of_card = model(**given("A text.")).logits
+        of_question = questions(**given("A question?", "A text."))
+    label = model.config.id2label[of_card.argmax().item()]
+    assert label in done.stdout.splitlines()
     for mine, theirs in (
         ("classes", logits),
         ("saved again", logits),
         ("encoder", pooled),
         ("spans", torch.stack((spans.start_logits, spans.end_logits))),
+        ("card", of_card[None]),
+        ("card of spans", torch.stack((of_question.start_logits, of_question.end_logits))),
     ):
         torch.testing.assert_close(torch.tensor(shown[mine]), theirs, rtol=0, atol=1e-5)
     assert [{row["label"] for row in rows} for rows in shown["pipeline"]] == [{"light", "heavy"}] * 2
+
+
+def test_a_card_says_what_the_folder_holds(classifier, tmp_path):
+    source = shutil.copytree(classifier, tmp_path / "source")
+    run(source, "--output_dir", tmp_path / "out")
+    before = (tmp_path / "out" / "README.md").read_text()
+    model = export.load_student(source)
+    assert "that classifies texts" in before and f"{model.num_parameters():,} parameters, width 24, 4 " in before
+    assert "of at most 40 tokens" in before and "the logits: 0 `light`, 1 `heavy`." in before
+    assert all(f"{n}. `{layer}`\n" in before for n, layer in enumerate(MIXED.split(", "), start=1))
+    assert "Task" not in before and 'tokenizer("A text.", ' in before
+    spec = TaskSpec("mine", "classification", ("light", "heavy"), ("accuracy",), pair=True)
+    (source / "scores.json").write_text(scores_text(spec, 1200, {"accuracy": 0.75, "f1": 0.5}))
+    run(source, "--output_dir", tmp_path / "scored")
+    card = (tmp_path / "scored" / "README.md").read_text()
+    assert "Task mine: accuracy 0.7500, f1 0.5000, on 1,200 validation rows.\n" in card
+    assert 'tokenizer("A text.", "Another.", ' in card
+    run(tmp_path / "scored", "--output_dir", tmp_path / "again" / "scored")
+    assert (tmp_path / "again" / "scored" / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"task": "mine"}', '{"task": "a", "pair": 1, "rows": 2, "scores": 3}'])
+def test_scores_that_cannot_be_read_are_one_line(classifier, tmp_path, capsys, content):
+    source = shutil.copytree(classifier, tmp_path / "source")
+    (source / "scores.json").write_text(content)
+    assert "scores.json holds no scores" in fails(capsys, source, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_with_effbert_its_own_classes_load_the_same_weights(classifier, tmp_path):
@@ -200,6 +244,8 @@ def test_an_encoder_without_pooler_and_a_folder_without_tokenizer(tmp_path, caps
     run(tmp_path / "model", "--output_dir", tmp_path / "out")
     shown = capsys.readouterr().out
     assert "holds no tokenizer" in shown and "load it with add_pooling_layer=False" in shown
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trust_remote_code=True, add_pooling_layer=False)" in card and "AutoTokenizer" not in card
     assert export.load_student(tmp_path / "out").pooler is None
 
 
@@ -235,6 +281,17 @@ def feeds(*shape):
     return {name: value.numpy() for name, value in zip(onnx_export.INPUTS, inputs(*shape), strict=True)}
 
 
+def test_the_lines_of_an_onnx_folders_card_work(classifier, onnx_folder, monkeypatch):
+    monkeypatch.chdir(onnx_folder.parent)
+    text, card = (onnx_folder / "README.md").read_text(), {}
+    exec(text.split("```python\n")[1].split("```")[0], card)
+    model = EffBertForSequenceClassification.from_pretrained(classifier).eval()
+    with torch.no_grad():
+        expected = model(**AutoTokenizer.from_pretrained(classifier)("A text.", return_tensors="pt")).logits
+    torch.testing.assert_close(torch.from_numpy(card["outputs"][0]), expected, rtol=0, atol=1e-4)
+    assert "`model_int8.onnx` is read alike.\n" in text and "trust_remote_code" not in text
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (4, 7), (7, 13)])
 def test_an_onnx_file_takes_any_batch_and_length(classifier, onnx_folder, shape):
     model = EffBertForSequenceClassification.from_pretrained(classifier).eval()
@@ -260,8 +317,6 @@ def test_what_lies_beside_an_onnx_file(classifier, onnx_folder):
 
 def test_int8_and_its_accuracy_are_recorded_as_they_are(onnx_folder, rows):
     """Scores are counted here anew, from the files and by label names."""
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(onnx_folder)
     record = json.loads((onnx_folder / "export.json").read_text())
     lines = [line.split(",") for line in rows.read_text().splitlines()[1:]]

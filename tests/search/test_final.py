@@ -8,6 +8,7 @@ import torch
 from datasets import concatenate_datasets
 from transformers import AutoModelForSequenceClassification
 
+from effbert.card import read_scores
 from effbert.config import PRESETS
 from effbert.search import final, report
 from effbert.search.final import final_rows, rows
@@ -49,6 +50,9 @@ def test_a_row_that_diverges_is_said_and_best_is_the_first_winner_with_scores(
     assert published["scores"] and winner["scores"] and (published["diverged"], winner["diverged"]) == ("", "")
     best = AutoModelForSequenceClassification.from_pretrained(small.folder / "best").eval()
     assert final.held_out(small, Traced(best)) == (winner["scores"], winner["hits"]) and lost["hits"] == ""
+    kept, spec = read_scores(small.folder / "best"), small.main_task.spec
+    rows_held_out = len(small.held_out[spec.name].raw.validation)
+    assert kept == {"task": spec.name, "pair": spec.pair, "rows": rows_held_out, "scores": winner["scores"]}
 
     table = report.summarise(results, "accuracy")
     assert [(line["row"], line["repeats"], line["diverged"]) for line in table] == [

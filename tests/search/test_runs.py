@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from commands import Command, finished, killed_before
 from effbert.__main__ import main
 from effbert.answers import OwnRows, Reading, evaluate_saved, open_model
+from effbert.card import read_scores
 from effbert.config import DistillConfig, PretrainConfig, StudentArguments
 from effbert.data.tasks import TaskSpec
 from effbert.data.tokenizer import train_wordpiece
@@ -171,6 +172,8 @@ def test_a_model_is_distilled_and_scored(given, made, tmp_path, model, hidden):
     assert open_model(tmp_path / "run" / "model", spec, Reading()).max_length == 32
     assert open_model(tmp_path / "run" / "model", spec, Reading(max_length=40)).max_length == 40
     assert took == {name: own["seeds"][0][name] for name in ("seconds", "tokens")} and took["tokens"] > 0
+    kept = {"task": "mine", "pair": False, "rows": 40, "scores": own["seeds"][0]["scores"]}
+    assert read_scores(tmp_path / "run" / "model") == kept
 
 
 SHORT = (("per_device_train_batch_size", "8"), ("learning_rate", "2e-2"), ("num_train_epochs", "4"))
