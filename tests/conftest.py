@@ -19,11 +19,19 @@ from effbert.architecture import Architecture
 def quick_interpreter() -> None:
     """Triton's interpreter with its bookkeeping done once, which was more than half of its time. triton.language is
     patched once a launch, not anew by every device function that a kernel calls, and sums of integers are not computed
-    again for an overflow check that only `debug` would look at."""
+    again for an overflow check that only `debug` would look at. Its scalars are arrays of one element, which NumPy no
+    longer takes for numbers since 2.4 and Triton 3.6 still does."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     builder, patch, inside = interpreter.interpreter_builder, interpreter._patch_lang, []
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
     def patch_once(fn):
