@@ -2,7 +2,7 @@
 
 Writes one JSON file: device, versions, dtype, shapes, what the device reaches, and median and spread of each case. The
 rivals are what people run (effbert.bench.rivals): PyTorch's own dropout and attention. "+graph" is the same student
-step captured as a CUDA graph; its dropout masks repeat, which costs nothing.
+step captured as a CUDA graph. Dropout's key is a tensor, as in training on a GPU, that stays as it is.
 
     python -m effbert.bench.step --output step.json            the published sizes, bf16 autocast
     python -m effbert.bench.step --output step.json --small    sizes for a laptop's CPU
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from effbert import random
 from effbert.bench.measure import captured, ceilings, described, device_to_measure, machine, output_file, wall_time
 from effbert.distill import LossWeights, distillation_losses, score_targets
 from effbert.files import write_atomic
@@ -87,7 +88,7 @@ def measured(step: "Step", part: str, backend: str, wrap, repeats: int) -> dict:
     try:
         if step.device.type == "cpu" and (backend == "triton" or wrap is captured):
             raise RuntimeError("no GPU")
-        with use_backend(backend):
+        with use_backend(backend), gradients_in_place(), random.dropout_key_in(step.key):
             return asdict(wall_time(wrap(getattr(step, part)), repeats, step.device))
     except Exception as error:
         return {"not measured": f"{type(error).__name__}: {(str(error).splitlines() or ['?'])[0]}"}
@@ -121,6 +122,7 @@ class Step:
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=1e-4, fused=True, capturable=device.type == "cuda"
         )
+        self.key = torch.zeros((), dtype=torch.int64, device=device)
         with self.autocast(), torch.no_grad():
             self.target = self.teacher.trace(self.input_ids, self.mask)
 
@@ -143,12 +145,11 @@ class Step:
 
     def _update(self, target):
         weights = LossWeights()
-        with gradients_in_place():
-            with self.autocast():
-                targets = score_targets(target, len(self.student.layers), weights)
-                trace = self.student.trace(self.input_ids, self.mask, targets=targets)
-                losses = distillation_losses(trace, target, self.student.fit_dense, self.mask, weights)
-            losses.total.backward()
+        with self.autocast():
+            targets = score_targets(target, len(self.student.layers), weights)
+            trace = self.student.trace(self.input_ids, self.mask, targets=targets)
+            losses = distillation_losses(trace, target, self.student.fit_dense, self.mask, weights)
+        losses.total.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
