@@ -11,6 +11,9 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "setup.py").exists() and (_root / "kernels").is_dir():
     __path__.append(str(_root))  # run from a checkout: effbert.kernels, effbert.search, effbert.bench lie beside us
 
-from effbert.model import register as _register  # noqa: E402  (needs the __path__ above)
+from effbert.early import one_line_if_stopped as _one_line_if_stopped  # noqa: E402  (needs the __path__ above)
 
-_register()
+with _one_line_if_stopped():
+    from effbert.model import register as _register
+
+    _register()

@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    from effbert import parallel
-    from effbert.cli import is_shared, run
-
     given = sys.argv[1:] if arguments is None else arguments
 
     def start() -> int:
+        from effbert import parallel
+        from effbert.cli import is_shared, run
+
         with parallel.joined() as world:
             if world.size == 1 or is_shared(given):
                 return run(given, world)
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
             return world.on_first(_whole, given)
 
-    return _ended(start, goes_on=is_shared(given))
+    return _ended(start, given)
 
 
 def _whole(arguments: list[str]) -> int:
@@ -31,20 +31,20 @@ def _whole(arguments: list[str]) -> int:
     from effbert.cli import run
 
     try:
-        return _ended(lambda: run(arguments))
+        return _ended(lambda: run(arguments), arguments)
     except SystemExit as stop:  # after --help
         return stop.code or 0
 
 
-def _ended(function: Callable[[], int], goes_on: bool = False) -> int:
-    """The exit status that function() returns, or that of the error it ends with, once that is told. goes_on: what was
-    done when it is stopped is kept."""
-    from effbert.errors import first_line
-
+def _ended(function: Callable[[], int], arguments: list[str]) -> int:
+    """The exit status that function() returns, or that of the error it ends with, once that is told. arguments: of the
+    command, which say whether what it did is kept when it is stopped."""
     try:
         return function()
     except KeyboardInterrupt:
-        _tell("stopped; the same command goes on from here" if goes_on else "stopped")
+        from effbert.cli import is_shared
+
+        _tell("stopped; the same command goes on from here" if is_shared(arguments) else "stopped")
         return 130
     except BrokenPipeError:
         return 141
@@ -54,6 +54,7 @@ def _ended(function: Callable[[], int], goes_on: bool = False) -> int:
         _tell(" ".join(str(error).split()))
         return 2
     except (RuntimeError, MemoryError) as error:
+        from effbert.errors import first_line
         from effbert.memory import out_of_memory
 
         if os.environ.get("EFFBERT_TRACEBACK") or not out_of_memory(error):

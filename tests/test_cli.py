@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,6 +73,41 @@ def test_a_stopped_command_goes_on_only_where_it_keeps_what_it_did(capsys, monke
 
     monkeypatch.setitem(cli.COMMANDS, command, stopped)
     assert main([command]) == 130 and capsys.readouterr().err == f"effbert: {said}\n"
+
+
+def stopped_early(folder: Path, *program: str) -> tuple[int, str]:
+    """Exit status and stderr of a process that gets SIGINT while it imports transformers, which never ends here."""
+    stub, reached = folder / "transformers.py", folder / "reached"
+    stub.write_text(f"import pathlib, time\npathlib.Path({str(reached)!r}).touch()\ntime.sleep(600)\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    usual = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    process = subprocess.Popen(
+        [sys.executable, *program], env=environment, cwd=folder, stderr=subprocess.PIPE, text=True, preexec_fn=usual
+    )
+    try:
+        for _ in range(1200):
+            if reached.exists() or process.poll() is not None:
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        return process.wait(60), process.stderr.read()
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
+def test_ctrl_c_while_the_libraries_are_imported_is_one_line(tmp_path):
+    script = tmp_path / "bin" / "effbert"  # as pip writes it
+    script.parent.mkdir()
+    script.write_text("import sys\nfrom effbert.__main__ import main\nsys.exit(main())\n")
+    for program in (("-m", "effbert"), (str(script),)):
+        assert stopped_early(tmp_path, *program, "search", "--preset", "demo") == (130, "effbert: stopped\n")
+        (tmp_path / "reached").unlink()
+
+
+def test_a_program_that_imports_the_package_keeps_its_own_ctrl_c(tmp_path):
+    status, said = stopped_early(tmp_path, "-c", "import effbert")
+    assert status == -signal.SIGINT and said.rstrip().endswith("KeyboardInterrupt")
 
 
 @pytest.mark.parametrize("command", ["kernels", "bench"])
