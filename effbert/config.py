@@ -462,8 +462,9 @@ class SearchConfig(TextConfig, TaskConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(seeds=1, population=0, params=0, max_flops=0, max_latency_ms=0)
+        self.at_least(seeds=1, population=0, params=0, min_params=0, max_params=0, max_flops=0, max_latency_ms=0)
         self.at_least(teacher_cache=0, agreement_candidates=0)
+        self._check_limits()
         refuse_best(supernet=self.supernet)
         if len(self.start_from) > 1:
             raise ValueError(f"start_from is {self.start_from}: a search begins with one supernet")
@@ -500,6 +501,15 @@ class SearchConfig(TextConfig, TaskConfig):
         """The candidates' text where it is another than all else's; with none, one supernet serves all."""
         return () if self.candidate_corpus == self.corpus else self.candidate_corpus
 
+    def _check_limits(self) -> None:
+        """ValueError where the parameters that a candidate may have contradict each other."""
+        if self.params and (self.min_params or self.max_params):
+            raise ValueError("--params sets the band of parameters: leave out --min_params and --max_params")
+        if self.min_params > self.max_params > 0:
+            raise ValueError(
+                f"--min_params {self.min_params:,} is above --max_params {self.max_params:,}: nothing is between"
+            )
+
     def _check_scored_tasks(self) -> None:
         """ValueError where --teacher_model.finetuning_eval_steps names no task."""
         from effbert.data import glue, squad
@@ -519,8 +529,6 @@ class SearchConfig(TextConfig, TaskConfig):
 
     def band(self, dims: Dimensions) -> tuple[int, int]:
         """(min_params, max_params), where unset the published band scaled to `params`, or else to these sizes."""
-        if self.params and (self.min_params or self.max_params):
-            raise ValueError("--params sets the band of parameters: leave out --min_params and --max_params")
         count = self.params or count_parameters(published(self.student.num_hidden_layers), dims).total_with_projection
         low, high = (round(count * end / PUBLISHED_PARAMETERS) for end in BAND)
         if self.max_params:

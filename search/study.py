@@ -15,7 +15,7 @@ import sqlite3
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -345,8 +345,10 @@ class RunFolder:
     ):
         self.path, self.by_content = Path(output_dir), by_content
         config = json.loads(json.dumps(config, default=str))
+        self._abandoned = False
         try:
             self._refuse_foreign()
+            self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             self.workers = Workers(self.path, say)
             self.workers.join()
@@ -369,8 +371,9 @@ class RunFolder:
 
     def abandon(self) -> None:
         """Empty the folder again, if this call began the run and no other has joined: its input would not do, and
-        nothing is lost by it."""
+        nothing is lost by it. What is left of it goes as this call leaves, folders too that it made."""
         if self.is_new and not self.workers.others():
+            self._abandoned = True
             for entry in self.path.iterdir():
                 if entry.name != FOLDER:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -378,6 +381,11 @@ class RunFolder:
     def close(self) -> None:
         """Leave."""
         self.workers.leave()
+        if self._abandoned:
+            with suppress(OSError):  # another has joined since
+                self.workers.clear_away()
+                for folder in self._made:
+                    folder.rmdir()
 
     def _refuse_foreign(self) -> None:
         there = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []

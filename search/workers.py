@@ -9,6 +9,7 @@ import fcntl
 import os
 import platform
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,6 @@ class Workers:
 
     def join(self) -> None:
         """Be seen by the others. OSError where the folder cannot be written or knows no locks."""
-        self.folder.mkdir(exist_ok=True)
         with self.turn(JOINING):
             for file in self.folder.iterdir():
                 if file.name != _TURN and _is_free(file):
@@ -52,6 +52,12 @@ class Workers:
             (self.folder / self.name).unlink(missing_ok=True)
             self._own.close()
             self._own = None
+
+    def clear_away(self) -> None:
+        """Remove <run>/.workers, after `leave`, unless another worker is in it."""
+        with self.turn(JOINING):
+            if not self.others():
+                shutil.rmtree(self.folder)
 
     def others(self) -> list[str]:
         """Names of the other workers that live."""
@@ -79,8 +85,7 @@ class Workers:
         what: for the others to read while they wait.
         """
         if self._depth == 0:
-            self._turn = open(self.folder / _TURN, "a+", encoding="utf-8")
-            self._wait_for_turn()
+            self._turn = self._taken_turn()
             self._turn.truncate(0)
             self._turn.write(f"{self.name}, {what}")
             self._turn.flush()
@@ -92,13 +97,25 @@ class Workers:
             if self._depth == 0:
                 self._turn.close()
 
-    def _wait_for_turn(self) -> None:
+    def _taken_turn(self):
+        """The file of the turn, locked, and not one that was cleared away while this process waited for it."""
+        path = self.folder / _TURN
+        while True:
+            if self._own is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+", encoding="utf-8")
+            self._wait_for(file)
+            if _is_at(path, file):
+                return file
+            file.close()
+
+    def _wait_for(self, file) -> None:
         try:
-            fcntl.flock(self._turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._turn.seek(0)
-            self._say_who(self._turn.read())
-            fcntl.flock(self._turn, fcntl.LOCK_EX)
+            file.seek(0)
+            self._say_who(file.read())
+            fcntl.flock(file, fcntl.LOCK_EX)
 
     def _say_who(self, holder: str) -> None:
         name, _, what = holder.partition(", ")
@@ -111,6 +128,14 @@ def _locked(path: Path):
     file = open(path, "a", encoding="utf-8")
     fcntl.flock(file, fcntl.LOCK_EX)
     return file
+
+
+def _is_at(path: Path, file) -> bool:
+    """Whether the open file is the one that is there now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _is_free(path: Path) -> bool:

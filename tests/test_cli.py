@@ -233,7 +233,30 @@ def test_a_failed_start_leaves_nothing_that_blocks_a_corrected_one(capsys, tmp_p
     band = ("--min_params", "1", "--max_params", "2")
     for arguments in (("--task", "mnlii"), band, ("--corpus", "none.txt"), band):
         assert "another configuration" not in fails(capsys, *smoke(tmp_path, *arguments))
-    assert [entry.name for entry in (tmp_path / "run").iterdir()] == [".workers"]
+        assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    for folder, left in (("mine", True), ("of/runs", False)):
+        fails(capsys, "search", "--preset", "smoke", "--task", "mnlii", "--output_dir", str(tmp_path / folder))
+        assert (tmp_path / folder).exists() == left and sorted(tmp_path.iterdir()) == [tmp_path / "mine"]
+    assert not list((tmp_path / "mine").iterdir())
+
+
+@pytest.mark.parametrize(
+    "limits,words",
+    [
+        (("--params", "9000", "--max_params", "10000"), "leave out --min_params and --max_params"),
+        (("--min_params", "90000", "--max_params", "80000"), "--min_params 90,000 is above --max_params 80,000"),
+        (("--min_params", "-1"), "min_params is -1"),
+    ],
+)
+@pytest.mark.parametrize("command", ["search", "paper"])
+def test_limits_that_contradict_each_other_are_refused_before_anything_is_read(
+    capsys, tmp_path, monkeypatch, command, limits, words
+):
+    monkeypatch.setattr("effbert.search.run.RunFolder", None)
+    more = ("--teacher", "none", "--corpus", "none", "--preset", "paper-fast") if command == "paper" else ()
+    arguments = (command, *more, "--output_dir", str(tmp_path / "run"), *limits)
+    assert words in fails(capsys, *arguments) and not (tmp_path / "run").exists()
 
 
 def test_python_m_works_from_the_root_beside_another_package_called_kernels(tmp_path):

@@ -454,3 +454,19 @@ def test_a_real_postgresql_that_stops_is_one_line_and_goes_on_when_it_answers_ag
     again = Study(tmp_path, server.url, "stopped").stage("stopping")
     assert [(e.number, e.state, e.value) for e in again.evaluations()] == [(0, "complete", 0.5), (1, "complete", 0.25)]
     study.close()
+
+
+def test_a_turn_is_of_the_file_that_is_there(tmp_path, monkeypatch):
+    first, second = Workers(tmp_path), Workers(tmp_path)
+    first.join()
+    real, cleared = Workers._wait_for, []
+
+    def late(workers, file):
+        if workers is second and not cleared:  # has opened the file, and not locked it yet
+            first.leave()
+            cleared.append(first.clear_away())
+        real(workers, file)
+
+    monkeypatch.setattr(Workers, "_wait_for", late)
+    with second:
+        assert cleared and {file.name for file in (tmp_path / ".workers").iterdir()} == {"turn", second.name}
