@@ -87,6 +87,18 @@ def dimensions(name: str) -> Dimensions:
                       embedding_size=fields.get("embedding_size", Dimensions.embedding_size))  # fmt: skip
 
 
+def check_heads(label: str, hidden_size: int, heads: int) -> None:
+    """ValueError, with the nearest widths that do, where a teacher's heads do not share a model's width evenly.
+    `label` names the model."""
+    if hidden_size % heads:
+        below = hidden_size // heads * heads
+        widths = " and ".join(str(width) for width in (below, below + heads) if width)
+        raise ValueError(
+            f"{label}: its attention heads are as many as the teacher's, {heads}, among which a width of {hidden_size} "
+            f"does not divide: nearest widths that do: {widths}"
+        )
+
+
 def sized_down(teacher, num_layers: int, parameters: int) -> str:
     """The plain BERT, by name, that a teacher becomes when all its widths shrink in proportion: of `num_layers`, and of
     the hidden width, a multiple of its heads, at which it has closest to so many parameters without pooler and head."""

@@ -16,7 +16,7 @@ from effbert.data.tasks import TaskSpec, map_labels
 from effbert.data.tokenizer import load_tokenizer
 from effbert.errors import first_line
 from effbert.model import EffBertConfig, EffBertHeadModel, EffBertModel, EffBertPreTrainedModel, parse_architecture
-from effbert.models import architecture_of, model_fields, refuse_out_of_reach, sized_down
+from effbert.models import architecture_of, check_heads, model_fields, refuse_out_of_reach, sized_down
 from effbert.supernet import Supernet, head_key, narrowed_inner_width, used_slices
 from effbert.teacher import check_weights
 
@@ -62,8 +62,10 @@ def model_config(
         fields = model_fields(model)
         if "combine" in fields and start:  # an imported supernet learnt with the released padding, and goes on with it
             fields["combine"] = read_student(start).combine
+        check_heads(f"--model {model}", fields["hidden_size"], teacher.num_attention_heads)
         return EffBertConfig(**{**common, **fields})
     sizes = {name: getattr(given, name) for name in ("embedding_size", "hidden_size", "intermediate_size")}
+    check_heads("the architecture (--student.hidden_size)", given.hidden_size, teacher.num_attention_heads)
     return EffBertConfig(**{**common, **sizes, "architecture": str(architecture)})
 
 

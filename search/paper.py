@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.table import Table
 
 from effbert.answers import Reading, Unfinished, evaluate_saved, predict_glue, predict_squad
-from effbert.architecture import Architecture, Dimensions, attention_head_size, count_parameters
+from effbert.architecture import Architecture, Dimensions, count_parameters
 from effbert.config import (
     GLUE_TASKS,
     OWN_ROWS,
@@ -36,7 +36,7 @@ from effbert.data.tasks import load_validation, task_key
 from effbert.data.tokenizer import load_tokenizer
 from effbert.export import ExportConfig, export
 from effbert.files import atomic_dir, write_atomic
-from effbert.models import PLUS, architecture_of, model_fields, sized_down
+from effbert.models import PLUS, architecture_of, check_heads, model_fields, sized_down
 from effbert.optim import TrainingArguments
 from effbert.parallel import ALONE, World
 from effbert.search.progress import Reporter
@@ -378,7 +378,7 @@ def begin(config: PaperConfig, steps: list[Step], say: Callable[[str], None]) ->
     check_corpora(config)
     for name in config.rivals:
         if "(" not in name and name not in SIZED_LATER:
-            attention_head_size(model_fields(name)["hidden_size"], heads)
+            check_heads(f"rivals: {name}", model_fields(name)["hidden_size"], heads)
     left = {step.name for step in steps if not step.done}
     for task in zip_tasks(config) if "glue.zip" in left else ():
         for split in glue.source_of(task).results:

@@ -472,7 +472,7 @@ def test_a_missing_test_file_is_said_at_the_beginning(tmp_path, capsys):
     [
         (("--final_tasks", "builtin-topic", "mrpcc"), "unknown task 'mrpcc'"),
         (("--final_tasks", "mrpc", "--data_dir", "glue"), "data_dir glue: no such folder"),
-        (("--rivals", "bert-6x30"), "does not divide into 4 attention heads"),
+        (("--rivals", "bert-6x30"), "the teacher's, 4, among which a width of 30 does not divide: nearest widths that"),
         (("--per_task", "builtin-topic.max_length=65"), "the teacher reads 64 tokens at most"),
         (("--final_tasks", "squad", "--doc_stride", "32"), "task squad: doc_stride is 32, but windows of max_length"),
     ],
