@@ -407,22 +407,29 @@ def power_reader(device: torch.device) -> Callable[[], float] | None:
 
 
 def lines(parts: Sequence[Part], rates: Rates, config: SearchConfig, together: int, largest: int) -> list[str]:
-    """The forecast as text; hours of the final distillation stand apart from those of the search. together: candidates
-    that memory holds in training, or --population. largest: parameters of the largest candidate."""
+    """The forecast as text; the time of the final distillation stands apart from that of the search. together:
+    candidates that memory holds in training, or --population. largest: parameters of the largest candidate."""
     most = min(together, max(config.stage1.cohort, config.stage2.cohort))
     each = f"{BYTES_A_PARAMETER * largest / 2**20:,.0f} MiB each"
-    limit = f"--population {config.population}" if config.population else f"memory holds {together}"
+    limit = f"--population {config.population}" if config.population else f"memory holds {together} candidates at once"
     said = [f"{rates.source}; {most} candidates train at once, {each}; {limit}"]
     said += _of_power(rates.power)
     width = 1 + max(len(part.name) for part in parts)
     for part in parts:
-        cost = f"{part.tokens / 1e6:12,.2f} M tokens {part.seconds / 3600:10.3f} h"
+        cost = f"{part.tokens / 1e6:12,.2f} M tokens {duration(part.seconds):>12}"
         said.append(
             f"{part.name:{width}}{part.candidates:7,} models {cost}{_energy(rates.power, part.seconds, ' ', 10)}"
         )
-    search, final = search_hours(parts), parts[-1].seconds / 3600
-    search_kwh, final_kwh = (_energy(rates.power, 3600 * hours, " and ") for hours in (search, final))
-    return [*said, f"search {search:.3f} h{search_kwh}, final distillation {final:.3f} h{final_kwh}"]
+    both = ("search", 3600 * search_hours(parts)), ("final distillation", parts[-1].seconds)
+    sums = (f"{name} {duration(seconds)}{_energy(rates.power, seconds, ' and ')}" for name, seconds in both)
+    return [*said, ", ".join(sums)]
+
+
+def duration(seconds: float) -> str:
+    """Hours; minutes or seconds where these are few."""
+    if seconds >= 360:
+        return f"{seconds / 3600:.3f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
 
 
 def _of_power(power: Power | None) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from effbert.bench import forecast
 from effbert.bench.hardware import GPUS
 from effbert.config import paper, paper_fast
-from effbert.search.forecast import search_hours
+from effbert.search.forecast import duration, search_hours
 
 H200 = next(gpu for gpu in GPUS if gpu.name == "H200")
 
@@ -37,7 +37,7 @@ def test_energy_is_at_most_what_the_data_sheet_allows_and_says_so(tmp_path, caps
         assert kwh == pytest.approx(0.75 * hours)
         assert f"search {hours:.3f} h and at most {kwh:.3f} kWh, final distillation" in shown
         for part in preset["parts"]:
-            assert f"{part['seconds'] / 3600:.3f} h at most {part['seconds'] / 4800:10.3f} kWh" in shown
+            assert f"{duration(part['seconds'])} at most {part['seconds'] / 4800:10.3f} kWh" in shown
     assert shown.count("kWh: of the GPU alone, at 750 W, the most that its data sheet allows") == 2
     assert {gpu.name: gpu.watts for gpu in GPUS} == {"A100": 400, "H200": 700, "H100": 700, "B200": 1000, "MI300X": 750}
 

@@ -53,7 +53,15 @@ def test_halving_is_forecast_rung_by_rung_and_a_small_last_cohort_too(workspace)
 def test_no_more_train_at_once_than_a_cohort_has_and_memory_holds(workspace, cohort, memory, most):
     config = stage(workspace, cohort=cohort).config
     said = forecast.lines(list(parts(workspace).values()), TRAINING, config, memory, 2**16)
-    assert said[0] == f"test; {most} candidates train at once, 1 MiB each; memory holds {memory}"
+    assert said[0] == f"test; {most} candidates train at once, 1 MiB each; memory holds {memory} candidates at once"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (59.9, "59.9 s"), (60, "1.0 min"), (359, "6.0 min"), (360, "0.100 h"), (1e6, "277.778 h")],
+)
+def test_times_have_a_unit_in_which_they_can_be_read(seconds, text):
+    assert forecast.duration(seconds) == text
 
 
 def test_the_teacher_reads_once_for_all_that_train_together(workspace):
@@ -209,9 +217,9 @@ def test_a_measured_power_gives_every_part_its_energy(workspace, monkeypatch):
     parts, text = forecast.of_workspace(workspace, rates), forecast.lines_of_workspace(workspace, rates)
     assert text[1] == "kWh: of the GPU alone, at 500 W, measured in training"
     for part, line in zip(parts, text[2:-1], strict=True):
-        assert line.startswith(part.name) and line.endswith(f" h {part.seconds / 3600 / 2:10.3f} kWh")
+        assert line.startswith(part.name) and line.endswith(f" s {part.seconds / 3600 / 2:10.3f} kWh")
     hours = forecast.search_hours(parts), parts[-1].seconds / 3600
-    each = [f"{found:.3f} h and {found / 2:.3f} kWh" for found in hours]
+    each = [f"{3600 * found:.1f} s and {found / 2:.3f} kWh" for found in hours]
     assert text[-1] == f"search {each[0]}, final distillation {each[1]}"
 
 
@@ -237,7 +245,7 @@ def test_a_dry_run_says_what_a_search_costs_and_keeps_nothing(tmp_path, monkeypa
     assert main(["search", "--preset", "smoke", "--dry_run", "--flops_per_second", "1e10"]) == 0
     torch.set_num_threads(threads)
     shown = capsys.readouterr().out
-    assert "assumed: 1e+10 FLOP/s" in shown and "stage3" in shown and "search 0.0" in shown
+    assert "assumed: 1e+10 FLOP/s" in shown and "stage3" in shown and " s, final distillation " in shown
     assert list(tmp_path.iterdir()) == []
 
 
