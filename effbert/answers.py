@@ -1,11 +1,14 @@
 """A saved model and what it answers: scores on validation rows, and files for those who score.
 
 `effbert evaluate` scores one model on a task's whole validation splits, or on rows of one's own, and `effbert predict`
-writes what the GLUE server and SQuAD's scripts take. The one idea: logits of every row come first, in the order of the
-rows, from any folder that transformers can load (a student of ours or a BERT-like model), and label names are the only
-thing that joins a model's columns to a task. Whatever can be refused is refused before any row is read by a model.
+writes what the GLUE server and SQuAD's scripts take, or an answer to each row of one's own. The one idea: logits of
+every row come first, in the order of the rows, from any folder that transformers can load (a student of ours or a
+BERT-like model), and label names are the only thing that joins a model's columns to a task. Whatever can be refused is
+refused before any row is read by a model.
 """
 
+import csv
+import io
 import json
 import shutil
 import zipfile
@@ -195,7 +198,9 @@ def evaluate_saved(
         raise ValueError("--data_dir and --validation_file exclude each other: the rows of a known task, or your own")
     refuse_threshold(null_threshold, "" if own.validation_file else task)
     if own.validation_file:
-        model = open_model(folder, _own_spec(folder, task, own, reading), reading)
+        labels = () if own.task_kind == "regression" else own_labels(folder, reading, own.task_kind)
+        spec = files.own_spec(task, own.text_columns, own.label_column, labels)
+        model = open_model(folder, spec, reading)
         splits = {"validation": _own_rows(model, own)}
     else:
         spec, splits, notes = load_validation(task, data_dir)
@@ -212,12 +217,12 @@ def refuse_threshold(null_threshold: float, task: str) -> None:
         raise ValueError(f"--null_threshold {null_threshold}: it is for squad2.0, where a question may have no answer")
 
 
-def _own_spec(folder: str | Path, task: str, own: OwnRows, reading: Reading) -> TaskSpec:
+def own_labels(folder: str | Path, reading: Reading, kind: str = "") -> list[str]:
+    """The labels that a model gives rows of one's own, in the order of its logits; none where it gives scores, as its
+    head says unless `kind` is "classification"."""
     config = read_config(folder, "model")
-    scores = own.task_kind == "regression" or (not own.task_kind and config.num_labels == 1)
-    names = {} if scores else label_names(config, reading)
-    labels = [str(names[column]) for column in sorted(names, key=int)]
-    return files.own_spec(task, own.text_columns, own.label_column, labels)
+    names = {} if config.num_labels == 1 and not kind else label_names(config, reading)
+    return [str(names[column]) for column in sorted(names, key=int)]
 
 
 def _own_rows(model: SavedModel, own: OwnRows) -> "Dataset":
@@ -390,10 +395,13 @@ def predict_squad(
     refuse_threshold(null_threshold, spec.name)
     if n_best_size < 1:
         raise ValueError(f"--n_best_size {n_best_size}: it must be at least 1")
-    output = check_output(output)
-    done = Unfinished(output)
     wanted = {"--null_odds": null_odds, "--n_best": n_best}
     sides = {flag: Path(path).expanduser() for flag, path in wanted.items() if path}
+    for flag, path in {"--output": Path(output), **sides}.items():
+        if path.suffix.lower() != ".json":
+            raise ValueError(f"{flag} {path}: SQuAD's scripts take a .json")
+    output = check_output(output)
+    done = Unfinished(output)
     if len({output, *sides.values()}) <= len(sides):
         raise ValueError(f"--output {output}: each file to be written needs a name of its own")
     for flag, path in sides.items():
@@ -442,6 +450,70 @@ def _listed(spans: Sequence[Sequence], null_odds: float | None) -> list[dict[str
     ]
 
 
+ROW_FORMATS = (".csv", ".tsv", ".json", ".jsonl")
+
+
+def predict_rows(
+    folder: str | Path,
+    predict_file: str | Path,
+    text_columns: Sequence[str],
+    output: str | Path,
+    reading: Reading = Reading(),
+    say: Say = print,
+) -> Path:
+    """What a model answers to each row of a file of one's own, in the rows' order, in the format of the output's
+    suffix; returns its path. For classes the label, as the model names it, and its probability, for scores the value.
+
+    predict_file: as `effbert.data.files` reads it; it needs no labels. Raises as `open_model`, `files.load_texts` and
+    `check_output` do, before the model runs.
+    """
+    output = Path(output)
+    if output.suffix.lower() not in ROW_FORMATS:
+        raise ValueError(f"--output {output}: the suffix must say the format, one of {', '.join(ROW_FORMATS)}")
+    output, name = check_output(output), Path(predict_file).name
+    spec = files.own_spec(name, text_columns, None, own_labels(folder, reading))
+    if spec.labels:
+        _table([{"label": label} for label in spec.labels], output)  # says what is wrong with them
+    model = open_model(folder, spec, reading)
+    rows = files.load_texts(spec, predict_file, text_columns)
+    values = np.stack(model.logits(rows, name)[1]).astype(np.float64)
+    found = (
+        [{"value": float(f"{value:.7g}")} for value in values[:, 0]] if not spec.labels else _likeliest(spec, values)
+    )
+    write_atomic(output, _table(found, output))
+    say(f"{output}: {len(found):,} rows")
+    return output
+
+
+def _likeliest(spec: TaskSpec, logits: np.ndarray) -> list[dict[str, str | float]]:
+    """The label of each row of logits [rows, labels], and its probability, to six places."""
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares = weights / weights.sum(axis=1, keepdims=True)
+    places = logits.argmax(axis=1)
+    return [
+        {"label": spec.labels[place], "probability": round(float(share[place]), 6)}
+        for place, share in zip(places, shares, strict=True)
+    ]
+
+
+def _table(rows: Sequence[Mapping[str, str | float]], path: Path) -> str:
+    """The text of a file of rows; ValueError where a label has what the format cannot hold."""
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    if suffix == ".jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = io.StringIO()
+    plain = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None} if suffix == ".tsv" else {}
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n", **plain)
+    try:
+        writer.writeheader()
+        writer.writerows(rows)
+    except csv.Error as error:
+        raise ValueError(f"--output {path}: a label holds a tab or a line end: write .csv, .json or .jsonl") from error
+    return text.getvalue()
+
+
 def named_models(models: Sequence[str], task: str) -> dict[str, str]:
     """The folder of each task, from arguments TASK=FOLDER, or one FOLDER with --task."""
     if task:
@@ -452,7 +524,10 @@ def named_models(models: Sequence[str], task: str) -> dict[str, str]:
     for model in models:
         name, mark, folder = model.partition("=")
         if not mark or not name or not folder:
-            raise ValueError(f"{model!r}: write TASK=FOLDER, such as mrpc=runs/mrpc/best, or give --task")
+            raise ValueError(
+                f"{model!r}: write TASK=FOLDER, such as mrpc=runs/mrpc/best, or give --task, or for rows of your own "
+                "--predict_file and --text_columns"
+            )
         if plain_name(name) in found:
             raise ValueError(f"task {name} has two models: give one")
         found[plain_name(name)] = folder
@@ -509,15 +584,20 @@ def main_predict(arguments: list[str]) -> None:
 
     @dataclass(frozen=True)
     class Arguments:
-        """The zip of test predictions that the GLUE server takes, or the JSON of answers that SQuAD's scripts take.
+        """The zip of test predictions that the GLUE server takes, the JSON of answers that SQuAD's scripts take, or
+        what a model answers to rows of your own: effbert predict MODEL --predict_file rows.csv --text_columns text
+        --output answers.csv.
 
         Attributes:
             models: TASK=FOLDER for each GLUE task, or one FOLDER with --task. mnli gives both of its files, mnli-m and
-                mnli-mm give one; ax is the diagnostic set.
-            output: The .zip, or for SQuAD the JSON file, to write.
-            task: What the one FOLDER is for.
+                mnli-mm give one; ax is the diagnostic set. For rows of your own one FOLDER.
+            output: The .zip, for SQuAD the .json file, to write. For rows of your own .csv, .tsv, .json or .jsonl, in
+                the order of the rows: label and probability, or for a regression the value.
+            task: What the one FOLDER is for; rows of your own have none.
             data_dir: Folder with the official files; without it they come by name.
-            predict_file: A file of SQuAD questions other than the validation split.
+            predict_file: A file of SQuAD questions other than the validation split; or, with --text_columns, rows of
+                your own as CSV, TSV, JSON or JSON lines, which need no labels.
+            text_columns: The one or two text columns of your own rows.
             null_odds: For SQuAD 2.0, a JSON file for how far no answer is ahead, by question.
             n_best: For SQuAD, a JSON file for the best answers of each question.
             n_best_size: How many those are.
@@ -529,28 +609,41 @@ def main_predict(arguments: list[str]) -> None:
         task: str = ""
         data_dir: str = ""
         predict_file: str = ""
+        text_columns: tuple[str, ...] = ()
         null_odds: str = ""
         n_best: str = ""
         n_best_size: int = 20
         null_threshold: float = 0.0
         reading: tyro.conf.OmitArgPrefixes[Reading] = Reading()
 
+        @property
+        def of_squad(self) -> bool:
+            """Whether a flag is given that SQuAD's answers alone have."""
+            return bool(self.null_odds or self.n_best or self.n_best_size != 20 or self.null_threshold)
+
     given = parse(Arguments, arguments, "effbert predict")
+    if given.text_columns:
+        _check_own(given)
+        quiet_libraries()
+        predict_rows(given.models[0], given.predict_file, given.text_columns, given.output, given.reading)
+    else:
+        _predict_known(given)
+
+
+def _predict_known(given) -> None:
+    """What GLUE and SQuAD take, as the arguments of `effbert predict` say."""
+    from effbert.flags import quiet_libraries
+
     models = named_models(given.models, given.task)
     if not models:
         raise ValueError("predict needs a model: TASK=FOLDER, such as mrpc=runs/mrpc/best, or a FOLDER with --task")
     quiet_libraries()
     spans = [task for task in models if task in squad.VERSIONS]
     if not spans:
-        if (
-            given.predict_file
-            or given.null_odds
-            or given.n_best
-            or given.n_best_size != Arguments.n_best_size
-            or given.null_threshold
-        ):
-            flags = "--predict_file, --null_odds, --null_threshold, --n_best and --n_best_size"
-            raise ValueError(f"{flags} are for SQuAD, and no model is for it")
+        if given.of_squad:
+            raise ValueError(f"{SQUAD_FLAGS} are for SQuAD, and no model is for it")
+        if given.predict_file:
+            raise ValueError("--predict_file is for SQuAD, or for rows of your own with --text_columns and no --task")
         predict_glue(models, given.output, given.data_dir or None, given.reading)
     elif len(models) > 1:
         raise ValueError("SQuAD's answers are a file of their own: predict it without other tasks")
@@ -567,3 +660,18 @@ def main_predict(arguments: list[str]) -> None:
             n_best_size=given.n_best_size,
             null_threshold=given.null_threshold,
         )
+
+
+SQUAD_FLAGS = "--null_odds, --null_threshold, --n_best and --n_best_size"
+
+
+def _check_own(given) -> None:
+    """ValueError where what is given beside --text_columns does not go with rows of one's own."""
+    if not given.predict_file:
+        raise ValueError("--text_columns are those of your own rows: give --predict_file too")
+    if given.task or given.data_dir:
+        raise ValueError("--task and --data_dir are for known tasks: leave them out, or --text_columns")
+    if given.of_squad:
+        raise ValueError(f"{SQUAD_FLAGS} are for SQuAD: leave them out, or --text_columns")
+    if len(given.models) != 1:
+        raise ValueError(f"rows of your own are answered by one model, named first: {len(given.models)} are")

@@ -23,7 +23,8 @@ USAGE = """usage: effbert COMMAND ...
            effbert import ckpt_ep10.bin --architecture efficientbert --output_dir student
   report   one HTML page about a search or a plan, finished or under way: effbert report runs/demo
   evaluate official metrics of a saved model: effbert evaluate MODEL --task mnli --data_dir GLUE
-  predict  the GLUE server's zip, or SQuAD's answers: effbert predict mrpc=MODEL rte=MODEL --output glue.zip
+  predict  the GLUE server's zip, or SQuAD's answers: effbert predict mrpc=MODEL rte=MODEL --output glue.zip; or a label
+           for each of your own rows: effbert predict MODEL --predict_file rows.csv --text_columns text --output out.csv
   export   a folder to deploy, for transformers or ONNX Runtime: effbert export runs/demo/best --output_dir small
   kernels  the code generated for an expression: effbert kernels show "TEXT", with --ptx sm_90 its assembly;
            tile sizes measured on this GPU: effbert kernels tune --output tiles.json
@@ -247,7 +248,7 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def predict(arguments: list[str]) -> int:
-    """effbert predict: what the GLUE server and SQuAD's scripts take."""
+    """effbert predict: what the GLUE server and SQuAD's scripts take, and answers to one's own rows."""
     from effbert.answers import main_predict
     from effbert.pace import on_stderr
 

@@ -52,10 +52,10 @@ def load_task(
 
 
 def own_spec(
-    name: str, text_columns: Sequence[str], label_column: str = "label", labels: Sequence[str] = ()
+    name: str, text_columns: Sequence[str], label_column: str | None = "label", labels: Sequence[str] = ()
 ) -> TaskSpec:
     """What a task in one's own files asks where its labels are known without a train file; none for scores. ValueError
-    where the columns do not do, as in `load_task`."""
+    where the columns do not do, as in `load_task`. label_column: None where the files have none."""
     _check_columns(name, text_columns, label_column)
     return _spec(name, text_columns, labels)
 
@@ -70,6 +70,12 @@ def load_split(
     """One file of an `own_spec`, with the columns of `Task`. `known` stands before the labels where one is none of
     them; raises as `load_task` does."""
     return _labelled(spec, list(_fields(Path(path), text_columns, label_column)), known)
+
+
+def load_texts(spec: TaskSpec, path: str | PathLike[str], text_columns: Sequence[str]) -> datasets.Dataset:
+    """The texts of one file of an `own_spec`, with a label 0 for each row, which says nothing; raises as `load_task`
+    does."""
+    return text_dataset(spec, [(text_a, text_b, 0) for _, text_a, text_b, _ in _fields(Path(path), text_columns, None)])
 
 
 def inner(root: Path, name: str) -> Path:
@@ -149,15 +155,15 @@ def wrong_width(path: Path, line: int, found: int, expected: int) -> ValueError:
     return ValueError(f"{path}:{line}: {found} columns, expected {expected}")
 
 
-def _fields(path: Path, text_columns: Sequence[str], label_column: str) -> Iterator[tuple[str, str, str, str]]:
-    """(where, text_a, text_b or "", label) of every row, all as strings."""
+def _fields(path: Path, text_columns: Sequence[str], label_column: str | None) -> Iterator[tuple[str, str, str, str]]:
+    """(where, text_a, text_b or "", label) of every row, all as strings; the label is "" without a column for it."""
     readers = {".csv": _comma_rows, ".tsv": _tab_rows, ".json": _json_rows, ".jsonl": _json_line_rows}
     if path.suffix.lower() not in readers:
         raise ValueError(f"{path}: the suffix must say the format, one of {', '.join(readers)}")
     empty = True
     for where, row in readers[path.suffix.lower()](path):
         empty = False
-        for column in (*text_columns, label_column):
+        for column in (*text_columns, *([] if label_column is None else [label_column])):
             if column not in row:
                 raise ValueError(f"{where}: no column {column!r}; there are {', '.join(row)}")
         texts = [row[column] for column in text_columns]
@@ -165,14 +171,18 @@ def _fields(path: Path, text_columns: Sequence[str], label_column: str) -> Itera
             if not isinstance(text, str):
                 raise ValueError(f"{where}: column {column!r} should hold text, not {json.dumps(text)[:40]}")
             refuse_half(text, f"{where}: column {column!r}")
-        label = row[label_column]
-        endless = isinstance(label, float) and not math.isfinite(label)  # NaN, which JSON lacks and Python reads
-        if label is None or label == "" or isinstance(label, (list, dict)) or endless:
-            raise ValueError(f"{where}: column {label_column!r} should hold a label, not {json.dumps(label)[:40]}")
-        refuse_half(str(label), f"{where}: column {label_column!r}")
-        yield where, texts[0], texts[1] if len(texts) == 2 else "", str(label)
+        label = "" if label_column is None else _label(row[label_column], f"{where}: column {label_column!r}")
+        yield where, texts[0], texts[1] if len(texts) == 2 else "", label
     if empty:
         raise ValueError(f"{path}: there are no rows")
+
+
+def _label(label: Any, where: str) -> str:
+    endless = isinstance(label, float) and not math.isfinite(label)  # NaN, which JSON lacks and Python reads
+    if label is None or label == "" or isinstance(label, (list, dict)) or endless:
+        raise ValueError(f"{where} should hold a label, not {json.dumps(label)[:40]}")
+    refuse_half(str(label), where)
+    return str(label)
 
 
 def _comma_rows(path: Path) -> Rows:
@@ -258,12 +268,13 @@ def _refuse_scores(path: str | PathLike[str], labels: Sequence[str]) -> None:
         )
 
 
-def _check_columns(name: str, text_columns: Sequence[str], label_column: str) -> None:
+def _check_columns(name: str, text_columns: Sequence[str], label_column: str | None) -> None:
     if not 1 <= len(text_columns) <= 2:
         raise ValueError(f"task {name!r}: text_columns takes one or two column names, not {len(text_columns)}")
-    wanted = [*text_columns, label_column]
+    wanted = [*text_columns, *([] if label_column is None else [label_column])]
     if len(set(wanted)) < len(wanted):
-        raise ValueError(f"task {name!r}: text and label columns must be different, but are {', '.join(wanted)}")
+        columns = "text columns" if label_column is None else "text and label columns"
+        raise ValueError(f"task {name!r}: {columns} must be different, but are {', '.join(wanted)}")
 
 
 def _spec(name: str, text_columns: Sequence[str], labels: Sequence[str]) -> TaskSpec:

@@ -1,6 +1,7 @@
 """Saved models on official layouts: scores, the GLUE server's zip, SQuAD's answers, and what is refused."""
 
 import copy
+import csv
 import json
 import os
 import signal
@@ -28,6 +29,7 @@ from effbert.answers import (
     named_models,
     open_model,
     predict_glue,
+    predict_rows,
     predict_squad,
 )
 from effbert.data import files, glue, squad
@@ -280,6 +282,91 @@ def test_own_rows_that_do_not_go_with_the_model(trained, label, more, says, tmp_
     with pytest.raises(ValueError, match=says) as caught:
         evaluate_saved(folder, "mine", own=own)
     assert "\n" not in str(caught.value)
+
+
+def read_answers(path: Path) -> list[dict[str, str]]:
+    """Rows of a file of answers, read without effbert, values as text."""
+    content = path.read_text()
+    if path.suffix == ".json":
+        found = json.loads(content)
+    elif path.suffix == ".jsonl":
+        found = [json.loads(line) for line in content.splitlines()]
+    else:
+        plain = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+        found = list(csv.DictReader(content.splitlines(), **plain))
+    return [{name: str(value) for name, value in row.items()} for row in found]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl"])
+@pytest.mark.parametrize("task", ["mrpc", "cola", "sts-b"])
+def test_own_rows_are_answered_one_by_one_in_their_order(task, suffix, tmp_path, tokenizer, capsys):
+    names = {"mrpc": ("not the same", 'the same, "or so"'), "cola": ("schön", "other")}.get(task)
+    folder, pair = save_bert(tmp_path / "model", task, tokenizer, labels=names), spec_of(task).pair
+    rows = [{"two": text(100 + n, 3 + n % 7), "id": n, "one": text(n, 3 + n % 5)} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = ("one", "two") if pair else ("one",)
+    arguments = ["predict", folder, "--predict_file", tmp_path / "rows.jsonl", "--text_columns", *columns]
+    command = [str(word) for word in (*arguments, "--output", tmp_path / f"out{suffix}")]
+    assert main([*command, "--per_device_eval_batch_size", "3"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / f'out{suffix}'}: 20 rows\n"
+    found = read_answers(tmp_path / f"out{suffix}")
+    texts = {f"text_{place}": [row[column] for row in rows] for place, column in zip("ab", columns, strict=False)}
+    logits = one_by_one(folder, task, Sized(texts), tokenizer)
+    if task == "sts-b":
+        assert [float(row["value"]) for row in found] == pytest.approx(logits[:, 0], abs=1e-5)
+        assert all(set(row) == {"value"} for row in found)
+    else:
+        shares = torch.tensor(logits).softmax(-1).max(dim=-1).values
+        assert [row["label"] for row in found] == [names[place] for place in logits.argmax(axis=1)]
+        assert [float(row["probability"]) for row in found] == pytest.approx(shares.tolist(), abs=1e-5)
+        assert len({row["label"] for row in found}) == 2
+    assert "exists already: remove it" in fails(capsys, *command)
+
+
+class Sized(dict):
+    """Columns of texts, as long as each of them."""
+
+    def __len__(self):
+        return len(self["text_a"])
+
+
+def test_a_killed_answer_to_own_rows_leaves_no_file(tmp_path, tokenizer):
+    folder = save_bert(tmp_path / "model", "cola", tokenizer)
+    own = ("--predict_file", write_rows(tmp_path / "own.csv", ("a",)), "--text_columns", "one")
+    command = ["predict", folder, *own, "--output", str(tmp_path / "out.csv")]
+    killed_before("out.csv", command)
+    assert not (tmp_path / "out.csv").exists()
+    assert main(command) == 0 and len(read_answers(tmp_path / "out.csv")) == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.csv", "own.csv"]
+
+
+@pytest.mark.parametrize(
+    ("trained", "content", "more", "says"),
+    [
+        ("cola", "body\na b\n", {}, r"rows.csv:2: no column 'one'; there are body"),
+        ("cola", "", {}, "rows.csv: the file is empty"),
+        ("cola", "one\n", {}, "rows.csv: there are no rows"),
+        ("cola", "one\na\n", {"text_columns": ("one", "one")}, "text columns must be different, but are one, one"),
+        ("cola", "one\na\n", {"text_columns": ("a", "b", "c")}, "takes one or two column names, not 3"),
+        ("cola", None, {}, "rows.csv: no such file"),
+        ("squad", "one\na\n", {}, "is BertForQuestionAnswering: task rows.csv needs a sequence classification head"),
+        (
+            "cola",
+            "one\na\n",
+            {"reading": Reading(labels=("a", "b", "c"))},
+            "--labels has 3 names, and model .* 2 logits",
+        ),
+        ("cola", "one\na\n", {"reading": Reading(labels=("a\tb", "c"))}, "out.tsv: a label holds a tab or a line end"),
+    ],
+)
+def test_own_rows_that_cannot_be_answered(trained, content, more, says, tmp_path, tokenizer):
+    folder = save_bert(tmp_path / "model", trained, tokenizer)
+    if content is not None:
+        (tmp_path / "rows.csv").write_text(content)
+    given = {"text_columns": ("one",), "output": tmp_path / "out.tsv", **more}
+    with pytest.raises((ValueError, FileNotFoundError), match=says) as caught:
+        predict_rows(folder, tmp_path / "rows.csv", **given)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out.tsv").exists()
 
 
 def oracle(self: SavedModel, rows, name):
@@ -568,10 +655,10 @@ def test_what_is_kept_but_cannot_be_read_is_made_again(content, tmp_path):
     assert done.text("answers", "key", lambda: "again") == ("again", False)
 
 
-@pytest.mark.parametrize("task", ["rte", "squad"])
-def test_a_file_in_the_place_of_the_folder_for_what_is_done_is_refused(task, tmp_path, capsys):
-    output = tmp_path / "answers.zip"
-    (tmp_path / "answers.zip.unfinished").write_text("")
+@pytest.mark.parametrize(("task", "name"), [("rte", "answers.zip"), ("squad", "answers.json")])
+def test_a_file_in_the_place_of_the_folder_for_what_is_done_is_refused(task, name, tmp_path, capsys):
+    output = tmp_path / name
+    (tmp_path / f"{name}.unfinished").write_text("")
     said = fails(capsys, "predict", "model", "--task", task, "--output", output)
     assert f"{output}.unfinished should be a folder, for what is done so far, and is a file: remove it" in said
 
@@ -661,6 +748,9 @@ def test_the_commands(capsys, tmp_path, tokenizer):
     )
 
 
+OWN = ("--predict_file", "rows.csv", "--text_columns", "one", "two")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -672,6 +762,26 @@ def test_the_commands(capsys, tmp_path, tokenizer):
         (("predict", "rte=a", "--output", "nowhere/x.zip"), "there is no folder nowhere"),
         (("predict", "rte=a", "--output", "/proc/x.zip"), "/proc"),
         (("predict", "rte=a", "--output", "x.zip", "--n_best", "n.json"), "are for SQuAD"),
+        (("predict", "squad=a", "--output", "x.zip"), "--output x.zip: SQuAD's scripts take a .json"),
+        (("predict", "a", "--task", "squad", "--output", "x"), "--output x: SQuAD's scripts take a .json"),
+        (("predict", "squad=a", "--output", "x.json", "--n_best", "n"), "--n_best n: SQuAD's scripts take a .json"),
+        (("predict", "rte=a", "--output", "x.zip", "--predict_file", "r.csv"), "or for rows of your own with --text_c"),
+        (("predict", "a", "--output", "x.csv", "--predict_file", "r.csv"), "for rows of your own --predict_file and"),
+        (("predict", "a", "--output", "x.csv", "--text_columns", "t"), "your own rows: give --predict_file too"),
+        (("predict", "a", *OWN, "--output", "x.csv", "--task", "mine"), "--task and --data_dir are for known tasks"),
+        (("predict", "a", *OWN, "--output", "x.csv", "--data_dir", "."), "--task and --data_dir are for known tasks"),
+        (
+            ("predict", "a", *OWN, "--output", "x.csv", "--n_best", "n.json"),
+            "and --n_best_size are for SQuAD: leave them out",
+        ),
+        (("predict", "a", "b", *OWN, "--output", "x.csv"), "answered by one model, named first: 2 are"),
+        (("predict", *OWN, "--output", "x.csv"), "answered by one model, named first: 0 are"),
+        (
+            ("predict", "./a", *OWN, "--output", "x.txt"),
+            "the suffix must say the format, one of .csv, .tsv, .json, .jsonl",
+        ),
+        (("predict", "./a", *OWN, "--output", "no/x.csv"), "there is no folder no"),
+        (("predict", "./a", *OWN, "--output", "x.csv"), "model ./a: no such folder"),
         (("predict", "squad=a", "rte=b", "--output", "x.json"), "predict it without other tasks"),
         (("predict", "squad=a", "--output", "x.json", "--n_best", "x.json"), "needs a name of its own"),
         (("predict", "squad=a", "--output", "x.json", "--n_best_size", "0"), "--n_best_size 0"),
