@@ -51,6 +51,10 @@ from effbert.workspace import Workspace, open_teachers, open_workspace, pick_dev
 dispatch.BACKENDS |= {"modern": "effbert.bench.modern", "published": "effbert.bench.published"}
 PLAN, RESULT = "plan.json", "search-cost.json"
 BOTH_BY_AREA = "both by roc_auc"
+ABOUT = (
+    f"{__doc__.splitlines()[0]} --preset NAME, one of {', '.join(PRESETS)}, sets the defaults below; "
+    "--candidates N says how many are trained by each (24); --mode NAME runs one procedure on a list that is there."
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,11 @@ def main(arguments: list[str]) -> int:
     if count is not None and (not count.isdecimal() or int(count) < 2):
         raise ValueError(f"--candidates {count}: give a number of at least 2")
     config = parse(
-        SearchConfig, arguments, "effbert bench search-cost", default=preset(name, PRESETS, SearchConfig(""))
+        SearchConfig,
+        arguments,
+        "effbert bench search-cost",
+        default=preset(name, PRESETS, SearchConfig("")),
+        description=ABOUT,
     )
     if config.stage1.filter != "none" or config.max_latency_ms or config.minimize:
         raise ValueError(

@@ -8,7 +8,6 @@ step captured as a CUDA graph. Dropout's key is a tensor, as in training on a GP
     python -m effbert.bench.step --output step.json --small    sizes for a laptop's CPU
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from effbert import random
 from effbert.bench.measure import captured, ceilings, described, device_to_measure, machine, output_file, wall_time
 from effbert.distill import LossWeights, distillation_losses, score_targets
 from effbert.files import write_atomic
+from effbert.flags import Parser
 from effbert.kernels import dispatch, gradients_in_place, use_backend
 from effbert.model import EffBertConfig, EffBertModel
 from effbert.teacher import Teacher
@@ -55,9 +55,9 @@ VARIANTS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and write; what cannot be measured here is recorded with its reason."""
-    parser = argparse.ArgumentParser(prog="python -m effbert.bench.step", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--small", action="store_true")
+    parser = Parser(prog="effbert bench step", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--small", action="store_true", help="sizes for a try")
     options = parser.parse_args(arguments)
     output_file(options.output)
     for record in measure_all(SMALL if options.small else Shapes()):

@@ -1,5 +1,6 @@
 """Reading a command line: what every command that takes settings shares."""
 
+import argparse
 import os
 import re
 
@@ -27,6 +28,14 @@ def preset(name: str | None, presets: dict, default):
     if name not in presets:
         raise ValueError(f"unknown preset {name!r}: one of {', '.join(presets)}")
     return presets[name]()
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are a ValueError of one line, as those of `parse`."""
+
+    def error(self, message: str):
+        """Raise it."""
+        raise ValueError(f"{message} ({self.prog} --help lists the flags)")
 
 
 def parse(kind: type, arguments: list[str], program: str, **options):

@@ -117,10 +117,21 @@ def test_a_command_of_commands_lists_them(capsys, command):
     assert ended.value.code == 0 and capsys.readouterr().out.startswith(f"effbert {command} WORD, one of ")
 
 
+@pytest.mark.parametrize("word", cli.BENCHMARKS)
+def test_the_help_of_a_benchmark_is_headed_by_its_own_name_once(capsys, word):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", word, "--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and shown.startswith(f"usage: effbert bench {word} ") and shown.count("usage:") == 1
+    assert "A progressive search" not in shown
+
+
 @pytest.mark.parametrize(
     "arguments,words",
     [
         (("nonsense",), "one of search, "),
+        (("bench", "step"), "the following arguments are required: --output (effbert bench step --help lists the"),
+        (("bench", "step", "--output", "x", "--smal"), "unrecognized arguments: --smal (effbert bench step --help"),
         (("kernels",), "a word is missing: one of show"),
         (("kernels", "sow"), "unknown 'sow': one of show"),
         (("kernels", "show", "x"), "height"),
