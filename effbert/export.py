@@ -15,7 +15,7 @@ import torch
 
 from effbert import card, standalone
 from effbert.architecture import Architecture
-from effbert.errors import first_line
+from effbert.errors import RUN_STUDENTS, first_line, refuse_run
 from effbert.files import atomic_dir
 from effbert.model import (
     EffBertConfig,
@@ -165,6 +165,7 @@ def _load(kind, folder: Path, config: EffBertConfig, **options):
 def _saved_class(folder: Path) -> type[EffBertPreTrainedModel]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; MODEL is one that a student was saved in, such as RUN/best")
+    refuse_run(str(folder), folder, RUN_STUDENTS)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no effbert model: it has no config.json")
     try:

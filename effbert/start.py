@@ -14,7 +14,7 @@ import torch
 from effbert.config import TextConfig
 from effbert.data.tasks import TaskSpec, map_labels
 from effbert.data.tokenizer import load_tokenizer
-from effbert.errors import first_line
+from effbert.errors import RUN_STARTS, first_line, refuse_run
 from effbert.model import EffBertConfig, EffBertHeadModel, EffBertModel, EffBertPreTrainedModel, parse_architecture
 from effbert.models import architecture_of, check_heads, model_fields, refuse_out_of_reach, sized_down
 from effbert.supernet import Supernet, head_key, narrowed_inner_width, used_slices
@@ -72,6 +72,7 @@ def model_config(
 def read_student(folder: str) -> EffBertConfig:
     """The config of a saved student or supernet; ValueError or FileNotFoundError where a folder holds none."""
     path = Path(folder).expanduser()
+    refuse_run(f"--start_from {folder}", path, RUN_STARTS)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"--start_from {folder}: no such folder, or no config.json in it")
     try:

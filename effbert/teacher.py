@@ -15,7 +15,7 @@ from torch import nn
 
 from effbert.checkpoint import own_memory
 from effbert.data.encode import WINDOWS
-from effbert.errors import first_line
+from effbert.errors import RUN_STUDENTS, RUN_TEACHERS, first_line, refuse_run
 from effbert.trace import Trace
 
 
@@ -205,7 +205,7 @@ def read_config(folder: str | Path, what: str = "teacher"):
 
     path = local_path(folder)
     if isinstance(path, Path):
-        _check_files(path, f"{what} {folder}")
+        _check_files(path, f"{what} {folder}", RUN_TEACHERS if what == "teacher" else RUN_STUDENTS)
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:
@@ -215,9 +215,10 @@ def read_config(folder: str | Path, what: str = "teacher"):
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
-def _check_files(path: Path, where: str) -> None:
+def _check_files(path: Path, where: str, places: Sequence[str]) -> None:
     if not path.is_dir():
         raise FileNotFoundError(f"{where}: no such folder")
+    refuse_run(where, path, places)
     if not (path / "config.json").exists():
         raise FileNotFoundError(f"{where}: no config.json in this folder")
     if any((path / name).exists() for name in WEIGHT_FILES):

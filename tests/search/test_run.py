@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import effbert  # noqa: F401  (registers the model type)
 from commands import Command, finished
+from effbert.__main__ import main
 from effbert.data.tasks import load_task
 from effbert.search.run import surroundings, surroundings_of
 from effbert.search.study import Study
@@ -120,6 +121,28 @@ def test_the_saved_winner_scores_what_the_table_says(undisturbed):
     assert model.config.fit_size is None
     card = (folder / "best" / "README.md").read_text()
     assert f"{winner['score']:.4f}" in card and results["layers"][0] in card
+
+
+def test_a_run_in_the_place_of_a_model_is_refused_with_the_models_in_it(undisturbed, tmp_path, capsys):
+    run = undisturbed[0]
+    best, tasks = run / "best", run / "teacher" / "tasks" / "builtin-topic"
+    evaluate, new = ("--task", "builtin-topic"), ("--output_dir", str(tmp_path / "new"))
+    distill = ("distill", "--model", "bert-2x16", *evaluate, *new, "--corpus", "builtin")
+    (tmp_path / "r.csv").write_text("text\na b\n")
+    own = ("--predict_file", str(tmp_path / "r.csv"), "--text_columns", "text", "--output", str(tmp_path / "o.csv"))
+    starts = f"{run / 'supernet'}, {run / 'stage3' / 'supernet'}, {best}"
+    teachers = f"{tasks.with_name('builtin-next')}, {tasks}, {run / 'teacher' / 'base'}"
+    for command, what, inside in (
+        (("evaluate", str(run), *evaluate), f"model {run}", best),
+        (("predict", str(run), *own), f"model {run}", best),
+        (("export", str(run), *new), str(run), best),
+        ((*distill, "--teacher", str(run)), f"teacher {run}", teachers),
+        ((*distill, "--teacher", str(tasks), "--start_from", str(run)), f"--start_from {run}", starts),
+    ):
+        assert main(list(command)) == 2
+        said = f"effbert: {what} is the folder of a run: give a model in it, {inside}\n"
+        assert capsys.readouterr().err == said
+    assert os.listdir(tmp_path) == ["r.csv"]
 
 
 def test_the_same_command_again_computes_nothing(undisturbed):
