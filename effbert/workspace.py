@@ -172,12 +172,10 @@ def open_workspace(config: RunConfig, folder: Path, say: Say, world: World = ALO
         candidate_corpus = open_corpus(own, tokenizer, say)
     check_inputs(folder, fingerprints(config, tokenizer, corpus, loaded, candidate_corpus))
     for name, task in tasks.items():
-        ranking = f"{len(task.validation):,} to rank on, " if config.validation_share else ""
+        ranking = f"{_counted(task, 'validation')} to rank on, " if config.validation_share else ""
         every = "" if held_out[name].train is task.train else ", teachers and final rows on all"
-        say(
-            f"task {name}: {len(task.train):,} rows to train on, {ranking}{len(held_out[name].validation):,} held out"
-            f"{every}"
-        )
+        train, held = _counted(task, "train", "questions" if task.spec.kind == "spans" else "rows"), held_out[name]
+        say(f"task {name}: {train} to train on, {ranking}{_counted(held, 'validation')} held out{every}")
     teacher_config = given or own_teacher_config(config, tokenizer)
     workspace = Workspace(
         config, folder, device, tokenizer, corpus, tasks, held_out, teacher_config, candidate_corpus, world=world
@@ -185,6 +183,12 @@ def open_workspace(config: RunConfig, folder: Path, say: Say, world: World = ALO
     for start in config.start_from if isinstance(config, SearchConfig) else ():
         start_weights(supernet_config(workspace.student_config(), config.student.num_hidden_layers), start)
     return workspace
+
+
+def _counted(task: EncodedTask, split: str, what: str = "") -> str:
+    """How many rows a split has, followed by `what` they are; for spans questions, and how many windows these make."""
+    count = " ".join([f"{len(getattr(task.raw, split)):,}", *([what] if what else [])])
+    return f"{count} ({len(getattr(task, split)):,} windows)" if task.spec.kind == "spans" else count
 
 
 def check_corpora(config: RunConfig) -> None:

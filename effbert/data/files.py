@@ -160,29 +160,48 @@ def _fields(path: Path, text_columns: Sequence[str], label_column: str | None) -
     readers = {".csv": _comma_rows, ".tsv": _tab_rows, ".json": _json_rows, ".jsonl": _json_line_rows}
     if path.suffix.lower() not in readers:
         raise ValueError(f"{path}: the suffix must say the format, one of {', '.join(readers)}")
-    empty = True
+    count, unlabelled = 0, []
     for where, row in readers[path.suffix.lower()](path):
-        empty = False
+        count += 1
         for column in (*text_columns, *([] if label_column is None else [label_column])):
             if column not in row:
-                raise ValueError(f"{where}: no column {column!r}; there are {', '.join(row)}")
+                hint = _other_separator(path, list(row))
+                raise ValueError(f"{where}: no column {column!r}; there are {', '.join(row)}{hint}")
         texts = [row[column] for column in text_columns]
         for column, text in zip(text_columns, texts, strict=True):
             if not isinstance(text, str):
                 raise ValueError(f"{where}: column {column!r} should hold text, not {json.dumps(text)[:40]}")
             refuse_half(text, f"{where}: column {column!r}")
-        label = "" if label_column is None else _label(row[label_column], f"{where}: column {label_column!r}")
-        yield where, texts[0], texts[1] if len(texts) == 2 else "", label
-    if empty:
+        label = None if label_column is None else _label(row[label_column], f"{where}: column {label_column!r}")
+        if label == "":
+            unlabelled.append(
+                f"{where}: column {label_column!r} should hold a label, not {json.dumps(row[label_column])}"
+            )
+        yield where, texts[0], texts[1] if len(texts) == 2 else "", label or ""
+    if not count:
         raise ValueError(f"{path}: there are no rows")
+    if unlabelled:
+        raise ValueError(f"{unlabelled[0]}: rows without one: {len(unlabelled):,} of {count:,}")
 
 
 def _label(label: Any, where: str) -> str:
+    """As text; "" where there is none."""
+    if label is None:
+        return ""
     endless = isinstance(label, float) and not math.isfinite(label)  # NaN, which JSON lacks and Python reads
-    if label is None or label == "" or isinstance(label, (list, dict)) or endless:
+    if isinstance(label, (list, dict)) or endless:
         raise ValueError(f"{where} should hold a label, not {json.dumps(label)[:40]}")
     refuse_half(str(label), where)
     return str(label)
+
+
+def _other_separator(path: Path, header: Sequence[str]) -> str:
+    """What to add to an error about columns where the header is one column that something else seems to separate."""
+    usual = {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower())
+    found = [mark for mark in ";\t|," if mark != usual and len(header) == 1 and mark in header[0]]
+    if usual is None or not found:
+        return ""
+    return f"; the header seems to be separated by {found[0]!r}: write commas in .csv, or tabs in .tsv"
 
 
 def _comma_rows(path: Path) -> Rows:
@@ -212,7 +231,8 @@ def _under_header(path: Path, rows: Sequence[tuple[int, list[str]]]) -> Rows:
         raise ValueError(f"{path}:{first}: a column name occurs twice: {', '.join(header)}")
     for line, fields in rest:
         if len(fields) != len(header):
-            raise wrong_width(path, line, len(fields), len(header))
+            error = wrong_width(path, line, len(fields), len(header))
+            raise ValueError(f"{error}{_other_separator(path, header)}")
         yield f"{path}:{line}", dict(zip(header, fields, strict=True))
 
 

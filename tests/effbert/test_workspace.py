@@ -176,7 +176,13 @@ def test_a_runs_windows_are_those_of_its_settings(config, tmp_path):
         (tmp_path / f"{name}-v1.1.json").write_text(json.dumps({"data": [{"paragraphs": rows}]}))
     own = {"task": "squad", "data_dir": str(tmp_path), "train_file": "", "validation_file": "", "text_columns": ()}
     config = dataclasses.replace(config, **own, doc_stride=3, max_query_length=1)
-    workspace, _ = opened(config, tmp_path / "run", teachers=False)
+    workspace, said = opened(config, tmp_path / "run", teachers=False)
+    train, rank, held = (
+        len(rows)
+        for rows in (workspace.main_task.train, workspace.main_task.validation, workspace.held_out["squad"].validation)
+    )
+    sizes = f"3 questions ({train} windows) to train on, 1 ({rank} windows) to rank on, 4 ({held} windows) held out"
+    assert f"task squad: {sizes}" in said and min(train, rank, held) > 4
     for task in (workspace.main_task, workspace.held_out["squad"]):
         for windows in (task.train, task.validation):
             first, second = windows["input_ids"][:2]
