@@ -18,7 +18,7 @@ USAGE = """usage: effbert COMMAND ...
            --teacher mrpc/model --task mrpc --data_dir GLUE --corpus TEXT --output_dir student
   paper    a search, then winner and rivals on every task, as a plan that goes on where it stopped: effbert paper
            --preset paper-fast --teacher BERT --corpus TEXT --data_dir GLUE --output_dir runs/paper; --show: its state
-  arch     parameters and FLOPs of an architecture or a named model: effbert arch efficientbert-tiny
+  arch     parameters and FLOPs of an architecture, a named or a saved model: effbert arch efficientbert-tiny
   import   a checkpoint of the authors' as a transformers folder:
            effbert import ckpt_ep10.bin --architecture efficientbert --output_dir student
   report   one HTML page about a search or a plan, finished or under way: effbert report runs/demo
@@ -261,35 +261,38 @@ def arch(arguments: list[str]) -> int:
     import tyro
 
     from effbert.architecture import Dimensions, attention_head_size
-    from effbert.models import architecture_of, dimensions, is_name
+    from effbert.models import Sizes, sizes_of
 
-    name, arguments = take_flag(arguments, "preset")
+    if "preset" in (argument.partition("=")[0].lstrip("-") for argument in arguments):
+        raise ValueError("--preset is a search's: --sizes_of MODEL takes the sizes of a model")
+    other, arguments = take_flag(arguments, "sizes_of")
+    if "(" in (other or ""):
+        raise ValueError(f"--sizes_of {other}: an architecture has no sizes: give a model's name or folder")
 
-    def read(sizes: Dimensions):
+    def read(sizes: Sizes):
         @dataclass(frozen=True)
         class Arguments:
             """Parameters and FLOPs of an architecture by part.
 
-            text: an expression a layer, joined by ", ", or a model's name, such as efficientbert, which sets the sizes
-            below too. --preset NAME sets them to another model's.
+            text: an expression a layer, joined by ", "; or a model, whose sizes are then the defaults below: a name,
+            such as efficientbert, or the folder that a student or a BERT is saved in. --sizes_of MODEL takes those of
+            another one.
             """
 
             text: tyro.conf.Positional[str]
-            length: int = 128
-            num_labels: int = 3
-            dims: tyro.conf.OmitArgPrefixes[Dimensions] = dataclasses.field(default=sizes)
+            length: int = min(128, sizes.longest)
+            num_labels: int = sizes.num_labels
+            dims: tyro.conf.OmitArgPrefixes[Dimensions] = dataclasses.field(default=sizes.dims)
 
         return parse(Arguments, arguments, "effbert arch")
 
-    given = read(dimensions(name) if name else Dimensions())
-    architecture = architecture_of(given.text)
-    if name is None and is_name(given.text):
-        given = read(dimensions(given.text))
+    of_text = sizes_of(read(Sizes(None, Dimensions())).text)
+    given = read(sizes_of(other) if other else of_text)
     attention_head_size(given.dims.hidden_size, given.dims.num_attention_heads)
     for flag in ("length", "num_labels"):
         if getattr(given, flag) < 1:
             raise ValueError(f"--{flag} {getattr(given, flag)}: must be at least 1")
-    print_costs(architecture, given.dims, given.length, given.num_labels)
+    print_costs(of_text.architecture, given.dims, given.length, given.num_labels, of_text.head)
     return 0
 
 
@@ -325,8 +328,8 @@ def import_(arguments: list[str]) -> int:
     return 0
 
 
-def print_costs(architecture, dims, length: int, num_labels: int) -> None:
-    """The table of `effbert arch`."""
+def print_costs(architecture, dims, length: int, num_labels: int, head: str | None) -> None:
+    """The table of `effbert arch`; head as in effbert.models.Sizes."""
     from rich.console import Console
     from rich.table import Table
 
@@ -347,10 +350,14 @@ def print_costs(architecture, dims, length: int, num_labels: int) -> None:
     line("encoder", parameters.total, flops.total)
     line("fit_dense (training only)", parameters.fit_dense, flops.fit_dense)
     line("encoder with fit_dense", parameters.total_with_projection, flops.total_with_projection)
-    line("pooler", parameters.pooler, flops.pooler)
-    line(f"head of {num_labels}", parameters.head(num_labels), flops.head(num_labels))
-    deployed = [part.total + part.pooler + part.head(num_labels) for part in (parameters, flops)]
-    line("deployed: encoder, pooler, head", *deployed)
+    of_head = [parameters.head(num_labels), flops.head(num_labels, length if head == "spans" else 1)]
+    of_pooler = [0, 0] if head == "spans" else [parameters.pooler, flops.pooler]
+    if head == "classification":
+        line("pooler", *of_pooler)
+    if head:
+        line(f"head of {num_labels}", *of_head)
+        deployed = map(sum, zip([parameters.total, flops.total], of_pooler, of_head, strict=True))
+        line(f"deployed: encoder, {'pooler, ' if head == 'classification' else ''}head", *deployed)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 

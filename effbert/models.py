@@ -4,8 +4,10 @@ All take the teacher's vocabulary and train with a projection to its width. Wher
 published students from a supernet's slices, the narrow ones from its first channels (`Supernet.narrowed`).
 """
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from effbert.architecture import PUBLISHED, Architecture, Dimensions, count_parameters
 from effbert.kernels.expression import ExpressionError
@@ -85,6 +87,41 @@ def dimensions(name: str) -> Dimensions:
     fields = model_fields(name)
     return Dimensions(**{size: fields[size] for size in ("hidden_size", "intermediate_size")},
                       embedding_size=fields.get("embedding_size", Dimensions.embedding_size))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What a model is counted by. head: "classification", "spans", or None for an encoder; longest: its longest text,
+    in tokens."""
+
+    architecture: Architecture
+    dims: Dimensions
+    num_labels: int = 3
+    head: str | None = "classification"
+    longest: int = 512
+
+
+def sizes_of(text: str) -> Sizes:
+    """Of a named model, of the folder of a saved student, supernet or BERT, or of an architecture that the text spells
+    out, with efficientbert's. ValueError or FileNotFoundError, one line, where it is none of these."""
+    spelt = not text or "(" in text or text in MODELS or _PLAIN.fullmatch(text)
+    if not spelt and ("/" in text or text.startswith((".", "~")) or Path(text).is_dir()):
+        return _saved_sizes(Path(text).expanduser())
+    return Sizes(architecture_of(text), dimensions(text) if is_name(text) else Dimensions())
+
+
+def _saved_sizes(folder: Path) -> Sizes:
+    from effbert.teacher import head_of, longest_text, read_config
+
+    config = read_config(folder, "model")
+    if config.model_type == "effbert":
+        architecture = Architecture.parse(config.architecture)
+    elif config.model_type == "bert":
+        architecture = Architecture.uniform("1_1", config.num_hidden_layers)
+    else:
+        raise ValueError(f"model {folder} is of type {config.model_type}: students of effbert and BERT can be counted")
+    dims = Dimensions(**{field.name: getattr(config, field.name, None) for field in dataclasses.fields(Dimensions)})
+    return Sizes(architecture, dims, config.num_labels, head_of(config), longest_text(config))
 
 
 def check_heads(label: str, hidden_size: int, heads: int) -> None:

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import transformers
+from datasets import Dataset
 
-from effbert import cli
+from effbert import cli, pace
 from effbert.__main__ import main
 from effbert.architecture import PUBLISHED
+from effbert.data.batches import BatchPlan
+from effbert.pace import paced
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +35,7 @@ def smoke(tmp_path, *more):
 
 
 def test_arch_prints_the_published_counts(capsys):
-    assert main(["arch", PUBLISHED, "--preset", "efficientbert"]) == 0
+    assert main(["arch", PUBLISHED, "--sizes_of", "efficientbert"]) == 0
     text = capsys.readouterr().out
     assert "15,737,724" in text and "15,615,999" in text
 
@@ -115,6 +118,20 @@ def test_a_command_of_commands_lists_them(capsys, command):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
     assert ended.value.code == 0 and capsys.readouterr().out.startswith(f"effbert {command} WORD, one of ")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_commands_whose_stdout_is_their_result_say_on_stderr_how_far_they_are(capsys, monkeypatch, command):
+    def read(arguments):
+        plan = BatchPlan(Dataset.from_dict({"input_ids": [[1]] * 3}), 1, pad_token_id=0)
+        print(len(list(paced(plan, "reading rows"))))
+
+    monkeypatch.setattr(pace, "SECONDS", -1.0)
+    monkeypatch.setattr(pace, "SHARE", 0.0)
+    monkeypatch.setattr(f"effbert.answers.main_{command}", read)
+    assert main([command]) == 0
+    said = capsys.readouterr()
+    assert said.out == "3\n" and "reading rows: batch 2 of 3, 0:00 left" in said.err
 
 
 @pytest.mark.parametrize("word", cli.BENCHMARKS)

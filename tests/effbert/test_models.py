@@ -5,13 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from effbert.__main__ import main
 from effbert.architecture import Architecture, count_parameters
 from effbert.data.tasks import TaskSpec
 from effbert.kernels.expression import ExpressionError
-from effbert.model import EffBertConfig, EffBertModel
+from effbert.model import EffBertConfig, EffBertForQuestionAnswering, EffBertForSequenceClassification, EffBertModel
 from effbert.models import MODELS, architecture_of, dimensions, model_fields, refuse_out_of_reach, sized_down
 from effbert.supernet import Supernet, supernet_config
 
@@ -134,7 +141,7 @@ def test_mlps_narrower_than_their_layers_repeat_as_they_are_and_have_no_narrower
     ],
 )
 def test_arch_takes_a_name_with_its_sizes(name, head, parameters, capsys):
-    for more in ((), ("--preset", name)):
+    for more in ((), ("--sizes_of", name)):
         assert main(["arch", name, *more]) == 0
         shown = capsys.readouterr().out
         assert head in shown and parameters in shown
@@ -155,12 +162,68 @@ def test_arch_prices_no_sizes_that_cannot_be(flag, value, said, capsys):
 
 
 def test_arch_takes_other_sizes_for_a_named_architecture(capsys):
-    assert main(["arch", "efficientbert", "--preset", "efficientbert-tiny"]) == 0
+    assert main(["arch", "efficientbert", "--sizes_of", "efficientbert-tiny"]) == 0
     assert "9,375,144" in capsys.readouterr().out
     assert main(["arch", "efficientbert-tiny", "--length", "64", "--hidden_size", "240"]) == 0
     assert "6 layers, hidden_size 240, length 64" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["arch", "--help"])
-    assert "--preset NAME" in capsys.readouterr().out
-    assert main(["arch", "efficientbert", "--preset", "small"]) == 2
+    assert "--sizes_of MODEL" in capsys.readouterr().out
+    assert main(["arch", "efficientbert", "--sizes_of", "small"]) == 2
     assert "unknown model 'small'" in capsys.readouterr().err
+    assert main(["arch", "efficientbert", "--sizes_of", "linear1_1(gelu(linear1_1(x,wb1)),wb2)"]) == 2
+    assert "an architecture has no sizes: give a model's name or folder" in capsys.readouterr().err
+    for preset in (("--preset", "demo"), ("--preset=efficientbert",)):
+        assert main(["arch", "efficientbert", *preset]) == 2
+        assert "--preset is a search's: --sizes_of MODEL takes the sizes of a model" in capsys.readouterr().err
+
+
+SAVED = {"vocab_size": 50, "hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 20, "num_labels": 5}
+STUDENT = {**SAVED, "architecture": f"{Architecture.uniform('2_1', 2)}", "embedding_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "last"),
+    [
+        (EffBertForSequenceClassification, EffBertConfig(**STUDENT), "deployed: encoder, pooler, head"),
+        (EffBertForQuestionAnswering, EffBertConfig(**{**STUDENT, "num_labels": 2}), "deployed: encoder, head"),
+        (BertForSequenceClassification, BertConfig(**SAVED, num_hidden_layers=3), "deployed: encoder, pooler, head"),
+        (BertForQuestionAnswering, BertConfig(**{**SAVED, "num_labels": 2}), "deployed: encoder, head"),
+    ],
+)
+def test_arch_counts_a_saved_model(kind, config, last, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = kind(config)
+    model.save_pretrained(tmp_path / "saved")
+    for name in ("saved", "./saved", str(tmp_path / "saved")):
+        capsys.readouterr()
+        assert main(["arch", name]) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if last in line)
+        assert f" {model.num_parameters():,} " in line
+
+
+def test_arch_counts_a_saved_encoder_and_takes_the_sizes_of_a_folder(tmp_path, capsys):
+    config = EffBertConfig(**STUDENT, max_position_embeddings=40, position_offset=2, fit_size=30)
+    model = EffBertModel(config, add_pooling_layer=False)
+    model.save_pretrained(tmp_path / "saved")
+    capsys.readouterr()
+    assert main(["arch", str(tmp_path / "saved")]) == 0
+    shown = capsys.readouterr().out
+    assert "2 layers, hidden_size 24, length 38" in shown and "head" not in shown and "pooler" not in shown
+    assert f" {model.num_parameters():,} " in next(line for line in shown.splitlines() if "with fit_dense" in line)
+    assert main(["arch", str(Architecture.uniform("1_1", 3)), "--sizes_of", str(tmp_path / "saved")]) == 0
+    assert "3 layers, hidden_size 24" in capsys.readouterr().out
+
+
+def test_a_folder_that_arch_cannot_count_is_one_line(tmp_path, capsys):
+    RobertaModel(RobertaConfig(**SAVED, num_hidden_layers=1)).save_pretrained(tmp_path / "other")
+    (tmp_path / "empty").mkdir()
+    capsys.readouterr()
+    for name, said in (
+        ("none", "none: no such folder"),
+        ("empty", "empty: no config.json in this folder"),
+        ("other", "is of type roberta: students of effbert and BERT can be counted"),
+    ):
+        assert main(["arch", str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
