@@ -7,7 +7,7 @@ the first that has none.
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -215,14 +215,16 @@ def plan(config: PaperConfig, world: World, reporter: Callable[[], Reporter], tu
         world.on_first(write_atomic, folder / WINNER, json.dumps(found, indent=1))
 
     def pretrain(name: str) -> None:
-        run_pretraining(pretraining(config, name), reporter(), world)
+        run = pretraining(config, name)
+        run_pretraining(run, reporter(), world, said_as(config, members_of(config, name), run.model))
 
     def teacher(task: str) -> None:
         run_teacher(teaching(config, task), reporter(), world)
 
     def distill(task: str, depth: int) -> None:
         if starts_of(config, depth):
-            run_distillation(distillation(config, task, depth), reporter(), world)
+            run = distillation(config, task, depth)
+            run_distillation(run, reporter(), world, said_as(config, starts_of(config, depth), run.model))
         else:
             note = f"no model of {depth} layers is left of general distillation\n"
             world.on_first(leave_out, distilled(config, task, depth) / RESULTS, note)
@@ -307,10 +309,11 @@ def evaluate(config: PaperConfig, file: Path, say: Callable[[str], None]) -> Non
             def scores(place=place, task=task, reading=reading, once=once) -> str:
                 return json.dumps(evaluate_saved(place, task, data_dir_of(config, task), reading, say=once))
 
-            text, _ = done.text(f"{task_key(task)}-{name}.json", f"{content_hash(place)} {reading}", scores)
+            short = short_name(config, name)
+            text, _ = done.text(f"{task_key(task)}-{short}.json", f"{content_hash(place)} {reading}", scores)
             found[task][name] = json.loads(text)
             for split, metrics in found[task][name].items():
-                say(f"{task} {split}, {name}: {show(metrics)}")
+                say(f"{task} {split}, {short}: {show(metrics)}")
     write_atomic(file, json.dumps(found, indent=1))
     done.remove()
 
@@ -481,6 +484,19 @@ def of_depth(config: PaperConfig, depth: int) -> str:
 def names_of(config: PaperConfig) -> list[str]:
     """All models, in the order of the table."""
     return ["winner", *config.rivals]
+
+
+def short_name(config: PaperConfig, name: str) -> str:
+    """What log lines and files call a model: as the table does, and "rival N", counted from 1, for an architecture that
+    is spelt out."""
+    return f"rival {config.rivals.index(name) + 1}" if "(" in name else name
+
+
+def said_as(config: PaperConfig, names: Iterable[str], models: Sequence[str]) -> list[str]:
+    """What a step's log lines call its models. models: what effbert distill calls them, which tells the size of the
+    plain BERT."""
+    pairs = zip(names, models, strict=True)
+    return [f"plain ({model})" if name == "plain" else short_name(config, name) for name, model in pairs]
 
 
 def depth_of(config: PaperConfig, name: str) -> int:

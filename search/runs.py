@@ -8,7 +8,7 @@ accelerate, all processes share every batch.
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -82,15 +82,18 @@ def run_teacher(config: TeacherConfig, reporter: Reporter | None = None, world: 
         return finish(workspace, conclude, say)
 
 
-def run_pretraining(config: PretrainConfig, reporter: Reporter | None = None, world: World = ALONE) -> dict:
+def run_pretraining(
+    config: PretrainConfig, reporter: Reporter | None = None, world: World = ALONE, called: Sequence[str] = ()
+) -> dict:
     """General distillation of a supernet, or of models, each kept with its projection unless it diverged. Returns
-    results.json, which says who did."""
+    results.json, which says who did. called: names of the models in what is said, as `said_names` takes them."""
     config, plans = resolved(config)
     notes = check_starts(config, plans)
     with opened(config, reporter, world) as (workspace, say, steps):
         for note in notes:
             say(note)
-        targets = [workspace.folder / name for name in model_names(len(plans))]
+        names = said_names(config.model, called)
+        targets = [workspace.folder / name for name in names]
         files = [target.with_name(f"training-{target.name}.pt") for target in targets]
         phases = [
             Phase(("general",), config.seed, file, fields.architecture)
@@ -100,10 +103,10 @@ def run_pretraining(config: PretrainConfig, reporter: Reporter | None = None, wo
         if not (workspace.folder / RESULTS).exists() and not all(target.exists() for target in targets):
             workspace.general_teacher = Teacher(load_model(config.teacher)).to(workspace.device)
             models = [fresh(config, number, fields) for number, fields in enumerate(plans)]
-            for name, model in zip(config.model, models, strict=True):
+            for name, model in zip(names.values(), models, strict=True):
                 say(f"general distillation of {name}, {model.to(workspace.device).num_parameters():,} parameters")
             results = distil_generally(workspace, models, config.training, phases, steps("general distillation"), world)
-            for name, model, target, result in zip(config.model, models, targets, results, strict=True):
+            for name, model, target, result in zip(names.values(), models, targets, results, strict=True):
                 diverged[target] = result.diverged
                 say(f"{name}: {result.diverged or f'loss {result.loss:.4f}'} after {result.tokens:,} tokens")
                 if not result.diverged:
@@ -117,7 +120,7 @@ def run_pretraining(config: PretrainConfig, reporter: Reporter | None = None, wo
                 found[target.name] = {"architecture": plan.architecture, **came_to}
             return {"models": found}
 
-        return finish(workspace, conclude, say)
+        return finish(workspace, conclude, say, names)
 
 
 def fresh(config: PretrainConfig, number: int, fields: EffBertConfig) -> Supernet | EffBertModel:
@@ -129,17 +132,19 @@ def fresh(config: PretrainConfig, number: int, fields: EffBertConfig) -> Superne
     return model
 
 
-def run_distillation(config: DistillConfig, reporter: Reporter | None = None, world: World = ALONE) -> dict:
+def run_distillation(
+    config: DistillConfig, reporter: Reporter | None = None, world: World = ALONE, called: Sequence[str] = ()
+) -> dict:
     """Distil models, for each seed anew, and score them: of each the first student that did not diverge is kept, ready
-    to deploy. Returns results.json, which says who diverged."""
+    to deploy. Returns results.json, which says who diverged. called: as in `run_pretraining`."""
     config, plans = resolved(config)
     notes = check_starts(config, plans)
     with opened(config, reporter, world, check_head) as (workspace, say, steps):
         for note in notes:
             say(note)
-        folder = workspace.folder
+        folder, names = workspace.folder, said_names(config.model, called)
         for number in range(config.seeds):
-            files = [folder / f"{name}-seed-{number}.json" for name in model_names(len(plans))]
+            files = [folder / f"{name}-seed-{number}.json" for name in names]
             phases = [
                 Phase(("distil",), config.seed + number, file.with_suffix(".pt"), fields.architecture)
                 for file, fields in zip(files, plans, strict=True)
@@ -147,7 +152,7 @@ def run_distillation(config: DistillConfig, reporter: Reporter | None = None, wo
             if not all(file.exists() for file in files):
                 if not workspace.teachers:
                     open_teachers(workspace, say, steps)
-                one_seed(workspace, plans, phases, files, say, steps)
+                one_seed(workspace, plans, phases, dict(zip(files, names.values(), strict=True)), say, steps)
             forget([phase.sub(part) for phase in phases for part in ("general", "task")])
 
         def conclude() -> dict:
@@ -155,7 +160,7 @@ def run_distillation(config: DistillConfig, reporter: Reporter | None = None, wo
                 open_teachers(workspace, say, steps)
             return of_models(workspace, plans)
 
-        results = finish(workspace, conclude, say)
+        results = finish(workspace, conclude, say, names)
         world.on_first(shutil.rmtree, folder / KEPT_TEACHER, True)
         return results
 
@@ -172,11 +177,11 @@ def one_seed(
     workspace: Workspace,
     plans: Sequence[EffBertConfig],
     phases: Sequence[Phase],
-    files: Sequence[Path],
+    files: Mapping[Path, str],
     say: Callable[[str], None],
     steps: Callable,
 ) -> None:
-    """Distil, score and keep the models of one seed, together."""
+    """Distil, score and keep the models of one seed, together. files: of each model, and what it is called."""
     config, spec, world = workspace.config, workspace.main_task.spec, workspace.world
     students = []
     for number, (fields, phase) in enumerate(zip(plans, phases, strict=True)):
@@ -192,16 +197,19 @@ def one_seed(
                 say(f"{PLUS}: with a fresh head, since {start_of(config, number)} has no supernet's for {spec.name}")
             fresh_head(model, random.key(phase.seed, "head"))
         students.append(Student(model.to(workspace.device), phase))
-    say(f"seed {phases[0].seed}: {', '.join(f'{student.model.num_parameters():,}' for student in students)} parameters")
+    sizes = (
+        f"{name} {student.model.num_parameters():,}" for name, student in zip(files.values(), students, strict=True)
+    )
+    say(f"seed {phases[0].seed}: {', '.join(sizes)} parameters")
     teacher_of = kept_teacher(workspace, config.budget, say) if world.size == 1 else None
     results = distil(workspace, students, config.budget, steps("distillation"), world, teacher_of)
-    for student, file, result in zip(students, files, results, strict=True):
-        world.on_first(keep_student, workspace, student, file, result, say)
+    for student, (file, name), result in zip(students, files.items(), results, strict=True):
+        world.on_first(keep_student, workspace, student, file, name, result, say)
 
 
-def keep_student(workspace: Workspace, student: Student, file: Path, result: Distillation, say) -> None:
+def keep_student(workspace: Workspace, student: Student, file: Path, name: str, result: Distillation, say) -> None:
     """Score a student, keep it where it is the first that did not diverge, and write its file; without scores where it
-    did."""
+    did. name: what it is called in what is said."""
     config, model, seed = workspace.config, student.model, student.phase.seed
     own = {
         "seed": seed,
@@ -212,10 +220,9 @@ def keep_student(workspace: Workspace, student: Student, file: Path, result: Dis
         **best_step(result),
     }
     own |= costs(model, parse_architecture(model.config.architecture), config.max_length)
-    name = file.stem.rpartition("-seed-")[0]
     said = result.diverged or f"{show(own['scores'])} on {OFFICIAL}"
     say(f"{name}, seed {seed}: {said}")
-    target = workspace.folder / name
+    target = workspace.folder / file.stem.rpartition("-seed-")[0]
     if not result.diverged and (seed == config.seed or not target.exists()):
         keep(deployed(workspace, model), target, result, tokenizer=workspace.student_tokenizer)
         write_atomic(target / SCORES, scores_of(workspace, own["scores"]))
@@ -257,6 +264,17 @@ def _reason(model: dict) -> str:
 def model_names(count: int) -> list[str]:
     """Folders of so many models, in the order of --model."""
     return [MODEL] if count == 1 else [f"{MODEL}-{number}" for number in range(1, count + 1)]
+
+
+def said_names(models: Sequence[str], given: Sequence[str] = ()) -> dict[str, str]:
+    """For each folder of a run's models what log lines call its model: as `given` says; else as --model does, or by the
+    folder where that spells an architecture out, leaves the name to --start_from, or has it twice."""
+    folders = model_names(len(models))
+    named = [
+        folder if "(" in model or not model or models.count(model) > 1 else model
+        for folder, model in zip(folders, models, strict=True)
+    ]
+    return dict(zip(folders, given or named, strict=True))
 
 
 def check_starts(config: TextConfig, plans: Sequence[EffBertConfig]) -> list[str]:
@@ -406,8 +424,13 @@ def trained(folder: Path) -> dict:
     return json.loads((folder / "training.json").read_text(encoding="utf-8"))
 
 
-def finish(workspace: Workspace, conclude: Callable[[], dict], say: Callable[[str], None]) -> dict:
-    """Write results.json once, and say where everything is."""
+def finish(
+    workspace: Workspace,
+    conclude: Callable[[], dict],
+    say: Callable[[str], None],
+    called: Mapping[str, str] | None = None,
+) -> dict:
+    """Write results.json once, and say where everything is. called: names of models in what is said, by folder."""
     path = workspace.folder / RESULTS
     # only the first process asks whether they are there: a slower one would find what it has just written
     workspace.world.on_first(lambda: path.exists() or write_atomic(path, json.dumps(conclude(), indent=1)))
@@ -418,7 +441,7 @@ def finish(workspace: Workspace, conclude: Callable[[], dict], say: Callable[[st
         if "score" in model:
             scored = score_text(model["score"], model["spread"], model.get("diverged", 0))
             chosen = chosen_by(any("best_step" in seed for seed in model["seeds"]))
-            say(f"{name}: {results['metric']} {scored} over {len(model['seeds'])} seeds, on {OFFICIAL}{chosen}")
+            say(f"{called[name]}: {results['metric']} {scored} over {len(model['seeds'])} seeds, on {OFFICIAL}{chosen}")
     kept = [workspace.folder / name for name in results.get("models", (MODEL,)) if (workspace.folder / name).exists()]
     say(f"done: {', '.join(map(str, [*kept, path]))}")
     return results

@@ -110,6 +110,10 @@ def killed(tmp_path_factory):
 def test_a_killed_plan_goes_on_to_its_table(killed, capsys):
     folder, said = killed
     assert "of 8 steps are done; now" in said
+    after = said[said.index("now text-fresh") :]
+    assert "linear" not in after and "general distillation of plain (bert-6x" in after
+    for name in ("winner", "published", r"plain \(bert-6x\w+\)"):
+        assert re.search(f"{name}, seed 1: .*accuracy", after) and re.search(f"{name}: accuracy .* over 2 seeds", after)
     assert all(step["done"] for step in json.loads((folder / "plan.json").read_text()))
     results = json.loads((folder / "results.json").read_text())
     assert [task["task"] for task in results["tasks"]] == ["builtin-topic", "builtin-next"]
@@ -268,6 +272,25 @@ def test_every_known_task_is_scored_on_whole_splits_for_teacher_and_students(tmp
     assert paper.searching(both).data_dir == "DATA" and "data_dir" not in paper.of_one_task(both, "rte", {})
     only = dataclasses.replace(config, final_tasks=("mine",), per_task=())
     assert [step.name for step in plan(only, *ALONE)][-1] == "export"
+
+
+def test_a_rival_that_is_spelt_out_is_called_by_its_number(tmp_path, monkeypatch, capsys):
+    spelt = ", ".join(["add(linear1_2(mul(gelu(linear1_2(max(x,tanh(x)),wb1)),x),wb2),swish(x))"] * 6)
+    config = PaperConfig(
+        output_dir=str(tmp_path), final_tasks=("rte",), data_dir="DATA", rivals=("published", spelt, "plain")
+    )
+    names = ["winner", *config.rivals]
+    assert paper.said_as(config, names, ["a", "b", "c", "bert-6x24x96"]) == [
+        "winner", "published", "rival 2", "plain (bert-6x24x96)",
+    ]  # fmt: skip
+    monkeypatch.setattr(paper, "teacher_of", lambda config, task: "teacher")
+    monkeypatch.setattr(paper, "students", lambda config, task: {spelt: "spelt"})
+    monkeypatch.setattr(paper, "content_hash", str)
+    monkeypatch.setattr(paper, "evaluate_saved", lambda *given, **more: {"validation": {"accuracy": 0.5}})
+    paper.evaluate(config, tmp_path / "evaluate.json", print)
+    said = capsys.readouterr().out
+    assert "rte validation, rival 2: " in said and "linear" not in said
+    assert list(json.loads((tmp_path / "evaluate.json").read_text())["rte"]) == ["teacher", spelt]
 
 
 def test_the_zip_is_made_by_one_worker_while_the_others_wait(tmp_path, monkeypatch):
@@ -481,7 +504,7 @@ def test_what_a_later_step_would_refuse_is_refused_before_anything_is_computed(t
     assert main(smoke(tmp_path / "run", *more)) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
-    assert not [entry for entry in (tmp_path / "run").iterdir() if not entry.name.startswith(".")]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("content", ["[1]", "{bad"])

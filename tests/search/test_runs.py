@@ -462,6 +462,14 @@ def test_a_teacher_or_supernet_killed_before_it_is_kept_is_the_same_in_the_end(g
     assert not list((tmp_path / "run").glob("*.pt"))
 
 
+def test_log_lines_call_a_model_by_its_name_or_its_folder():
+    names = ("bert-2x16", f"{MLP}, {MLP}", "", "bert-2x8", "bert-2x8")
+    folders = [f"model-{number}" for number in range(1, 6)]
+    assert runs.said_names(names) == dict(zip(folders, ("bert-2x16", *folders[1:]), strict=True))
+    assert runs.said_names((f"{MLP}, {MLP}",)) == {"model": "model"}
+    assert runs.said_names(names[:2], ("a", "b")) == {"model-1": "a", "model-2": "b"}
+
+
 def poisoned(model_folder, folder):
     """A copy of a saved model whose first weights are no numbers, so that what begins with it diverges."""
     shutil.copytree(model_folder, folder)
