@@ -28,6 +28,7 @@ from effbert.architecture import Dimensions
 from effbert.bench.hardware import GPUS, LIMITS, blocks_per_multiprocessor
 from effbert.bench.measure import output_file
 from effbert.bench.meta_cases import PRECISIONS, Case, cases, mlp_cases, record
+from effbert.flags import Parser, run_alone
 from effbert.kernels import aot
 from effbert.kernels.expression import STRUCTURES, Expression
 from effbert.kernels.launch import Launch
@@ -59,13 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     return int(failed)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message} ({self.prog} --help lists the flags)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="effbert bench compile-report", description=__doc__.splitlines()[0], allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser(prog="effbert bench compile-report", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--reduced", action="store_true", help="sm_90 and gfx942, bf16, few expressions")
     parser.add_argument("--architectures", help=f"comma-separated, of {', '.join(aot.TARGETS)}; default: all")
     parser.add_argument("--dtypes", help=f"comma-separated, of {', '.join(PRECISIONS)}; default: all")
@@ -290,7 +286,4 @@ def search_compilations(count: int, architecture: str = "sm_90", dtype: str = "a
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        sys.exit(f"compile_report: {error}")
+    run_alone(main, "bench.compile_report")

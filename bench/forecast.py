@@ -10,7 +10,6 @@ allows. Preset `paper` is the published procedure (fp32, everything padded, one 
 ours (bf16, buckets, shared teacher passes, halving).
 """
 
-import argparse
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import NamedTuple
 from effbert.architecture import Dimensions
 from effbert.bench.hardware import GPUS, Gpu, gpu_named
 from effbert.config import GLUE_TASKS, PAPER_CORPUS_TOKENS, PRESETS, SearchConfig, SearchStage
+from effbert.flags import Parser
 from effbert.search import forecast
 from effbert.search.population import room_in
 from effbert.step import mixed_counts
@@ -107,7 +107,7 @@ class Declared:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the forecast of both presets, write it where --output says. ValueError for an unknown GPU."""
-    parser = argparse.ArgumentParser(prog="effbert bench forecast", allow_abbrev=False)
+    parser = Parser(prog="effbert bench forecast", allow_abbrev=False)
     parser.add_argument("--gpu", default="H200", help=f"one of {', '.join(gpu.name for gpu in GPUS)}")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)

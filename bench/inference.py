@@ -31,6 +31,7 @@ import torch
 from effbert.bench.contenders import BASE, MODELS, RUNTIMES, Worker, default_runtimes, write_files, writer
 from effbert.bench.measure import Spread, ceilings, cpu_name, described, machine, output_file
 from effbert.files import write_atomic
+from effbert.flags import Parser, run_alone
 from effbert.search.figures import bars
 
 SLOW_MS, SLOW_ROUNDS = 5000.0, 2  # a call that takes this long needs no warm-up, and gets so many rounds
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="effbert bench inference", description=__doc__.splitlines()[0])
+    parser = Parser(prog="effbert bench inference", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=default_runtimes())
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8, 32])
@@ -338,4 +339,4 @@ def figure(rows: Sequence[dict]) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_alone(main, "bench.inference")

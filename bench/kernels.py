@@ -38,6 +38,7 @@ from effbert.bench.measure import (
     wall_time,
 )
 from effbert.files import write_atomic
+from effbert.flags import Parser, run_alone
 from effbert.kernels import eager
 
 SIX_LAYERS = "mlp_block, six layers"
@@ -132,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="effbert bench kernels", description=__doc__.splitlines()[0])
+    parser = Parser(prog="effbert bench kernels", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, help="JSON file, rewritten after each row")
     parser.add_argument("--ops", help="comma-separated names; default: all")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few repeats")
@@ -495,7 +496,4 @@ def _op(case: Case, variant: Variant) -> Callable:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"bench.kernels: {error}")
+    run_alone(main, "bench.kernels")

@@ -16,7 +16,6 @@ alone, and distill_attention's rival is materialised. torch.compile is not predi
 Cases and targets are those of `effbert bench kernels`, with bf16 inputs and parameters.
 """
 
-import argparse
 import contextlib
 import json
 from collections.abc import Callable, Iterable
@@ -35,6 +34,7 @@ from effbert.bench.hardware import GPUS, Gpu, gpu_named
 from effbert.bench.kernel_cases import Case, Setting, Sizes, all_cases
 from effbert.bench.kernels import SIX_LAYERS, TARGETS
 from effbert.bench.measure import output_file
+from effbert.flags import Parser
 from effbert.kernels.launch import Launch, recording
 
 
@@ -62,7 +62,7 @@ class Prediction:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table, write it where --output says. ValueError for an unknown GPU."""
-    parser = argparse.ArgumentParser(prog="effbert bench predict", allow_abbrev=False)
+    parser = Parser(prog="effbert bench predict", allow_abbrev=False)
     parser.add_argument("--gpu", default="H200", help=f"one of {', '.join(gpu.name for gpu in GPUS)}")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)

@@ -9,7 +9,6 @@ Kendall's tau-b, the mean over pairs of seeds, since one pair says little, with 
 --write puts what is printed into the file, as "kendall".
 """
 
-import argparse
 import itertools
 import json
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 from scipy.stats import kendalltau
 
 from effbert.files import write_atomic
+from effbert.flags import Parser, run_alone
 from effbert.random import generator
 
 DRAWS = 2000
@@ -27,7 +27,7 @@ Values = dict[str, np.ndarray]  # [seeds, candidates] by procedure
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, with --write into the file too. ValueError for a file of another form."""
-    parser = argparse.ArgumentParser(prog="effbert bench rank-agreement", allow_abbrev=False)
+    parser = Parser(prog="effbert bench rank-agreement", allow_abbrev=False)
     parser.add_argument("file", type=Path, help='JSON file with "values"')
     parser.add_argument("--write", action="store_true", help="keep the result in the file")
     options = parser.parse_args(arguments)
@@ -92,4 +92,4 @@ def _mean(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_alone(main, "bench.rank_agreement")

@@ -13,7 +13,6 @@ averaged over seeds, and the evaluations until the first in the top 1 % of the s
 rounded up to a seed's own count. Without noise: a real fitness has some, and every sampler loses by it.
 """
 
-import argparse
 import json
 import math
 import time
@@ -26,6 +25,7 @@ import numpy as np
 
 from effbert.architecture import Architecture
 from effbert.bench.measure import output_file
+from effbert.flags import Parser, run_alone
 from effbert.kernels.expression import ENCODING_LENGTH
 from effbert.random import generator
 from effbert.search.sampler import make_sampler
@@ -61,7 +61,7 @@ class Problem:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table, write every curve where --output says. ValueError for a file that cannot be used."""
-    parser = argparse.ArgumentParser(prog="effbert bench samplers", description=__doc__.splitlines()[0])
+    parser = Parser(prog="effbert bench samplers", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=20, help="how many")
     parser.add_argument("--evaluations", type=int, default=300, help="budget of each run")
     parser.add_argument("--objective", type=Path, default=OBJECTIVE, help="the synthetic fitness; a checkout has it")
@@ -274,4 +274,4 @@ def _text(number: float | None, form: str) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_alone(main, "bench.samplers")

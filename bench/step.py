@@ -19,7 +19,7 @@ from effbert import random
 from effbert.bench.measure import captured, ceilings, described, device_to_measure, machine, output_file, wall_time
 from effbert.distill import LossWeights, distillation_losses, score_targets
 from effbert.files import write_atomic
-from effbert.flags import Parser
+from effbert.flags import Parser, run_alone
 from effbert.kernels import dispatch, gradients_in_place, use_backend
 from effbert.model import EffBertConfig, EffBertModel
 from effbert.teacher import Teacher
@@ -165,4 +165,4 @@ def ratios(cases: dict[str, dict]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_alone(main, "bench.step")

@@ -9,10 +9,8 @@ are right and forward and backward take at least 2 % less time. The output is re
 the command loses nothing; it begins with the rules that EFFBERT_TILES names, so it can go on from an earlier file.
 """
 
-import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +25,7 @@ from effbert.bench.kernels import Problem, Variant
 from effbert.bench.measure import captured, device_to_measure, event_time, machine
 from effbert.errors import first_line
 from effbert.files import write_atomic
+from effbert.flags import Parser, run_alone
 from effbert.kernels import aot, tiles
 from effbert.kernels.dispatch import why_not_triton
 from effbert.kernels.launch import architecture, multiprocessors, recording
@@ -50,8 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="effbert kernels tune", description=__doc__.splitlines()[0])
+def _parser() -> Parser:
+    parser = Parser(prog="effbert kernels tune", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True, help="file of rules: a new one, or that of EFFBERT_TILES")
     parser.add_argument("--minutes", type=float, default=30, help="no trial begins later (default: 30)")
     parser.add_argument("--ops", help="comma-separated names; default: all")
@@ -206,7 +205,4 @@ class Runner:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"bench.tune: {error}")
+    run_alone(main, "bench.tune")

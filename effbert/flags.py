@@ -3,6 +3,8 @@
 import argparse
 import os
 import re
+import sys
+from collections.abc import Callable
 
 
 def take_flag(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
@@ -36,6 +38,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """Raise it."""
         raise ValueError(f"{message} ({self.prog} --help lists the flags)")
+
+
+def run_alone(main: Callable[[], int | None], name: str):
+    """End the process with main()'s status, or with one line for bad input: for modules that python -m starts."""
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        sys.exit(f"{name}: {error}")
 
 
 def parse(kind: type, arguments: list[str], program: str, **options):
