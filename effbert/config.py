@@ -6,6 +6,7 @@ Every field can be overridden on the command line under its own name (`--learnin
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from effbert.architecture import PUBLISHED, Architecture, Dimensions, count_parameters
@@ -428,7 +429,8 @@ class SearchConfig(TextConfig, TaskConfig):
         agreement_candidates: Train so many of stage 3's candidates alone too, with the whole budget of stage 1, and
             record how far the scores on shared weights agree; 0 for none, from 12 on it says something.
         storage: URL of the database that keeps the study, such as postgresql+psycopg://user@machine/name, for workers
-            on several machines, which all share output_dir; empty for SQLite in output_dir.
+            on several machines, which all share output_dir; empty for SQLite in output_dir. An SQLite file's relative
+            path is one from the working directory, and kept as an absolute one.
         population: Candidates trained at once on the same batches; 0 for as many of a cohort as memory holds.
         teacher_cache: On a CPU, keep the teacher's outputs for the rows that candidates train on in the run's folder,
             in bf16 and while candidates train, where they take at most so many GB; 0 for never.
@@ -462,6 +464,7 @@ class SearchConfig(TextConfig, TaskConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        object.__setattr__(self, "storage", absolute_storage(self.storage))
         self.at_least(seeds=1, population=0, params=0, min_params=0, max_params=0, max_flops=0, max_latency_ms=0)
         self.at_least(teacher_cache=0, agreement_candidates=0)
         self._check_limits()
@@ -560,19 +563,35 @@ def as_dict(config: RunConfig) -> dict:
     return _plain(fields)
 
 
+def absolute_storage(url: str) -> str:
+    """A database's URL, of an SQLite file with its absolute path, so that it names one file wherever a worker starts;
+    "" as it is. ValueError as `without_password`."""
+    if not url.startswith("sqlite"):
+        return url
+    parsed = _parsed_url(url)
+    file = parsed.database
+    if not file or file.startswith(("/", ":memory:", "file:")):
+        return url
+    return parsed.set(database=str(Path(file).resolve())).render_as_string(hide_password=False)
+
+
 def without_password(url: str) -> str:
     """A database's URL as it may be shown and kept: with *** for the password. ValueError where it is no such URL."""
+    parsed = _parsed_url(url)
+    hidden = {name: "***" for name in parsed.query if "password" in name}
+    return parsed.update_query_dict(hidden).render_as_string(hide_password=True)
+
+
+def _parsed_url(url: str):
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
     try:
-        parsed = make_url(url)
+        return make_url(url)
     except ArgumentError:
         raise ValueError(
             "--storage is not the URL of a database, such as postgresql+psycopg://user@machine/name or sqlite:////path"
         ) from None
-    hidden = {name: "***" for name in parsed.query if "password" in name}
-    return parsed.update_query_dict(hidden).render_as_string(hide_password=True)
 
 
 def _plain(value):

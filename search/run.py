@@ -100,14 +100,21 @@ def study_of(config: SearchConfig, claim: RunFolder | None) -> AbstractContextMa
 
 def tidy(study: Study, reporter: Reporter) -> None:
     """Reach the storage, and sweep the folder where no other worker is in it. A storage that has nothing of a search
-    which had begun is one that was lost: candidates are proposed by their numbers, so all come again."""
+    which had begun is one that was lost: candidates are proposed by their numbers, so all come again. ValueError where
+    other workers are at it, whose storage is another one then."""
     others = study.workers.others()
     if others:
         reporter.say(f"joining {len(others)} other workers in {study.output_dir}")
     else:
         remove_partial(study.output_dir)
     if "stage1" not in study.reach() and (study.output_dir / "stage1").is_dir():
+        if others:
+            raise ValueError(
+                f"{study.where} has no candidate of this search, at which {len(others)} other workers are: give "
+                "--storage the database that they share, or where it is lost, stop them and start one alone"
+            )
         reporter.say(f"{study.where} has no candidate of this search, which had begun: its stages begin anew")
+        study.stage("stage1")  # at once: who joins from here on finds it
 
 
 Turn = Callable[[str], AbstractContextManager[None]]

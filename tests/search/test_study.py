@@ -23,6 +23,7 @@ from effbert.search import workers as workers_module
 from effbert.search.final import Row, is_finished
 from effbert.search.run import tidy
 from effbert.search.study import Evaluation, RunFolder, StorageLostError, Study
+from effbert.search.workers import Workers
 
 COUNT = 3
 CONFIG = {"seed": 1, "teacher": {"learning_rate": 1e-4, "layers": [6, 96]}, "corpus": None}
@@ -425,6 +426,20 @@ def test_a_study_that_was_lost_is_told(tmp_path):
     (tmp_path / "study.db").unlink()
     tidy(Study(tmp_path), SimpleNamespace(say=said.append))
     assert len(said) == 1 and "study.db has no candidate" in said[0] and "begin anew" in said[0]
+
+
+def test_a_study_that_others_are_at_is_not_begun_anew(tmp_path):
+    said, reporter = [], SimpleNamespace(say=lambda text: said.append(text))
+    (tmp_path / "stage1").mkdir()
+    with Workers(tmp_path) as first, Workers(tmp_path) as second:
+        with pytest.raises(ValueError, match=r"study\.db has no candidate of this search, at which 1 "):
+            tidy(Study(tmp_path, workers=second), reporter)
+        first.leave()
+        tidy(Study(tmp_path, workers=second), reporter)
+        assert "begin anew" in said[-1]
+        first.join()
+        tidy(Study(tmp_path, workers=first), reporter)  # what the second begins anew is there at once
+        assert "joining 1 other" in said[-1]
 
 
 def test_a_final_row_of_another_winner_is_not_taken_for_this_one(tmp_path):

@@ -332,6 +332,30 @@ def test_a_run_keeps_its_storage_without_the_password_and_refuses_another_one(tm
     assert "secret" not in without_password("postgresql://host/name?password=secret&sslpassword=secret&user=me")
 
 
+def test_a_relative_storage_is_one_file_wherever_a_worker_starts(tmp_path, monkeypatch):
+    def config(url):
+        return as_dict(SearchConfig(output_dir="", storage=url))
+
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with RunFolder(tmp_path / "run", config("sqlite:///rel.db?timeout=5")) as run:
+        first = run.id
+    monkeypatch.chdir(tmp_path / "below")
+    for url in ("sqlite:///../rel.db?timeout=5", f"sqlite:///{tmp_path}/rel.db?timeout=5"):
+        with RunFolder(tmp_path / "run", config(url)) as run:
+            assert run.id == first
+    there, here = f"storage: sqlite:///{tmp_path}/rel.db", f"sqlite:///{tmp_path}/below/rel.db"
+    with pytest.raises(ValueError, match=rf"{there}.* there, {here}"):
+        RunFolder(tmp_path / "run", config("sqlite:///rel.db?timeout=5"))
+
+
+@pytest.mark.parametrize(
+    "url", ["", "sqlite://", "sqlite:///:memory:", "sqlite:////a/../b.db", "postgresql+psycopg://me:secret@host/name"]
+)
+def test_other_storages_stay_as_they_are_given(url):
+    assert SearchConfig(output_dir="", storage=url).storage == url
+
+
 def test_a_postgresql_that_is_gone_without_a_word_is_given_up(tmp_path):
     patient = engine_settings("postgresql+psycopg://me@host/name")["connect_args"]
     assert patient["connect_timeout"] == 60 and patient["keepalives_idle"] < 60
