@@ -37,6 +37,11 @@ class TeacherCache:
         self._logits = torch.from_numpy(np.load(folder / _LOGITS))
         self._heads, self._per_token = meta["heads"], meta["per_token"]
 
+    @property
+    def answers(self) -> int:
+        """How many tokens or rows have logits."""
+        return len(self._logits)
+
     def trace(self, batch: Batch) -> Trace:
         """What the teacher gives for a batch of these rows, in fp32 from bf16, zero where there is padding; with one
         query, key and hidden state for each layer of the student."""
@@ -70,8 +75,8 @@ def open_cache(
     """The cache of a teacher's outputs on `dataset` (encoded rows), read from `folder` or made there.
 
     num_layers: of the students. inputs_of: a batch -> what the teacher reads. limit: in GB; None where it would take
-    more. Its size is said before it is made. One of another teacher, or of other rows, is made anew. DiskFullError
-    where it does not fit the disk, and nothing of it is left.
+    more. Its size is said before it is made. One of another teacher, or of other rows, is made anew, as is a damaged
+    one. DiskFullError where it does not fit the disk, and nothing of it is left.
     """
     plan = BatchPlan(dataset, 64, pad_token_id=pad_token_id)
     lengths = plan.rows.lengths
@@ -82,14 +87,28 @@ def open_cache(
         say(f"{said}, more than --teacher_cache {limit:g}: each batch asks the teacher")
         return None
     found = _read(folder / _META)
-    if found is not None and found != meta:
-        say(f"{folder} is of another teacher or other rows: made anew")
-    if found != meta:
-        say(f"{said} in {folder}")
-        with atomic_dir(folder) as temporary:
-            _fill(temporary, teacher, plan, num_layers, inputs_of)
-            (temporary / _META).write_text(json.dumps(meta), encoding="utf-8")
+    kept = _kept(folder, meta, lengths) if found == meta else None
+    if kept is not None:
+        return kept
+    if found is not None:
+        say(f"{folder} is {'damaged' if found == meta else 'of another teacher or other rows'}: made anew")
+    say(f"{said} in {folder}")
+    with atomic_dir(folder) as temporary:
+        _fill(temporary, teacher, plan, num_layers, inputs_of)
+        (temporary / _META).write_text(json.dumps(meta), encoding="utf-8")
     return TeacherCache(folder, meta, lengths)
+
+
+def _kept(folder: Path, meta: dict, lengths: np.ndarray) -> TeacherCache | None:
+    """The cache that lies in `folder`, None where its files are not there or not as large as they were made."""
+    tokens = int(lengths.sum())
+    try:
+        cache = TeacherCache(folder, meta, lengths)
+        size = (folder / _VALUES).stat().st_size
+    except (OSError, ValueError, EOFError):
+        return None
+    whole = size == 2 * tokens * sum(meta["sizes"]) and cache.answers == (tokens if meta["per_token"] else len(lengths))
+    return cache if whole else None
 
 
 def _meta(teacher: Teacher, rows: int, num_layers: int) -> dict:

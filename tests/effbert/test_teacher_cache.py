@@ -102,6 +102,36 @@ def test_one_of_another_teacher_or_of_other_rows_is_made_anew(tmp_path, rows):
     torch.testing.assert_close(cache.trace(batch).logits, other.trace(*inputs_of(batch)).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_one_is_made_anew(tmp_path, rows, kind):
+    teacher, batch, folder = teacher_of(kind), BatchPlan(rows, 23, pad_token_id=0)[0], tmp_path / "kept"
+    whole = opened(folder, teacher, rows).trace(batch)
+    logits = np.load(folder / "logits.npy")
+
+    def damage(name, content):
+        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+
+    values = (folder / "values.bf16").read_bytes()
+    for name, content in (
+        ("values.bf16", values[:1000]),
+        ("values.bf16", values + b"\0\0"),
+        ("values.bf16", b""),
+        ("values.bf16", None),
+        ("logits.npy", (folder / "logits.npy").read_bytes()[:-4]),
+        ("logits.npy", b""),
+        ("logits.npy", None),
+    ):
+        said = []
+        damage(name, content)
+        found = opened(folder, teacher, rows, say=said).trace(batch)
+        assert said[0] == f"{folder} is damaged: made anew", (name, said)
+        assert torch.equal(found.logits, whole.logits)
+        assert torch.equal(found.hidden_states[1], whole.hidden_states[1])
+    np.save(folder / "logits.npy", logits[1:])
+    opened(folder, teacher, rows, say=said)
+    assert "damaged" in said[-2]
+
+
 def test_one_that_would_be_too_large_is_not_made(tmp_path, rows):
     said = []
     assert opened(tmp_path / "kept", teacher_of(), rows, limit=1e-6, say=said) is None
