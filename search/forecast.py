@@ -4,7 +4,8 @@ The one idea: time is tokens times seconds a token, of five kinds: a teacher's p
 candidate's step, a step of the whole supernet, and scoring. `measure` times these on a few real batches here; `assume`
 derives them from counted FLOPs and assumed rates. Tokens are those of the batches that will be drawn, padding included,
 or follow from sizes that are only declared (effbert.bench.forecast). Left out: loading data, extracting candidates, the
-sampler, and what is saved where a CPU keeps the teacher's outputs.
+sampler, compiling kernels on a GPU (about an hour for 1,000 candidates, see there), and what is saved where a CPU keeps
+the teacher's outputs.
 """
 
 import dataclasses

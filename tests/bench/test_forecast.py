@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from effbert.bench.hardware import GPUS
 from effbert.config import paper, paper_fast
 from effbert.search.forecast import duration, search_hours
 
+RECORDED = Path(__file__).parents[2] / "bench" / "results"
 H200 = next(gpu for gpu in GPUS if gpu.name == "H200")
 
 
@@ -27,6 +29,10 @@ def test_the_fast_preset_is_forecast_below_six_hours_and_says_so_in_its_file(tmp
         "teachers", "supernet-stage1", "supernet", "stage1", "stage2", "stage3", "final",
     ]  # fmt: skip
     assert found["presets"]["paper-fast"]["parts"][1]["name"] == "supernet"
+    assert "left out of both: about 0.992 h of compiling kernels, 3,248 times 1.1 s" in shown
+    assert found["left_out"]["compiling_kernels_hours"] == pytest.approx(0.99, abs=0.01)
+    recorded = RECORDED / "forecast-h200.json"
+    assert json.loads(recorded.read_text()) == found  # what README says is read off it
 
 
 def test_energy_is_at_most_what_the_data_sheet_allows_and_says_so(tmp_path, capsys):
