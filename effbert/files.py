@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old content or the new, never half of one.
+"""Writing files so that a reader sees the old content or the new, never half of one; and reading back a run's own.
 
 Everything is written under a temporary name in the same folder, flushed to the disk, and renamed. A process killed in
 between leaves a file whose name begins with `PARTIAL`: the next to write the same path on this machine removes it, and
@@ -9,6 +9,7 @@ import errno
 import functools
 import glob
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -28,6 +29,18 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Replaces the file `path` by `data` (text as UTF-8), or leaves it as it was and raises OSError."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def read_kept(path: Path, then: str, *names: str, delete: Path | None = None) -> dict:
+    """The JSON object in a run's own file, which has `names`; ValueError where it is damaged, in one line that says to
+    delete it (or `delete`) and what the same command does `then`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not content.keys() >= set(names):
+        raise ValueError(f"{path} is damaged: delete {delete or 'it'}, and the same command {then}")
+    return content
 
 
 @contextmanager

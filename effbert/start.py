@@ -6,7 +6,7 @@ projection is training's alone, so one to another teacher's width is begun anew.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -200,16 +200,20 @@ def start_weights(config: EffBertConfig, folder: str) -> dict[str, torch.Tensor]
     return {name: tensor for name, tensor in state.items() if name not in other}
 
 
-def read_weights(kind: type[EffBertPreTrainedModel], folder: str) -> tuple[EffBertPreTrainedModel, set[str]]:
+def read_weights(
+    kind: type[EffBertPreTrainedModel], folder: str, where: str = "", may_lack: Sequence[str] = (*MAY_LACK, *HEADS)
+) -> tuple[EffBertPreTrainedModel, set[str]]:
     """The model that a folder holds, and the names of its encoder's weights that the folder lacks, which are drawn.
 
-    ValueError, in one line, where they cannot be read, or are not those that config.json asks for.
+    where: names the folder in errors, "" for that of --start_from. may_lack: parts of names that may be missing.
+    ValueError, in one line, where weights cannot be read, or are not those that config.json asks for.
     """
+    where = where or f"--start_from {folder}"
     try:
         model, found = kind.from_pretrained(
             Path(folder).expanduser(), use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
         )
     except Exception as error:  # the layers below raise kinds of their own
-        raise ValueError(f"--start_from {folder}: its weights cannot be read: {first_line(error)}") from error
-    check_weights(f"--start_from {folder}", found, may_lack=(*MAY_LACK, *HEADS))
+        raise ValueError(f"{where}: its weights cannot be read: {first_line(error)}") from error
+    check_weights(where, found, may_lack)
     return model, {name.removeprefix("effbert.") for name in found["missing_keys"]}

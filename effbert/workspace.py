@@ -7,9 +7,10 @@ was given is fingerprinted at its first start: a resume over other data or anoth
 import copy
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from effbert.data.tasks import BUILTIN, Task, TaskSpec, is_known, load_task, map
 from effbert.data.tokenizer import load_tokenizer, train_wordpiece
 from effbert.engine import Phase, TrainingResult, forget, train
 from effbert.evaluate import evaluate
-from effbert.files import atomic_dir, write_atomic
+from effbert.files import atomic_dir, read_kept, write_atomic
 from effbert.mlm import MaskedPlan, masked_lm_loss, new_bert
 from effbert.model import EffBertConfig
 from effbert.optim import TrainingArguments
@@ -398,11 +399,12 @@ def fingerprints(
 
 
 def check_inputs(folder: Path, found: dict[str, str]) -> None:
-    """Keep the fingerprints of a run at its first start; ValueError where a later start finds others."""
+    """Keep the fingerprints of a run at its first start; ValueError where a later start finds others, or they are
+    damaged."""
     path = folder / "inputs.json"
     if not path.exists():
         write_atomic(path, json.dumps(found, indent=2) + "\n")
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_kept(path, "takes its input for what this run began with")
     changed = [name for name in {**before, **found} if before.get(name) != found.get(name)]
     if changed:
         raise ValueError(f"{changed[0]} changed since this run began: use another --output_dir")
@@ -611,17 +613,21 @@ def must_finish(result: TrainingResult, what: str, flag: str) -> None:
         raise ValueError(f"{what} diverged ({result.diverged}): lower {flag}")
 
 
-def keep(model, target: Path, *results: TrainingResult, tokenizer=None) -> None:
+def keep(
+    model, target: Path, *results: TrainingResult, tokenizer=None, beside: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """A transformers model folder with what its training took (training.json), all or nothing.
 
-    results: of whatever has its seconds and tokens, a `Distillation` too; none where nothing was trained."""
+    results: of whatever has its seconds and tokens, a `Distillation` too; none where nothing was trained. beside: texts
+    of further files, by name."""
     best = [found for result in results for found in best_step(result).items()]
     cost = {"seconds": sum(result.seconds for result in results), "tokens": sum(result.tokens for result in results)}
     with atomic_dir(target) as temporary:
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        (temporary / "training.json").write_text(json.dumps(cost | dict(best)))
+        for name, text in {**beside, "training.json": json.dumps(cost | dict(best))}.items():
+            (temporary / name).write_text(text, encoding="utf-8")
 
 
 def best_step(result) -> dict[str, int]:

@@ -20,7 +20,7 @@ from effbert.card import SCORES, scores_text
 from effbert.config import published
 from effbert.engine import Phase, forget
 from effbert.evaluate import evaluate_rows
-from effbert.files import atomic_dir, write_atomic
+from effbert.files import atomic_dir, read_kept, write_atomic
 from effbert.model import EffBertConfig, EffBertHeadModel, new_student
 from effbert.search.latency import latency
 from effbert.search.progress import Reporter
@@ -97,15 +97,20 @@ def final_rows(
             file = files[row.name]
             world.on_first(_keep, workspace, row, repeat, start.model, seconds, diverged, best, file, reporter)
     forget([phase.sub(part) for phase in phases.values() for part in ("warm-up", "general", "task")])
-    return [json.loads(files[row.name].read_text()) for row in lines]
+    return [read_row(files[row.name]) for row in lines]
 
 
 def is_finished(file: Path, row: Row) -> bool:
     """Whether the file holds this row, and not one of another winner, of stages that began anew."""
     if not file.exists():
         return False
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = read_row(file)
     return (found["architecture"], found["plain_width"]) == (str(row.architecture), row.plain_width)
+
+
+def read_row(file: Path) -> dict:
+    """What became of a row; ValueError where its file is damaged."""
+    return read_kept(file, "distils this row anew", "architecture", "plain_width")
 
 
 def _phase(workspace: Workspace, row: Row, repeat: int, file: Path) -> Phase:
@@ -125,14 +130,14 @@ def _keep(
     reporter: Reporter,
 ) -> None:
     """Score a row and write its file, for the first winner that has scores best/ too; a row that diverged has none."""
-    scores, hits = (None, "") if diverged else held_out(workspace, model)
+    scores, jackknife = (None, []) if diverged else held_out(workspace, model)
     result = {
         "row": row.name,
         "repeat": repeat,
         "architecture": str(row.architecture),
         "plain_width": row.plain_width,
         "scores": scores,
-        "hits": hits,
+        "jackknife": jackknife,
         "diverged": diverged,
         **costs(model, row.architecture, workspace.config.max_length),
         "seconds": seconds,
@@ -189,9 +194,10 @@ def fresh_head(model: EffBertHeadModel, key: int) -> None:
             linear.bias.zero_()
 
 
-def held_out(workspace: Workspace, model) -> tuple[dict[str, float], str]:
-    """Metrics of the main task on its official validation rows, for a student or a teacher with a `trace`; and for
-    classification which of them it answers rightly (`pack_hits`), else ""."""
+def held_out(workspace: Workspace, model) -> tuple[dict[str, float], list[float]]:
+    """Metrics of the main task on its official validation rows, for a student or a teacher with a `trace`; and the
+    first of them as `jackknife` gives it."""
+    first = workspace.main_task.spec.metrics[0]
     scores = evaluate_rows(
         lambda batch: model.trace(*model_inputs(batch)).logits,
         workspace.held_out[workspace.main_task.spec.name],
@@ -199,7 +205,7 @@ def held_out(workspace: Workspace, model) -> tuple[dict[str, float], str]:
         device=workspace.device,
     )
     scores.pop("roc_auc", None)
-    return scores, scores.pop("hits", "")
+    return scores, scores.pop("jackknife")[first]
 
 
 def costs(model: EffBertHeadModel, architecture: Architecture, length: int) -> dict:
@@ -227,17 +233,17 @@ def teacher_row(workspace: Workspace) -> dict:
     kept in <run>/teacher.json."""
     file = workspace.folder / TEACHER_ROW
     if file.exists():
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_kept(file, "scores the teacher anew", "row", "scores")
     teacher = workspace.teachers[workspace.main_task.spec.name]
     config, length = teacher.config, workspace.config.max_length
-    scores, hits = held_out(workspace, teacher)
+    scores, jackknife = held_out(workspace, teacher)
     flops = bert_flops(length, config.hidden_size, config.intermediate_size, config.num_hidden_layers)
     row = {
         "row": "teacher",
         "repeat": 0,
         "architecture": "",
         "scores": scores,
-        "hits": hits,
+        "jackknife": jackknife,
         "parameters": sum(parameter.numel() for parameter in teacher.model.parameters()),
         "flops": flops.total,
         **cpu_latency(teacher.model, config.vocab_size, length),

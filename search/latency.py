@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from effbert.architecture import Architecture
-from effbert.files import write_atomic
+from effbert.files import read_kept, write_atomic
 from effbert.model import new_student
 from effbert.supernet import derive_config
 from effbert.workspace import Workspace
@@ -54,7 +54,7 @@ class Latencies:
 
     def of(self, architecture: Architecture) -> float:
         """Measured now, or read back."""
-        known = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        known = read_kept(self.path, "measures anew") if self.path.exists() else {}
         here = known.setdefault(self.name, {})
         if str(architecture) not in here:
             here[str(architecture)] = self._measure(architecture)

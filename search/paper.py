@@ -35,7 +35,7 @@ from effbert.data.encode import WINDOWS
 from effbert.data.tasks import load_validation, task_key
 from effbert.data.tokenizer import load_tokenizer
 from effbert.export import ExportConfig, export
-from effbert.files import atomic_dir, write_atomic
+from effbert.files import atomic_dir, read_kept, write_atomic
 from effbert.models import PLUS, architecture_of, check_heads, model_fields, sized_down
 from effbert.optim import TrainingArguments
 from effbert.parallel import ALONE, World
@@ -50,6 +50,7 @@ from effbert.teacher import content_hash, longest_text, read_config
 from effbert.workspace import check_corpora, check_teacher, data_dir_of, load_tasks, show
 
 TABLE = "table.md"
+WRITTEN_ANEW = "writes it anew"  # what a plan does without a file of its own
 PER_TASK = {  # what a task may have of its own: its type, and the least that it can be
     "rows": (int, 0),
     "seeds": (int, 1),
@@ -181,7 +182,7 @@ def run_paper(config: PaperConfig, reporter: Reporter | None = None, world: Worl
                 step.start()
                 world.on_first(write_plan, folder, steps)
                 world.wait()
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        results = read_kept(folder / RESULTS, WRITTEN_ANEW, "tasks")
         if world.is_first:
             title = f"scores on {OFFICIAL}{chosen_by(config.distillation.load_best_model_at_end)}"
             print_table(reporter.console, title, plan_rows(results["tasks"]))
@@ -532,7 +533,7 @@ def members_of(config: PaperConfig, group: str) -> list[str]:
 
 def winner_of(folder: Path) -> str:
     """The architecture that the search found."""
-    return json.loads((folder / WINNER).read_text(encoding="utf-8"))["winner"]
+    return read_kept(folder / WINNER, WRITTEN_ANEW, "winner")["winner"]
 
 
 def model_of(config: PaperConfig, name: str) -> str:
@@ -643,7 +644,7 @@ def check_members(config: PaperConfig, group: str) -> None:
     """ValueError where a pretraining run that is done holds other models than its part of the plan has."""
     file = Path(config.output_dir) / group / RESULTS
     if file.exists():
-        there = json.loads(file.read_text(encoding="utf-8"))["models"].values()
+        there = read_kept(file, WRITTEN_ANEW, "models")["models"].values()
         wanted = [str(architecture_of(model_of(config, name))) for name in members_of(config, group)]
         if [model["architecture"] for model in there] != wanted:
             raise ValueError(f"{file.parent} holds other models than this plan's: use another --output_dir")
@@ -689,7 +690,7 @@ def table_of(config: PaperConfig) -> list[dict]:
         for depth in depths_of(config):
             file = distilled(config, task, depth) / RESULTS
             if file.exists():
-                seen.append(json.loads(file.read_text(encoding="utf-8")))
+                seen.append(read_kept(file, WRITTEN_ANEW, "models"))
                 there |= zip(starts_of(config, depth), seen[-1]["models"].values(), strict=True)
         models = {name: there.get(name, {"score": None, "spread": None, "seeds": []}) for name in names_of(config)}
         found.append({name: seen[0][name] for name in ("task", "metric", "teacher")} | {"models": models})

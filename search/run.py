@@ -17,7 +17,7 @@ from effbert import __version__
 from effbert.architecture import Architecture
 from effbert.config import SearchConfig, SearchStage, as_dict
 from effbert.errors import first_line
-from effbert.files import remove_partial, write_atomic
+from effbert.files import read_kept, remove_partial, write_atomic
 from effbert.parallel import ALONE, World
 from effbert.search import forecast, report
 from effbert.search.agreement import Interval, kendall, of_filter, of_rungs
@@ -372,7 +372,8 @@ def others_on_front(study: Study, config: SearchConfig) -> list[Architecture]:
 def training_seconds(folder: Path, study: Study, results: list[dict]) -> dict[str, float]:
     """Seconds spent in training loops, by part, from what each part kept beside its outcome."""
     parts = {
-        str(file.parent.relative_to(folder)): json.loads(file.read_text())["seconds"] for file in training_files(folder)
+        str(file.parent.relative_to(folder)): read_kept(file, "counts its seconds no more", "seconds")["seconds"]
+        for file in training_files(folder)
     }
     for name in ("stage1", "stage2", *([AGREEMENT] if (folder / AGREEMENT).exists() else [])):
         parts[f"{name} candidates"] = sum(e.attrs.get("seconds", 0.0) for e in study.stage(name).evaluations())

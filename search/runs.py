@@ -27,7 +27,7 @@ from effbert.config import (
     as_dict,
 )
 from effbert.engine import Phase, forget
-from effbert.files import remove_partial, write_atomic
+from effbert.files import read_kept, remove_partial, write_atomic
 from effbert.model import EffBertConfig, EffBertModel, new_student, parse_architecture
 from effbert.models import PLUS
 from effbert.parallel import ALONE, World
@@ -224,8 +224,8 @@ def keep_student(workspace: Workspace, student: Student, file: Path, name: str, 
     say(f"{name}, seed {seed}: {said}")
     target = workspace.folder / file.stem.rpartition("-seed-")[0]
     if not result.diverged and (seed == config.seed or not target.exists()):
-        keep(deployed(workspace, model), target, result, tokenizer=workspace.student_tokenizer)
-        write_atomic(target / SCORES, scores_of(workspace, own["scores"]))
+        beside = {SCORES: scores_of(workspace, own["scores"])}
+        keep(deployed(workspace, model), target, result, tokenizer=workspace.student_tokenizer, beside=beside)
     write_atomic(file, json.dumps(own, indent=1))
 
 
@@ -235,7 +235,7 @@ def of_models(workspace: Workspace, plans: Sequence[EffBertConfig]) -> dict:
     config, metric, found = workspace.config, workspace.main_task.spec.metrics[0], {}
     for name, fields in zip(model_names(len(plans)), plans, strict=True):
         files = [workspace.folder / f"{name}-seed-{number}.json" for number in range(config.seeds)]
-        seeds = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        seeds = [read_kept(file, "distils this model anew", "seed", "scores") for file in files]
         values = [seed["scores"][metric] for seed in seeds if seed["scores"]]
         found[name] = {
             "architecture": fields.architecture,
@@ -421,7 +421,7 @@ _SHARED = tuple(field.name for field in dataclasses.fields(StudentArguments) if 
 
 def trained(folder: Path) -> dict:
     """What training a kept model took."""
-    return json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    return read_kept(folder / "training.json", "trains it anew", delete=folder)
 
 
 def finish(
@@ -434,7 +434,7 @@ def finish(
     path = workspace.folder / RESULTS
     # only the first process asks whether they are there: a slower one would find what it has just written
     workspace.world.on_first(lambda: path.exists() or write_atomic(path, json.dumps(conclude(), indent=1)))
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = read_kept(path, "writes it anew")
     if "scores" in results:
         say(f"{show(results['scores'])} on {OFFICIAL}{chosen_by('best_step' in results)}")
     for name, model in results.get("models", {}).items():

@@ -32,11 +32,12 @@ from effbert.search.screen import DISCARDED, SCREENED, STAYS, Screen
 from effbert.search.space import Space
 from effbert.search.study import Evaluation, StageStudy, TakenOver
 from effbert.search.workers import SHARING, Workers
-from effbert.start import fresh_projection, load_start
+from effbert.start import fresh_projection, load_start, read_weights
 from effbert.student import distil_generally
 from effbert.supernet import Supernet, supernet_config
 from effbert.workspace import Workspace, keep, must_finish
 
+NEXT = 3  # candidates that the best one is compared with
 POLL_SECONDS = 1.0  # between two looks at whether the other workers are done with a rung
 
 
@@ -273,18 +274,20 @@ def _show(stage: StageStudy, line: StageLine, outcome: Outcome, metric: str) -> 
 
 
 def comparison(evaluations: Sequence[Evaluation], best: Evaluation, metric: str = "value") -> str:
-    """The best candidate beside the second best, row by row where their answers are known. metric: what values are."""
+    """The best candidate beside the NEXT best, each time with an interval. metric: what values are."""
     others = [e for e in evaluations if e.state == "complete" and e.number != best.number]
     text = f"candidate {best.number} is best with {metric} {best.value:.4f}"
     if not others:
         return text
     if all(other.value == best.value for other in others):
         return f"{text}, as are all others ({len(others)}): their values tell nothing apart, more rows or epochs might"
-    second = max(others, key=lambda e: (e.value, -e.number))
-    text += f", candidate {second.number} second with {second.value:.4f}"
-    if "hits" in best.attrs and "hits" in second.attrs:
-        text += f"; difference in accuracy {paired_difference(best.attrs['hits'], second.attrs['hits'])}"
-    return text
+    ahead = []
+    for other in sorted(others, key=lambda e: (-e.value, e.number))[:NEXT]:
+        parts = [evaluation.attrs.get("jackknife", ()) for evaluation in (best, other)]  # none of few rows
+        known = len(parts[0]) == len(parts[1]) > 1
+        by = paired_difference(best.value, other.value, parts).as_difference if known else best.value - other.value
+        ahead.append(f"candidate {other.number} by {by if known else f'{by:+.4f}'}")
+    return f"{text}, ahead of {', '.join(ahead)}"
 
 
 def candidate_start(workspace: Workspace, reporter: Reporter) -> tuple[Workspace, Supernet]:
@@ -336,5 +339,10 @@ def distilled_supernet(
 
 
 def load_supernet(workspace: Workspace, folder: Path) -> Supernet:
-    """A supernet kept by `keep`: always read back, so that a fresh run and a resumed one go on from the same bytes."""
-    return own_memory(Supernet.from_pretrained(folder)).to(workspace.device).eval()
+    """A supernet kept by `keep`: always read back, so that a fresh run and a resumed one go on from the same bytes.
+    ValueError, in one line, where its folder is damaged."""
+    try:
+        supernet, _ = read_weights(Supernet, folder, str(folder), may_lack=())
+    except ValueError as error:
+        raise ValueError(f"{error}; delete {folder}, and the same command makes this supernet again") from error
+    return own_memory(supernet).to(workspace.device).eval()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from effbert import files
-from effbert.files import DiskFullError, atomic_dir, atomic_path, remove_partial, write_atomic
+from effbert.files import DiskFullError, atomic_dir, atomic_path, read_kept, remove_partial, write_atomic
 
 
 def full_disk(*_):
@@ -23,6 +23,21 @@ def test_text_and_bytes_are_written_and_replaced(tmp_path):
     write_atomic(str(target), b"\x00\xff")
     assert target.read_bytes() == b"\x00\xff"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path):
+    path = tmp_path / "row.json"
+    path.write_text('{"a": 1}')
+    assert read_kept(path, "makes it anew", "a") == {"a": 1}
+    for damaged in (b"", b'{"a": ', b"[]", b'{"b": 1}', b"\xff"):
+        path.write_bytes(damaged)
+        for delete, named in ((None, "it"), (tmp_path, tmp_path)):
+            with pytest.raises(ValueError) as caught:
+                read_kept(path, "makes it anew", "a", delete=delete)
+            assert str(caught.value) == f"{path} is damaged: delete {named}, and the same command makes it anew"
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        read_kept(path, "makes it anew")
 
 
 def test_the_temporary_path_keeps_folder_and_suffix(tmp_path):

@@ -316,6 +316,10 @@ def test_a_run_goes_on_over_the_same_inputs_and_stops_where_they_changed(config,
     assert refused(config, run).startswith("the rows of task own changed")
     change_config(config, layer_norm_eps=1e-5)
     assert refused(config, run).startswith("the teacher changed")
+    (run / "inputs.json").write_text("{")
+    assert f"{run / 'inputs.json'} is damaged: delete it" in refused(config, run)
+    (run / "inputs.json").unlink()
+    opened(config, run, teachers=False)
 
 
 @settings(max_examples=60, deadline=None)

@@ -241,6 +241,23 @@ def test_three_workers_that_are_killed_end_like_one_that_is_not(undisturbed, tmp
     assert not list(folder.rglob(".partial-*"))
 
 
+def test_a_damaged_file_is_one_line_and_the_run_goes_on_without_it(undisturbed, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed[0], folder)
+    (folder / "results.json").unlink()
+    os.truncate(folder / "stage3" / "supernet" / "model.safetensors", 1000)
+    os.truncate(folder / "teacher.json", 20)
+    os.truncate(folder / "final" / "winner-0.json", 20)
+    for name in ("stage3/supernet", "teacher.json", "final/winner-0.json"):
+        capsys.readouterr()
+        assert main([*COMMAND, str(folder)]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert str(folder / name) in line and "delete" in line
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+    assert main([*COMMAND, str(folder)]) == 0
+    assert outcome(folder) == outcome(undisturbed[0])
+
+
 def test_a_damaged_checkpoint_is_one_line_and_loses_nothing(undisturbed, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(undisturbed[0], folder)

@@ -534,6 +534,16 @@ def test_the_model_kept_is_of_the_first_seed_that_did_not_diverge(given, made, t
     assert evaluate_saved(tmp_path / "run" / "model", "mine", own=rows)["validation"]["accuracy"] == model["score"]
 
 
+def test_a_student_never_lies_there_without_its_scores(given, made, tmp_path, monkeypatch):
+    def die(path, text):
+        raise OSError(f"killed before {path.name}")
+
+    monkeypatch.setattr(runs, "write_atomic", die)
+    command = distill_command(given, made, tmp_path / "run", "--model", f"{MLP}, {MLP}")
+    assert main([*command, "--start_from", str(made / "net" / "model")]) == 2
+    assert read_scores(tmp_path / "run" / "model")["scores"]
+
+
 def test_a_run_is_told_by_what_its_paths_hold(given, made, tmp_path, monkeypatch, capsys):
     moved = tmp_path / "moved"
     shutil.copytree(made, moved / "made")
