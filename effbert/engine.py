@@ -29,6 +29,7 @@ from effbert.pace import Standing
 from effbert.parallel import ALONE, World
 
 CHECK_EVERY = 10  # steps between reads of the loss: a read waits for the device
+LOSSES_KEPT = 24  # of those reads, evenly over a phase: what a curve on a page can show
 DIVERGED = 10.0  # times the loss that a phase began with: more, in the mean of CHECK_EVERY steps, ends it
 SAVING_SHARE = 0.05  # of the time may go into checkpoints
 
@@ -64,7 +65,8 @@ class TrainingResult:
     updates made. tokens: real tokens seen. seconds: time in the loop, of time shared with others an equal part, runs
     that were interrupted included up to their last checkpoint. loss: mean of the last epoch (NaN without steps).
     epochs: what `after_epoch` returned, epoch by epoch. best_step: updates made when `rank` was highest, 0 where the
-    best is not asked for."""
+    best is not asked for. losses: (share of the phase's steps that are done, loss) of the first step, and then of at
+    most LOSSES_KEPT + 1 places, each the mean of the CHECK_EVERY steps before it, to four digits."""
 
     diverged: str = ""
     steps: int = 0
@@ -73,6 +75,7 @@ class TrainingResult:
     loss: float = float("nan")
     epochs: list[dict] = field(default_factory=list)
     best_step: int = 0
+    losses: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -357,6 +360,7 @@ class _Learner:
         self.first_window: float | None = None
         self.read_loss: float | None = None  # a batch's, in the mean of the steps before the last check
         self.records: list[dict] = []
+        self.losses: list[tuple[float, float]] = []
         self.best: dict | None = None  # score, step and weights, on the CPU
         self.seconds, self.diverged = 0.0, ""
         self.lane = self.recordings = self.key = self.parts = None
@@ -466,6 +470,8 @@ class _Learner:
         if self.diverged or (self.window_steps < CHECK_EVERY and self.step < self.total):  # the end of an epoch
             return
         if self.first_window is None:
+            if self.step > 1:
+                self.keep_loss(1, float(self.first_loss) / self.arguments.gradient_accumulation_steps)
             begun, now = float(self.first_loss), float(self.late_loss) if self.partly_used is None else 0.0
             self.first_window = total / self.window_steps
             if self.early:
@@ -474,9 +480,16 @@ class _Learner:
         else:
             begun = self.first_window
             now = (total + (CHECK_EVERY - self.window_steps) * begun) / CHECK_EVERY
+        self.keep_loss(self.step, self.read_loss)
         self.window_sum, self.window_steps = torch.zeros_like(self.window_sum), 0
         if math.inf > now > DIVERGED * begun > 0:
             self.diverged = f"loss grown from {begun:.3g} to {now:.3g} at step {self.step}"
+
+    def keep_loss(self, step: int, loss: float) -> None:
+        """Keep a loss that was read for the curve, where this step is one of its places."""
+        every = CHECK_EVERY * math.ceil(self.total / CHECK_EVERY / LOSSES_KEPT)
+        if step % every == 0 or step in (1, self.total):
+            self.losses.append((float(f"{step / self.total:.4g}"), float(f"{loss:.4g}")))
 
     def check_finite(self, total: float) -> None:
         """End the phase where the loss of the steps since the last check is not finite."""
@@ -512,7 +525,9 @@ class _Learner:
     def result(self) -> TrainingResult:
         """What the phase came to."""
         best = 0 if self.best is None else self.best["step"]
-        return TrainingResult(self.diverged, self.step, self.tokens, self.seconds, self.last_loss, self.records, best)
+        return TrainingResult(
+            self.diverged, self.step, self.tokens, self.seconds, self.last_loss, self.records, best, self.losses
+        )
 
     def to(self, device: torch.device) -> None:
         """Move the model and its optimiser's state."""
@@ -527,6 +542,7 @@ class _Learner:
             return
         state = {name: getattr(self, name) for name in self.COUNTERS}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.adamw.state_dict(), "best": self.best}
+        state["losses"] = self.losses
         checkpoint.save(self.phase.checkpoint, self.phase.fingerprint, state)
 
     def resume(self) -> None:
@@ -541,6 +557,7 @@ class _Learner:
             for name in self.COUNTERS:
                 setattr(self, name, state[name])
             self.best = state.get("best")
+            self.losses = state.get("losses", [])  # not in checkpoints from before they were kept
         except (KeyError, ValueError, RuntimeError) as error:
             raise ValueError(f"checkpoint {path} does not fit this phase: delete it to restart this phase") from error
 

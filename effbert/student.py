@@ -2,7 +2,7 @@
 many at once, and the rows of its final table go through the one function `distil`; a supernet learns from text only."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from effbert.config import Budget
@@ -32,7 +32,8 @@ class Student:
 class Distillation:
     """What became of a student. diverged: why there is no score, or "". epochs: what `after_epoch` gave, a task epoch
     each. seconds, tokens: both phases together; the phases' checkpoints are to be forgotten once this is kept.
-    best_step: as TrainingResult's, of the task phase."""
+    best_step: as TrainingResult's, of the task phase. losses: as TrainingResult's, of "general" and "task", where the
+    student came so far."""
 
     diverged: str
     epochs: list[dict]
@@ -40,6 +41,7 @@ class Distillation:
     tokens: int
     phases: tuple[Phase, ...]
     best_step: int = 0
+    losses: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
 
 def distil(
@@ -172,4 +174,5 @@ def _joined(general: TrainingResult, task: TrainingResult | None, phases: tuple[
     name, last = list(results.items())[-1]
     diverged = f"{last.diverged} of {name} distillation" if last.diverged else ""
     seconds, tokens = (sum(getattr(result, cost) for result in results.values()) for cost in ("seconds", "tokens"))
-    return Distillation(diverged, last.epochs, seconds, tokens, phases, task.best_step if task else 0)
+    losses = {name: result.losses for name, result in results.items()}
+    return Distillation(diverged, last.epochs, seconds, tokens, phases, task.best_step if task else 0, losses)

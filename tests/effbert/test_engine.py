@@ -15,7 +15,7 @@ from torch import nn
 
 from effbert import checkpoint, files
 from effbert.data.batches import BatchPlan
-from effbert.engine import Phase, Trainee, forget, train, train_together
+from effbert.engine import LOSSES_KEPT, Phase, Trainee, forget, train, train_together
 from effbert.kernels import philox
 from effbert.optim import TrainingArguments
 
@@ -59,28 +59,65 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("moment", [1, 5, 6, 7, 17])
-def test_a_phase_killed_after_any_step_ends_as_if_undisturbed(tmp_path, moment):
-    whole, expected = run(Phase(("p", 1), 3))
-    phase = Phase(("p", 1), 3, tmp_path / "p.pt", "settings", save_seconds=-1.0)
-
+def kill_at(moment):
     def kill(at):
         if at.step == moment:
             raise Killed
 
+    return kill
+
+
+@pytest.mark.parametrize("moment", [1, 5, 6, 7, 17])
+def test_a_phase_killed_after_any_step_ends_as_if_undisturbed(tmp_path, moment):
+    whole, expected = run(Phase(("p", 1), 3))
+    phase = Phase(("p", 1), 3, tmp_path / "p.pt", "settings", save_seconds=-1.0)
     with pytest.raises(Killed):
-        run(phase, on_step=kill)
+        run(phase, on_step=kill_at(moment))
     model, result = run(phase)
     for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-    assert (result.steps, result.tokens, result.loss, result.epochs) == (
+    assert (result.steps, result.tokens, result.loss, result.epochs, result.losses) == (
         expected.steps,
         expected.tokens,
         expected.loss,
         expected.epochs,
+        expected.losses,
     )
+    assert len(result.losses) == 3
     forget([phase])
     assert not phase.checkpoint.exists()
+
+
+@pytest.mark.parametrize("epochs,every", [(1, 10), (3, 10), (60, 30)])
+def test_the_losses_that_are_read_are_kept_for_a_curve(epochs, every):
+    model, seen = Tiny(), []
+
+    def loss_of(batch, number):
+        seen.append(model(batch))
+        return seen[-1]
+
+    arguments = TrainingArguments(learning_rate=0.05, num_train_epochs=epochs)
+    losses = train(model, plan_of, loss_of, arguments, Phase(("p",), 3)).losses
+    ends = sorted({*range(every, len(seen) + 1, every), len(seen)})
+    means = [float(sum(seen[(end - 1) // 10 * 10 : end])) / (end - (end - 1) // 10 * 10) for end in ends]
+    assert [place for place, _ in losses] == pytest.approx(
+        [1 / len(seen), *(end / len(seen) for end in ends)], rel=1e-3
+    )
+    assert [loss for _, loss in losses] == pytest.approx([float(seen[0]), *means], rel=1e-3)
+    assert len(losses) <= LOSSES_KEPT + 2
+
+
+def test_a_checkpoint_from_before_losses_were_kept_is_gone_on_from(tmp_path):
+    phase = Phase(("p",), 3, tmp_path / "p.pt")
+    whole, expected = run(Phase(("p",), 3))
+    with pytest.raises(KeyboardInterrupt):
+        run(phase, on_step=lambda at: os.kill(os.getpid(), signal.SIGINT) if at.step == 12 else None)
+    state = checkpoint.load(phase.checkpoint, phase.fingerprint)
+    assert state.pop("losses") == expected.losses[:-1]
+    checkpoint.save(phase.checkpoint, phase.fingerprint, state)
+    model, result = run(phase)
+    assert_same(model, whole)
+    assert result.losses == expected.losses[-1:]
 
 
 def test_ctrl_c_finishes_the_step_saves_and_resumes(tmp_path):
@@ -297,6 +334,7 @@ def test_models_trained_together_are_the_same_as_alone_and_share_one_look_at_eac
         alone, expected = run(Phase(("p", name), 3))
         assert_same(model, alone)
         assert (results[name].loss, results[name].epochs) == (expected.loss, expected.epochs)
+        assert results[name].losses == expected.losses and len(expected.losses) == 3
     assert not torch.equal(models[1].out.weight, models[2].out.weight)
 
 
