@@ -145,10 +145,17 @@ class Workspace:
         )
 
 
-def open_workspace(config: RunConfig, folder: Path, say: Say, world: World = ALONE) -> Workspace:
+def open_workspace(
+    config: RunConfig,
+    folder: Path,
+    say: Say,
+    world: World = ALONE,
+    check: Callable[[Workspace], object] = lambda workspace: None,
+) -> Workspace:
     """Make or read back tokenizer and data, and check that they, the teacher and the student go together.
 
-    Cheap beside what follows: `open_teachers` makes the teachers.
+    check: raises where a workspace will not do, which it gets without a corpus, before that is read and encoded. Cheap
+    beside what follows: `open_teachers` makes the teachers.
     """
     device = pick_device(config.device, world)
     if config.num_threads:
@@ -166,6 +173,11 @@ def open_workspace(config: RunConfig, folder: Path, say: Say, world: World = ALO
     raw = {name: split_task(task, config) for name, task in loaded.items()}
     both = {name: encoded_splits(*splits, config, tokenizer) for name, splits in raw.items()}
     tasks, held_out = ({name: found[place] for name, found in both.items()} for place in (0, 1))
+    teacher_config = given or own_teacher_config(config, tokenizer)
+    workspace = Workspace(config, folder, device, tokenizer, [], tasks, held_out, teacher_config, world=world)
+    for start in config.start_from if isinstance(config, SearchConfig) else ():
+        start_weights(supernet_config(workspace.student_config(), config.student.num_hidden_layers), start)
+    check(workspace)
     corpus = open_corpus(config, tokenizer, say) if isinstance(config, TextConfig) and config.reads_text else []
     candidate_corpus = corpus
     if isinstance(config, SearchConfig) and config.other_corpus:
@@ -177,13 +189,7 @@ def open_workspace(config: RunConfig, folder: Path, say: Say, world: World = ALO
         every = "" if held_out[name].train is task.train else ", teachers and final rows on all"
         train, held = _counted(task, "train", "questions" if task.spec.kind == "spans" else "rows"), held_out[name]
         say(f"task {name}: {train} to train on, {ranking}{_counted(held, 'validation')} held out{every}")
-    teacher_config = given or own_teacher_config(config, tokenizer)
-    workspace = Workspace(
-        config, folder, device, tokenizer, corpus, tasks, held_out, teacher_config, candidate_corpus, world=world
-    )
-    for start in config.start_from if isinstance(config, SearchConfig) else ():
-        start_weights(supernet_config(workspace.student_config(), config.student.num_hidden_layers), start)
-    return workspace
+    return replace(workspace, corpus=corpus, candidate_corpus=candidate_corpus)
 
 
 def _counted(task: EncodedTask, split: str, what: str = "") -> str:

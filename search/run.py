@@ -61,7 +61,9 @@ def run_search(
                 try:
                     if study is not None:
                         tidy(study, reporter)
-                    workspace = world.first_then_all(lambda: open_workspace(config, folder, reporter.say, world))
+                    workspace = world.first_then_all(
+                        lambda: open_workspace(config, folder, reporter.say, world, first_space)
+                    )
                     coarse = coarse_space(workspace, reporter)
                     world.on_first(check_latency, workspace, coarse)
                 except Exception:
@@ -135,7 +137,7 @@ def turns(world: World, study: Study | None) -> Turn:
 def dry_run(config: SearchConfig, flops_per_second: float | None = None) -> list[str]:
     """What `run_search` would cost, as text, from a few real steps here or at an assumed rate; nothing is kept."""
     with tempfile.TemporaryDirectory() as folder, Reporter() as reporter:
-        workspace = open_workspace(config, Path(folder), reporter.say)
+        workspace = open_workspace(config, Path(folder), reporter.say, check=first_space)
         check_latency(workspace, coarse_space(workspace, reporter))
         if flops_per_second is None:
             rates = forecast.measure(workspace)
@@ -146,11 +148,16 @@ def dry_run(config: SearchConfig, flops_per_second: float | None = None) -> list
 
 
 def coarse_space(workspace: Workspace, reporter: Reporter) -> ArchitectureSpace:
-    """The space of stage 1; ValueError where no architecture is within the limits."""
-    dims = workspace.student_config()
-    low, high = workspace.config.band(dims)
+    """`first_space`, and what is said of it."""
+    low, high = workspace.config.band(workspace.student_config())
     reporter.say(f"a candidate has {low:,} to {high:,} parameters, with the projection, without pooler and head")
-    config = workspace.config
+    return first_space(workspace)
+
+
+def first_space(workspace: Workspace) -> ArchitectureSpace:
+    """The space of stage 1; ValueError where no architecture is within the limits."""
+    config, dims = workspace.config, workspace.student_config()
+    low, high = config.band(dims)
     return space_of(config.stage1)(
         "coarse",
         dims,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import concatenate_datasets
 
+from effbert import workspace as rooms
 from effbert.__main__ import main
 from effbert.search import forecast
 from effbert.search.forecast import Power, Rates
@@ -255,6 +256,19 @@ def test_one_end_of_the_band_alone_takes_the_other_along(limit, tmp_path, monkey
     threads = torch.get_num_threads()
     assert main(["search", "--preset", "smoke", "--dry_run", "--flops_per_second", "1e10", *limit]) == 0
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("more", [[], ["--dry_run"]])
+def test_limits_that_nothing_satisfies_are_said_before_text_is_read(more, tmp_path, monkeypatch, capsys):
+    def read(*_, **__):
+        raise AssertionError("text is read")
+
+    monkeypatch.setattr(rooms, "open_corpus", read)
+    folder, threads = tmp_path / "run", torch.get_num_threads()
+    where = [] if more else ["--output_dir", str(folder)]
+    assert main(["search", "--preset", "smoke", *where, *more, "--max_params", "100"]) == 2
+    torch.set_num_threads(threads)
+    assert "no architecture has" in capsys.readouterr().err and not folder.exists()
 
 
 @pytest.mark.parametrize(
