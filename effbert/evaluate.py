@@ -10,6 +10,8 @@ from effbert.data.batches import Batch, BatchPlan
 from effbert.data.encode import EncodedTask
 from effbert.pace import paced
 
+GROUPS = 40  # of rows, each of which is left out once
+
 
 @torch.inference_mode()
 def predict(logits_of: Callable[[Batch], torch.Tensor], plan: BatchPlan, device="cpu") -> list[np.ndarray]:
@@ -43,36 +45,45 @@ def evaluate_rows(
     pad_token_id: int = 0,
     device="cpu",
     more: bool = True,
-) -> dict[str, float | str]:
-    """As `evaluate`; for classification with `more`: "roc_auc", and as "hits" which rows are answered rightly, as
-    `pack_hits` gives it."""
+) -> dict[str, float | dict[str, list[float]]]:
+    """As `evaluate`; with `more` "roc_auc" of a classification too, and as "jackknife" what `jackknife` gives for that
+    and for the task's first metric."""
     data = getattr(task, split)
     rows = predict(logits_of, BatchPlan(data, batch_size, pad_token_id=pad_token_id), device)
     if task.spec.kind == "spans":
-        return metrics_of_spans(rows, task, split)
+        return metrics_of_spans(rows, task, split, more)
     logits, labels = np.stack(rows), np.asarray(data["labels"])
-    if task.spec.kind == "regression":
-        return metrics.compute(task.spec.metrics, logits[:, 0], labels)
-    predictions = logits.argmax(axis=1)
+    predictions = logits[:, 0] if task.spec.kind == "regression" else logits.argmax(axis=1)
     found = metrics.compute(task.spec.metrics, predictions, labels)
     if more:
-        found |= {"roc_auc": metrics.roc_auc(logits, labels), "hits": pack_hits(predictions == labels)}
+        first = task.spec.metrics[0]
+        scores = {first: lambda kept: metrics.compute((first,), predictions[kept], labels[kept])[first]}
+        if task.spec.kind == "classification":
+            odds = metrics.log_odds(logits)
+            found["roc_auc"] = metrics.area(odds, labels)
+            scores["roc_auc"] = lambda kept: metrics.area(odds[kept], labels[kept])
+        found["jackknife"] = {name: jackknife(score, labels) for name, score in scores.items()}
     return found
 
 
-def pack_hits(hits: np.ndarray) -> str:
-    """bool [rows] as text: the number of rows, then the bits in hexadecimal."""
-    return f"{len(hits)}:{np.packbits(hits).tobytes().hex()}"
+def jackknife(score: Callable[[np.ndarray], float], labels: np.ndarray) -> list[float]:
+    """The score of the rows without one of GROUPS groups of them, for each group; none for fewer than four rows.
+
+    score: of the rows where a bool [rows] is true. The groups are the same for all who answer these rows, each as large
+    as the others within one row and with its share of every label; fewer where rows are. From such values follows how
+    sure any score, and any difference between two, is (effbert.search.agreement.paired_difference).
+    """
+    order, count = np.argsort(labels, kind="stable"), min(GROUPS, len(labels) // 2)
+    if count < 2:
+        return []
+    group = np.empty(len(labels), dtype=np.int64)
+    group[order] = np.arange(len(labels)) % count
+    return [round(float(score(group != number)), 7) for number in range(count)]
 
 
-def unpack_hits(text: str) -> np.ndarray:
-    """The inverse of `pack_hits`."""
-    count, bits = text.split(":")
-    return np.unpackbits(np.frombuffer(bytes.fromhex(bits), dtype=np.uint8), count=int(count)).astype(bool)
-
-
-def metrics_of_spans(rows: list[np.ndarray], task: EncodedTask, split: str) -> dict[str, float]:
-    """Exact match and F1 of the decoded answers, for logits [length, 2] of every window."""
+def metrics_of_spans(rows: list[np.ndarray], task: EncodedTask, split: str, more: bool = False) -> dict:
+    """Exact match and F1 of the decoded answers, for logits [length, 2] of every window; with `more` as in
+    `evaluate_rows`, groups being of questions."""
     from effbert.data import squad
 
     examples = getattr(task.raw, split)
@@ -83,4 +94,10 @@ def metrics_of_spans(rows: list[np.ndarray], task: EncodedTask, split: str) -> d
         examples,
         version2=task.spec.name == "squad2.0",
     )
-    return metrics.squad_scores(answers, squad.references(examples))
+    references = squad.references(examples)
+    found = metrics.squad_scores(answers, references)
+    if more:
+        first = task.spec.metrics[0]
+        each = metrics.squad_by_question(answers, references)[first]
+        found["jackknife"] = {first: jackknife(lambda kept: each[kept].mean(), np.zeros(len(each)))}
+    return found

@@ -41,22 +41,37 @@ def compute(spec_metrics: Sequence[str], predictions: np.ndarray, references: np
 
 
 def roc_auc(logits: np.ndarray, labels: np.ndarray) -> float:
-    """How well logits [N, C] tell classes [N] apart, wherever a threshold lies: the area under the ROC curve of the
-    log-odds of each class against all others, mean of the classes that some rows have and others have not.
+    """How well logits [N, C] tell classes [N] apart, wherever a threshold lies: `area` of their `log_odds`."""
+    return area(log_odds(logits), labels)
 
-    0.5 is chance, also for one class alone or logits that are not finite.
-    """
+
+def log_odds(logits: np.ndarray) -> np.ndarray:
+    """Of each class against all others, float64 [N, C]."""
     from scipy.special import logsumexp
-    from sklearn.metrics import roc_auc_score
 
-    logits, areas = np.asarray(logits, np.float64), []
-    if not np.isfinite(logits).all():
+    logits = np.asarray(logits, np.float64)
+    others = [logsumexp(np.delete(logits, number, axis=1), axis=1) for number in range(logits.shape[1])]
+    return logits - np.stack(others, axis=1)
+
+
+def area(odds: np.ndarray, labels: np.ndarray) -> float:
+    """The area under the ROC curve of `log_odds` [N, C] for classes [N], mean of the classes that some rows have and
+    others have not: how often a row of the class is ahead of one that is not, ties counting half.
+
+    0.5 is chance, also for one class alone or odds that are not finite.
+    """
+    from scipy.stats import rankdata
+
+    areas = []
+    if not np.isfinite(odds).all():
         return 0.5
-    for number in range(logits.shape[1]):
+    for number in range(odds.shape[1]):
         of_class = labels == number
-        if of_class.any() and not of_class.all():
-            others = logsumexp(np.delete(logits, number, axis=1), axis=1)
-            areas.append(roc_auc_score(of_class, logits[:, number] - others))
+        inside = int(of_class.sum())
+        outside = len(labels) - inside
+        if inside and outside:
+            ranks = rankdata(odds[:, number])[of_class].sum()
+            areas.append((ranks - inside * (inside + 1) / 2) / (inside * outside))
     return float(np.mean(areas)) if areas else 0.5
 
 
@@ -68,8 +83,13 @@ def squad_scores(predictions: Mapping[str, str], references: Mapping[str, Sequen
     only for answers of nothing but articles and punctuation, which are not counted as answers here.) Raises ValueError
     where the ids differ or there are none.
     """
-    scores = _by_question(predictions, references)
-    return {"exact_match": _mean(scores, 0), "f1": _mean(scores, 1)}
+    return {name: float(values.mean()) for name, values in squad_by_question(predictions, references).items()}
+
+
+def squad_by_question(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
+    """The same of each question, [questions], in the order of the references."""
+    scores = np.array(list(_by_question(predictions, references).values()))
+    return {"exact_match": scores[:, 0], "f1": scores[:, 1]}
 
 
 def squad2_scores(

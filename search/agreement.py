@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from effbert import random
-from effbert.evaluate import unpack_hits
 from effbert.search.study import Evaluation
 
 DRAWS = 1000
@@ -26,6 +25,11 @@ class Interval:
 
     def __str__(self) -> str:
         return f"{self.estimate:.4f} ({self.low:.4f} to {self.high:.4f}, n = {self.count})"
+
+    @property
+    def as_difference(self) -> str:
+        """With its sign, without the number."""
+        return f"{self.estimate:+.4f} ({self.low:+.4f} to {self.high:+.4f})"
 
 
 def kendall(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Interval:
@@ -60,21 +64,23 @@ def kendall(first: Sequence[float], second: Sequence[float], seed: int = 0) -> I
     return Interval(estimate, float(low), float(high), len(a))
 
 
-def paired_difference(first: str, second: str) -> Interval:
-    """How much more often the first candidate is right, from the `hits` of both on the same rows.
+def paired_difference(first: float, second: float, parts: tuple[Sequence[float], Sequence[float]]) -> Interval:
+    """How far the first of two values is ahead, both being scores on the same rows, whatever the metric.
 
-    Normal interval of the mean difference a row, after two more rows that only the one and only the other gets right
-    by halves (Agresti and Min 2005), so that equal answers are not certainty. ValueError where the rows are not the
-    same number.
+    parts: of both, the values without each group of rows (effbert.evaluate.jackknife), from which the interval follows
+    by the delete-a-group jackknife (Kott 2001) with Student's t: what both find hard moves both and widens nothing. It
+    is of the rows alone; another seed would move the values too. ValueError where the groups are not the same number or
+    fewer than two.
     """
-    a, b = unpack_hits(first), unpack_hits(second)
-    if len(a) != len(b):
-        raise ValueError(f"hits on {len(a)} and on {len(b)} rows do not pair")
-    difference = a.astype(float) - b
-    rows, centre = len(a) + 2, float(difference.sum()) / (len(a) + 2)
-    unlike = float(np.abs(difference).sum()) + 1
-    half = NORMAL * math.sqrt(unlike - rows * centre**2) / rows
-    return Interval(float(difference.mean()), max(-1.0, centre - half), min(1.0, centre + half), len(a))
+    from scipy.stats import t
+
+    a, b = (np.asarray(values, float) for values in parts)
+    if len(a) != len(b) or len(a) < 2:
+        raise ValueError(f"values without {len(a)} and without {len(b)} groups of rows do not pair")
+    difference = a - b
+    error = math.sqrt((len(a) - 1) / len(a) * float(((difference - difference.mean()) ** 2).sum()))
+    half = float(t.ppf((1 + LEVEL) / 2, len(a) - 1)) * error
+    return Interval(first - second, first - second - half, first - second + half, len(a))
 
 
 def of_rungs(evaluations: Sequence[Evaluation]) -> dict[float, Interval]:

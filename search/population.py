@@ -1,8 +1,8 @@
 """Training many candidates at once: each has its own copy of the warm supernet's weights it uses, all take the same
 batches in step, and the teacher reads each batch once for all of them.
 
-Because the batches are the same, so are the rows that candidates are scored on: `hits` keeps which of them each one
-answers rightly, and two candidates are compared row by row (effbert.search.agreement).
+Because the batches are the same, so are the rows that candidates are scored on: `jackknife` keeps each one's value
+without this or that part of them, and two candidates are compared part by part (effbert.search.agreement).
 """
 
 import functools
@@ -177,10 +177,9 @@ def outcome(result: Distillation, metric: str, costs: dict[str, int]) -> Outcome
     if result.diverged:
         return Outcome(None, attrs, result.diverged, result.phases)
     best = max((e for e in range(len(result.epochs)) if result.epochs[e]), key=lambda e: result.epochs[e][metric])
-    epochs = [{name: value for name, value in epoch.items() if name != "hits"} for epoch in result.epochs]
+    epochs = [{name: value for name, value in epoch.items() if name != "jackknife"} for epoch in result.epochs]
     attrs |= {"scores": epochs[best], "epochs": [epoch for epoch in epochs if epoch], "best_epoch": best}
-    if "hits" in result.epochs[best]:
-        attrs["hits"] = result.epochs[best]["hits"]
+    attrs["jackknife"] = result.epochs[best]["jackknife"][metric]
     return Outcome(epochs[best][metric], attrs, phases=result.phases)
 
 

@@ -26,7 +26,7 @@ _TRIALS = """
     FROM trials JOIN studies USING (study_id) LEFT JOIN trial_values USING (trial_id)
     ORDER BY trials.trial_id
 """
-# A candidate's answers row by row are by far the longest attribute, and nothing here reads them.
+# Studies begun before they had "jackknife" hold a candidate's answers row by row, by far the longest attribute.
 _ATTRIBUTES = "SELECT trial_id, key, value_json FROM trial_user_attributes WHERE key <> 'hits'"
 _RUNGS = "SELECT trial_id, intermediate_value FROM trial_intermediate_values ORDER BY trial_id, step"
 

@@ -1,11 +1,13 @@
 """The final tables, of a search and of a plan: what each row scores and costs, on the terminal and in Markdown."""
 
 import statistics
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from effbert.search.agreement import paired_difference
+from effbert.search.study import Evaluation
 
 
 def summarise(results: list[dict], metric: str) -> list[dict]:
@@ -45,22 +47,51 @@ def score_text(score: float | None, spread: float | None, diverged: int) -> str:
 
 
 def verdict(table: list[dict], results: list[dict], metric: str) -> str:
-    """The winner against each other row, in a sentence, with an interval for the rows they are scored on where their
-    answers are known row by row; that leaves out what another seed would change. "" where there is nothing to compare.
+    """The winner against each other row, in a sentence, with an interval for the rows they are scored on, which leaves
+    out what another seed would change; of several repeats the means. "" where there is nothing to compare.
     """
     scores = {line["row"]: line["score"] for line in table if line["score"] is not None}
     if "winner" not in scores or len(scores) < 2:
         return ""
-    hits = {} if metric != "accuracy" else {row["row"]: row["hits"] for row in results if row.get("hits")}
-    once = {line["row"] for line in table if line["repeats"] == 1}
-    told = []
-    for name in (name for name in scores if name != "winner"):
-        found = f"{scores['winner'] - scores[name]:+.4f} against {name}"
-        if {name, "winner"} <= hits.keys() & once:
-            interval = paired_difference(hits["winner"], hits[name])
-            found += f" ({interval.low:+.4f} to {interval.high:+.4f})"
-        told.append(found)
+    parts = {name: _mean_parts([row for row in results if row["row"] == name]) for name in scores}
+    told = [
+        f"{_ahead(scores['winner'], scores[name], (parts['winner'], parts[name]))} against {name}"
+        for name in scores
+        if name != "winner"
+    ]
     return f"The winner's {metric}: {', '.join(told)}."
+
+
+def _ahead(first: float, second: float, parts: tuple[Sequence[float], Sequence[float]]) -> str:
+    """How far the first score is ahead, with an interval where parts of the rows were kept of both: few rows have none.
+    parts: as in `paired_difference`."""
+    if not parts[0] or len(parts[0]) != len(parts[1]):
+        return f"{first - second:+.4f}"
+    return paired_difference(first, second, parts).as_difference
+
+
+def _mean_parts(rows: list[dict]) -> list[float]:
+    """The `jackknife` of a row's repeats, those that have scores, in the mean; none where one has none."""
+    known = [row.get("jackknife", []) for row in rows if row["scores"]]
+    return [statistics.mean(values) for values in zip(*known, strict=True)] if known and all(known) else []
+
+
+NEXT = 3  # candidates that the best one is compared with
+
+
+def comparison(evaluations: Sequence[Evaluation], best: Evaluation, metric: str = "value") -> str:
+    """The best candidate beside the NEXT best, each time with an interval. metric: what values are."""
+    others = [e for e in evaluations if e.state == "complete" and e.number != best.number]
+    text = f"candidate {best.number} is best with {metric} {best.value:.4f}"
+    if not others:
+        return text
+    if all(other.value == best.value for other in others):
+        return f"{text}, as are all others ({len(others)}): their values tell nothing apart, more rows or epochs might"
+    ahead = []
+    for other in sorted(others, key=lambda e: (-e.value, e.number))[:NEXT]:
+        parts = best.attrs.get("jackknife", []), other.attrs.get("jackknife", [])
+        ahead.append(f"candidate {other.number} by {_ahead(best.value, other.value, parts)}")
+    return f"{text}, ahead of {', '.join(ahead)}"
 
 
 Rows = list[tuple[str, ...]]  # a table as text, its head first

@@ -145,8 +145,7 @@ def shared_candidates(workspace: Workspace, supernet: Supernet) -> Evaluator:
         for number, architecture in members:
             scores = score(architecture)
             attrs = costs_of(architecture, supernet.config, workspace.config.max_length)
-            if "hits" in scores:
-                attrs["hits"] = scores.pop("hits")
+            attrs["jackknife"] = scores.pop("jackknife")[metric]
             yield number, Outcome(scores[metric], attrs | {"scores": scores})
 
     screen = make_screen(workspace, supernet, workspace.config.stage3)

@@ -21,12 +21,12 @@ from effbert.architecture import Architecture
 from effbert.checkpoint import own_memory
 from effbert.config import SearchStage
 from effbert.engine import Phase, TrainingResult, forget
-from effbert.search.agreement import paired_difference
 from effbert.search.budget import fitness, ladder, survivors
 from effbert.search.pareto import best_front, fronts, point
 from effbert.search.population import Evaluator, Member, Outcome
 from effbert.search.progress import Reporter, StageLine
 from effbert.search.record import FIRST_SUPERNET
+from effbert.search.report import comparison
 from effbert.search.sampler import Sampler, SpaceExhausted, make_sampler
 from effbert.search.screen import DISCARDED, SCREENED, STAYS, Screen
 from effbert.search.space import Space
@@ -271,23 +271,6 @@ def _show(stage: StageStudy, line: StageLine, outcome: Outcome, metric: str) -> 
         "none" if best is None else f"{best.value:.4f} (candidate {best.number})",
         _ended(stage),
     )
-
-
-def comparison(evaluations: Sequence[Evaluation], best: Evaluation, metric: str = "value") -> str:
-    """The best candidate beside the NEXT best, each time with an interval. metric: what values are."""
-    others = [e for e in evaluations if e.state == "complete" and e.number != best.number]
-    text = f"candidate {best.number} is best with {metric} {best.value:.4f}"
-    if not others:
-        return text
-    if all(other.value == best.value for other in others):
-        return f"{text}, as are all others ({len(others)}): their values tell nothing apart, more rows or epochs might"
-    ahead = []
-    for other in sorted(others, key=lambda e: (-e.value, e.number))[:NEXT]:
-        parts = [evaluation.attrs.get("jackknife", ()) for evaluation in (best, other)]  # none of few rows
-        known = len(parts[0]) == len(parts[1]) > 1
-        by = paired_difference(best.value, other.value, parts).as_difference if known else best.value - other.value
-        ahead.append(f"candidate {other.number} by {by if known else f'{by:+.4f}'}")
-    return f"{text}, ahead of {', '.join(ahead)}"
 
 
 def candidate_start(workspace: Workspace, reporter: Reporter) -> tuple[Workspace, Supernet]:

@@ -49,7 +49,7 @@ def test_a_row_that_diverges_is_said_and_best_is_the_first_winner_with_scores(
     assert lost["scores"] is None and lost["diverged"].startswith("loss not finite at step")
     assert published["scores"] and winner["scores"] and (published["diverged"], winner["diverged"]) == ("", "")
     best = AutoModelForSequenceClassification.from_pretrained(small.folder / "best").eval()
-    assert final.held_out(small, Traced(best)) == (winner["scores"], winner["hits"]) and lost["hits"] == ""
+    assert final.held_out(small, Traced(best)) == (winner["scores"], winner["jackknife"]) and lost["jackknife"] == []
     kept, spec = read_scores(small.folder / "best"), small.main_task.spec
     rows_held_out = len(small.held_out[spec.name].raw.validation)
     assert kept == {"task": spec.name, "pair": spec.pair, "rows": rows_held_out, "scores": winner["scores"]}
