@@ -85,7 +85,7 @@ def paired_difference(first: float, second: float, parts: tuple[Sequence[float],
 
 def of_rungs(evaluations: Sequence[Evaluation]) -> dict[float, Interval]:
     """By share of the budget, rising: agreement of its values with those at full budget, among candidates that have
-    both, where there are two.
+    both; where fewer than two do, NaN and their number.
 
     Only those that halving let through are among them, the better ones of each rung: their ranks agree less than those
     of all candidates would.
@@ -96,10 +96,10 @@ def of_rungs(evaluations: Sequence[Evaluation]) -> dict[float, Interval]:
         if e.state == "complete" and len(e.attrs.get("shares", ())) == len(e.attrs["rungs"])  # older runs kept none
     ]
     found = {}
-    for share in sorted({share for values in complete for share in values if share < 1}):
+    for share in sorted({share for e in evaluations for share in e.attrs.get("shares", ()) if share < 1}):
         both = [(values[share], values[1.0]) for values in complete if share in values]
-        if len(both) > 1:
-            found[share] = kendall(*zip(*both, strict=True))
+        nan = float("nan")
+        found[share] = kendall(*zip(*both, strict=True)) if len(both) > 1 else Interval(nan, nan, nan, len(both))
     return found
 
 

@@ -24,6 +24,7 @@ from effbert.files import atomic_dir, read_kept, write_atomic
 from effbert.model import EffBertConfig, EffBertHeadModel, new_student
 from effbert.search.latency import latency
 from effbert.search.progress import Reporter
+from effbert.search.record import LOSSES
 from effbert.search.space import ArchitectureSpace
 from effbert.student import Student, distil, warm_up
 from effbert.supernet import Supernet, derive_config
@@ -93,9 +94,9 @@ def final_rows(
             start, outcome = begun[row.name], outcomes.get(row.name)
             seconds = start.seconds + (outcome.seconds if outcome else 0.0)
             diverged = outcome.diverged if outcome else start.diverged
-            best = best_step(outcome) if outcome else {}
+            more = best_step(outcome) | {LOSSES: outcome.losses} if outcome else {}
             file = files[row.name]
-            world.on_first(_keep, workspace, row, repeat, start.model, seconds, diverged, best, file, reporter)
+            world.on_first(_keep, workspace, row, repeat, start.model, seconds, diverged, more, file, reporter)
     forget([phase.sub(part) for phase in phases.values() for part in ("warm-up", "general", "task")])
     return [read_row(files[row.name]) for row in lines]
 
@@ -125,7 +126,7 @@ def _keep(
     model: EffBertHeadModel,
     seconds: float,
     diverged: str,
-    best: dict[str, int],
+    more: dict,
     file: Path,
     reporter: Reporter,
 ) -> None:
@@ -141,7 +142,7 @@ def _keep(
         "diverged": diverged,
         **costs(model, row.architecture, workspace.config.max_length),
         "seconds": seconds,
-        **best,
+        **more,
     }
     if row.name == "winner":
         keep_winner(workspace, model, repeat, scores)

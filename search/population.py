@@ -21,6 +21,7 @@ from effbert.evaluate import evaluate_rows
 from effbert.memory import free_memory
 from effbert.search.budget import cut
 from effbert.search.progress import Reporter
+from effbert.search.record import LOSSES
 from effbert.search.screen import Screen, make_screen
 from effbert.student import Distillation, Student, distil
 from effbert.supernet import Supernet
@@ -81,7 +82,7 @@ def trained_candidates(
             distilled = distil(workspace, students, budget, on_step, teacher_of=kept())
         length = workspace.config.max_length
         return [
-            (number, outcome(result, metric, costs_of(architecture, supernet.config, length)))
+            (number, outcome(result, metric, costs_of(architecture, supernet.config, length), share))
             for (number, architecture), result in zip(group, distilled, strict=True)
         ]
 
@@ -171,9 +172,13 @@ def costs_of(architecture: Architecture, dims: Dimensions, length: int) -> dict[
     }
 
 
-def outcome(result: Distillation, metric: str, costs: dict[str, int]) -> Outcome:
-    """What a distillation says of a candidate: its best epoch by `metric`, the first of equals."""
-    attrs = {**costs, "seconds": result.seconds, "tokens": result.tokens}
+def outcome(result: Distillation, metric: str, costs: dict[str, int], share: float = 1.0) -> Outcome:
+    """What a distillation with that share of the budget says of a candidate: its best epoch by `metric`, the first of
+    equals. Its losses are placed by the share of each phase's whole budget that was spent."""
+    losses = {
+        part: [(float(f"{share * place:.4g}"), loss) for place, loss in kept] for part, kept in result.losses.items()
+    }
+    attrs = {**costs, "seconds": result.seconds, "tokens": result.tokens, LOSSES: losses}
     if result.diverged:
         return Outcome(None, attrs, result.diverged, result.phases)
     best = max((e for e in range(len(result.epochs)) if result.epochs[e]), key=lambda e: result.epochs[e][metric])

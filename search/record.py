@@ -19,6 +19,7 @@ from effbert.search.study import BUSY_SECONDS, CONFIG_FILE, STUDY_FILE, Evaluati
 
 FIRST_SUPERNET = "supernet-stage1"  # of the text that the candidates alone learn from
 STAGES, AGREEMENT = ("stage1", "stage2", "stage3"), "agreement"  # the last: stage 3's candidates trained alone
+LOSSES = "losses"  # what is kept as a curve: of a candidate, of a row, and as a file's stem beside a supernet's weights
 PLAN, WINNER = "plan.json", "winner.json"  # of a plan (effbert paper), whose search is in its folder search/
 
 _TRIALS = """
@@ -29,6 +30,13 @@ _TRIALS = """
 # Studies begun before they had "jackknife" hold a candidate's answers row by row, by far the longest attribute.
 _ATTRIBUTES = "SELECT trial_id, key, value_json FROM trial_user_attributes WHERE key <> 'hits'"
 _RUNGS = "SELECT trial_id, intermediate_value FROM trial_intermediate_values ORDER BY trial_id, step"
+
+LOSSES_FILE, MACHINE_FILE = f"{LOSSES}.json", "machine.json"
+
+
+def losses_file(losses: dict[str, list[tuple[float, float]]]) -> dict[str, str]:
+    """The file that keeps the losses of a supernet's phases beside its weights, and its text."""
+    return {LOSSES_FILE: json.dumps(losses)}
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,9 @@ class Record:
 
     config: the settings it was begun with. stages: the candidates of each stage by number, open ones too. results:
     results.json, None before the end. agreement: agreement.json. final: the rows of the final table that are done.
-    training: training.json of each supernet and teacher, by the folder it lies in. changed: when the newest of these
-    was written, seconds since the epoch. plan: what the search is part of.
+    training: training.json of each supernet and teacher, by the folder it lies in. losses: of each supernet, by folder
+    too, those of its phases by name, as TrainingResult's. machine: on what the run was begun, {} of older ones.
+    changed: when the newest of these was written, seconds since the epoch. plan: what the search is part of.
     """
 
     config: dict
@@ -60,6 +69,8 @@ class Record:
     agreement: list[dict]
     final: list[dict]
     training: dict[str, dict]
+    losses: dict[str, dict]
+    machine: dict
     changed: float
     plan: Plan | None = None
 
@@ -96,6 +107,11 @@ def read_record(folder: str | Path, storage: str = "") -> Record:
         agreement=load(folder / "agreement.json", list) or [],
         final=[load(path, dict) for path in sorted((folder / "final").glob("*.json"))],
         training={path.parent.relative_to(folder).as_posix(): load(path, dict) for path in trainings},
+        losses={
+            path.parent.relative_to(folder).as_posix(): load(path.with_name(LOSSES_FILE), dict) or {}
+            for path in trainings
+        },
+        machine=load(folder / MACHINE_FILE, dict) or {},
         plan=None if plan is None else _plan(plan, load),
         changed=max(path.stat().st_mtime for path in [*read, *([study] if study.exists() else [])]),
     )

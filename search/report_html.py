@@ -11,16 +11,18 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from effbert.architecture import Architecture, Dimensions, mlp_parameters
+from effbert.data.tasks import scored_by
 from effbert.files import write_atomic
 from effbert.kernels.expression import ExpressionError
 from effbert.search import pareto, report
-from effbert.search.figures import Chart, bars, best_so_far, escape, intervals, tag, tree
-from effbert.search.record import AGREEMENT, FIRST_SUPERNET, STAGES, Plan, Record, read_record
+from effbert.search.figures import Chart, Point, bars, best_so_far, escape, intervals, tag, tree
+from effbert.search.record import AGREEMENT, FIRST_SUPERNET, LOSSES, STAGES, Plan, Record, read_record
 from effbert.search.screen import DISCARDED
 from effbert.search.study import Evaluation
 
@@ -32,7 +34,9 @@ _NOTES = {
     "the linear structures, scored on weights that its candidates share. Values of different stages do not compare.",
     "front": "Candidates with the whole budget; one is dominated where another costs no more and is worth no less.",
     "rungs": "A cohort is trained on a share of the budget, its best then on a larger one.",
-    "curves": "The curve of a candidate that stopped early is that of its last rung, over less data.",
+    "curves": "A loss is the mean of up to ten steps, over the share of the phase's whole budget that was spent by "
+    "then. The curve of a candidate that stopped early, or failed, is that of its last rung, over less data; on such a "
+    "rung it is scored after its last epoch only.",
 }
 _STATES = {"complete": "●", "pruned": "○", "discarded": "–", "failed": "×", "running": "◌"}
 _WORDS = {
@@ -42,6 +46,8 @@ _WORDS = {
     "failed": "failed",
     "running": "under way",
 }
+_PHASES = {"general": "on text", "task": "on the task", "tasks": "on all tasks"}
+_LAYERS = ("pruned", "failed", "running", "complete")  # of lines, from the lowest
 _COSTS = {"parameters": "parameters", "flops": "FLOPs of one sequence", "latency_ms": "latency, ms"}
 _COST_ORDER = ("teacher", FIRST_SUPERNET, "supernet", "stage1", "stage2", "stage3", "final")
 _TOP = 10
@@ -67,13 +73,14 @@ class Candidate:
     """An evaluation as the figures need it.
 
     score: its value, or while it has none the one on its last rung. rungs: (share of the budget, value) in order.
-    epochs: the metric after each epoch.
+    epochs: the metric after each epoch. losses: (share of the budget, loss) of each phase of its last rung.
     """
 
     evaluation: Evaluation
     score: float | None
     rungs: list[tuple[float, float]]
     epochs: list[float]
+    losses: dict[str, list[Point]]
 
     @property
     def kind(self) -> str:
@@ -103,7 +110,7 @@ def page(record: Record) -> str:
         ("front", "Pareto front: value against cost", _each("front", stages, record, ranking, fronts)),
         ("rungs", "Who reached which rung", _each("rungs", stages, record, ranking, survival)),
         ("agreement", "Do early values predict late ones?", agreement_section(record)),
-        ("curves", "Learning curves", _each("curves", stages, record, ranking, curves)),
+        ("curves", "Learning curves", _each("curves", stages, record, ranking, curves, _more_curves(record))),
         ("cost", "Where the time went", cost_section(record)),
         ("settings", "Environment and configuration", settings_section(record, metric, ranking)),
     ]
@@ -120,13 +127,23 @@ def page(record: Record) -> str:
 
 
 def metrics_of(record: Record) -> tuple[str, str]:
-    """The task's metric, as the results name it or before there are any as the first of the candidates' scores; and the
-    one that ranks them."""
+    """The task's metric, as the results name it, before there are any as the first of the candidates' scores, and
+    before there are those as the task's name tells; and the one that ranks them."""
     evaluations = (evaluation for found in record.stages.values() for evaluation in found)
-    scores = next((list(scores) for scores in (e.attrs.get("scores") for e in evaluations) if scores), ["value"])
+    scores = next((list(scores) for scores in (e.attrs.get("scores") for e in evaluations) if scores), None)
+    scores = scores or _scores_of(record.config)
     metric = scores[0] if record.results is None else str(record.results.get("metric", "value"))
     ranking = record.config.get("ranking_metric")
     return metric, ranking if ranking in scores else metric
+
+
+def _scores_of(config: dict) -> list[str]:
+    """Names of the scores that a candidate of this search will have, the task's metric first."""
+    try:
+        kind, metrics = scored_by(str(config.get("task", "")), bool(config.get("train_file")), config.get("task_kind"))
+    except ValueError:  # a task that this version does not know
+        return ["value"]
+    return [*metrics, "roc_auc"] if kind == "classification" else list(metrics)
 
 
 def candidates(record: Record, stage: str, metric: str) -> list[Candidate]:
@@ -137,7 +154,8 @@ def candidates(record: Record, stage: str, metric: str) -> list[Candidate]:
         last = rungs[-1][1] if rungs else None
         epochs = [_finite(scores.get(metric)) for scores in evaluation.attrs.get("epochs") or []]
         score = last if evaluation.value is None else evaluation.value
-        found.append(Candidate(evaluation, score, rungs, [value for value in epochs if value is not None]))
+        losses = evaluation.attrs.get(LOSSES) or {}
+        found.append(Candidate(evaluation, score, rungs, [value for value in epochs if value is not None], losses))
     return found
 
 
@@ -183,7 +201,9 @@ def state(record: Record, stages: dict[str, list[Candidate]]) -> str:
         return f"Not finished: no candidate has been proposed yet. Last change {at}."
     done = sum(candidate.evaluation.state != "running" for candidate in stages[begun[-1]])
     planned = (record.config.get(begun[-1]) or {}).get("num_candidates", "?")
-    return f"Not finished: {begun[-1]}, {done} of {planned} candidates. Last change {at}."
+    failed = sum(candidate.evaluation.state == "failed" for candidate in stages[begun[-1]])
+    lost = f", {failed} of which failed" if failed else ""
+    return f"Not finished: {begun[-1]}, {done} of {planned} candidates{lost}. Last change {at}."
 
 
 def winner_of(record: Record, stages: dict[str, list[Candidate]]) -> tuple[str, str, Candidate | None]:
@@ -302,8 +322,10 @@ def progress(name: str, stage: list[Candidate], record: Record, metric: str) -> 
     """Every candidate of a stage, the best so far as a line, and the best ones as a table."""
     scored = [candidate for candidate in stage if candidate.score is not None]
     complete = [candidate for candidate in scored if candidate.evaluation.state == "complete"]
+    counts = Counter(candidate.kind for candidate in stage)
+    legend = "".join(_key(kind, f"{counts[kind]} {_WORDS[kind]}") for kind in _STATES if counts[kind])
     if not scored:
-        return _missing(f"{len(stage)} candidates are begun, none has a value yet.")
+        return _missing(_no_value(stage)) + tag("p", legend) + _reasons(stage)
     chart = Chart(
         [candidate.evaluation.number for candidate in stage],
         [candidate.score for candidate in scored],
@@ -323,14 +345,28 @@ def progress(name: str, stage: list[Candidate], record: Record, metric: str) -> 
         chart.label((best.evaluation.number, best.score), f"{best.score:.4f}")
         said = f"{len(stage)} candidates, best {best.score:.4f}, candidate {best.evaluation.number}"
     picture = chart.svg(f"{name}-progress", f"{_STAGE_NAMES.get(name, name)}: {metric} of every candidate", said)
-    counts = Counter(candidate.kind for candidate in stage)
-    legend = "".join(_key(kind, f"{counts[kind]} {_WORDS[kind]}") for kind in _STATES if counts[kind])
     legend += _key("best", "best so far", "━") if complete else ""
-    reasons = Counter(f"failed: {candidate.evaluation.attrs.get('reason', 'no reason given')}" for candidate in failed)
-    gone = [str(c.evaluation.attrs[DISCARDED]) for c in stage if c.kind == "discarded"]
-    reasons.update(f"discarded before training: {reason.rpartition(', ')[2]}" for reason in gone)
-    told = "".join(tag("p", escape(f"{count} {reason}")) for reason, count in reasons.most_common(4))
-    return _figures([(picture, legend)]) + told + _best_table(complete, metric)
+    return _figures([(picture, legend)]) + _reasons(stage) + _best_table(complete, metric)
+
+
+def _no_value(stage: list[Candidate]) -> str:
+    if any(candidate.evaluation.state == "running" for candidate in stage):
+        return f"{len(stage)} candidates are begun, none has a value yet."
+    return f"Of {len(stage)} candidates none has a value."
+
+
+def _reasons(stage: list[Candidate]) -> str:
+    """Why candidates failed or were discarded, the commonest reasons."""
+    reasons: Counter[str] = Counter()
+    for candidate in stage:
+        attrs = candidate.evaluation.attrs
+        if candidate.kind == "failed":
+            reasons[f"failed: {attrs.get('reason', 'no reason given')}"] += 1
+        elif candidate.kind == "discarded":
+            reasons[f"discarded before training: {str(attrs[DISCARDED]).rpartition(', ')[2]}"] += 1
+    told = [f"{count} {reason}" for reason, count in reasons.most_common(4)]
+    rest = reasons.total() - sum(count for _, count in reasons.most_common(4))
+    return "".join(tag("p", escape(line)) for line in [*told, *([f"{rest} for other reasons"] if rest else [])])
 
 
 def _best_table(complete: list[Candidate], metric: str) -> str:
@@ -398,7 +434,7 @@ def survival(name: str, stage: list[Candidate], record: Record, metric: str) -> 
     if len(planned) < 2:
         return _missing("One rung: every candidate gets the whole budget.")
     if not shares:
-        return _missing("No candidate has a value yet.")
+        return _missing(_no_value(stage))
     labels = [f"{share:.0%}" for share in shares]
     rows = []
     for share, label in zip(shares, labels, strict=True):
@@ -415,7 +451,7 @@ def survival(name: str, stage: list[Candidate], record: Record, metric: str) -> 
     counts = bars(f"{name}-rungs", f"{title}: candidates on each rung", reached, rows)
     places = {share: place for place, share in enumerate(shares)}
     chart = Chart((), [v for c in stage for _, v in c.rungs], "share of the budget", metric, x_names=labels)
-    for kind in ("pruned", "failed", "running", "complete"):
+    for kind in _LAYERS:
         lines = [[(places[share], value) for share, value in c.rungs] for c in stage if c.evaluation.state == kind]
         chart.lines([line for line in lines if len(line) > 1], kind)
         chart.dots([point for line in lines for point in line], kind, radius=1.8)
@@ -434,12 +470,15 @@ def agreement_section(record: Record) -> str:
     for entry in record.agreement:
         estimate, low, high = (_finite(entry.get(name)) for name in ("kendall", "low", "high"))
         label = f"{entry.get('stage', '')}: {entry.get('what', '')}"
-        cells.append((label, *(_scaled(value, 1, 3) for value in (estimate, low, high)), entry.get("candidates", "–")))
+        count = entry.get("candidates", "–")
+        tau = "too few" if count in (0, 1) else _scaled(estimate, 1, 3)
+        cells.append((label, tau, _scaled(low, 1, 3), _scaled(high, 1, 3), count))
         if None not in (estimate, low, high):
             marks.append((label, estimate, low, high))
     note = (
         "Kendall's τ between two rankings of the same candidates: 1 the same order, 0 no relation, -1 the reverse. "
-        "An interval across 0 leaves it open whether the cheap ranking says anything."
+        "An interval across 0 leaves it open whether the cheap ranking says anything. Those that went on, or were let "
+        "through, are the better ones, whose ranks agree less than those of all candidates would."
     )
     picture = ""
     if marks:
@@ -452,32 +491,109 @@ def agreement_section(record: Record) -> str:
 
 
 def curves(name: str, stage: list[Candidate], record: Record, metric: str) -> str:
-    """The metric after each epoch, a line for each candidate."""
-    trained = [candidate for candidate in stage if candidate.epochs]
-    several = [candidate for candidate in trained if len(candidate.epochs) > 1]
-    if not trained:
-        return _missing("No score after an epoch is recorded: candidates are scored without training, or none is done.")
-    if not several:
-        return _missing("Every candidate was trained for one epoch on the task: there is no curve to draw.")
-    lines = {c.evaluation.number: [(epoch, v) for epoch, v in enumerate(c.epochs, start=1)] for c in several}
+    """Loss and metric of candidates as they trained, a line for each; and the loss of a supernet of the stage's own."""
+    figures, note = _supernet_curves(record, f"{name}/supernet"), ""
+    complete = [candidate for candidate in stage if candidate.evaluation.state == "complete"]
+    best = max(complete, key=lambda candidate: candidate.score, default=None)
+    if figures:
+        note = _missing("Candidates are scored without training, on the weights of this supernet.")
+    for phase in dict.fromkeys(phase for candidate in stage for phase in candidate.losses):
+        figures.append(_candidate_losses(name, phase, stage, best))
+    if any(len(candidate.epochs) > 1 for candidate in stage):
+        figures.append(_epochs(name, [candidate for candidate in stage if len(candidate.epochs) > 1], best, metric))
+    return note + _figures(figures) if figures else _missing("No loss and no score after several epochs is recorded.")
+
+
+def _candidate_losses(name: str, phase: str, stage: list[Candidate], best: Candidate | None) -> tuple[str, str]:
+    trained = [candidate for candidate in stage if candidate.losses.get(phase)]
+    lines = [(f"thin {c.evaluation.state}", c.losses[phase]) for c in trained]
+    said, told = f"{len(trained)} candidates", best is not None and bool(best.losses.get(phase))
+    if told:
+        lines.append(("best", best.losses[phase]))
+        said += f"; the best, candidate {best.evaluation.number}: {_from_to(best.losses[phase])}"
+    title = f"{_STAGE_NAMES.get(name, name)}: training loss {_PHASES.get(phase, phase)}"
+    return _losses(f"{name}-losses-{phase}", title, said, lines), _lines_key(trained, best if told else None)
+
+
+def _epochs(name: str, trained: list[Candidate], best: Candidate | None, metric: str) -> tuple[str, str]:
+    lines = {c.evaluation.number: [(epoch, v) for epoch, v in enumerate(c.epochs, start=1)] for c in trained}
     points = [point for line in lines.values() for point in line]
     chart = Chart([x for x, _ in points], [y for _, y in points], "epoch on the task", metric, whole=True)
-    for kind in ("pruned", "failed", "running", "complete"):
-        chart.lines([lines[c.evaluation.number] for c in several if c.evaluation.state == kind], f"thin {kind}")
-    said, legend = (
-        f"{len(several)} candidates",
-        _key("complete", "whole budget", "━") + _key("pruned", "stopped early", "━"),
-    )
-    complete = [candidate for candidate in several if candidate.evaluation.state == "complete"]
-    if complete:
-        best = max(complete, key=lambda candidate: candidate.score)
+    for kind in _LAYERS:
+        chart.lines([lines[c.evaluation.number] for c in trained if c.evaluation.state == kind], f"thin {kind}")
+    said, best = f"{len(trained)} candidates", best if best in trained else None
+    if best is not None:
         line = lines[best.evaluation.number]
         chart.lines([line], "best")
         chart.dots(line, "best", [f"candidate {best.evaluation.number}, epoch {x}: {y:.4f}" for x, y in line], radius=3)
         said += f"; the best, candidate {best.evaluation.number}: " + ", ".join(f"{y:.4f}" for _, y in line)
-        legend += _key("best", f"candidate {best.evaluation.number}, the best", "━")
     title = f"{_STAGE_NAMES.get(name, name)}: {metric} after each epoch"
-    return _figures([(chart.svg(f"{name}-curves", title, said), legend)])
+    return chart.svg(f"{name}-curves", title, said), _lines_key(trained, best)
+
+
+def _lines_key(drawn: list[Candidate], best: Candidate | None) -> str:
+    """What the lines of candidates are, of those kinds that there are."""
+    states = {candidate.evaluation.state for candidate in drawn}
+    legend = "".join(_key(kind, _WORDS[kind], "━") for kind in _STATES if kind in states)
+    return legend + (_key("best", f"candidate {best.evaluation.number}, the best", "━") if best is not None else "")
+
+
+def _more_curves(record: Record) -> dict[str, str]:
+    """The losses of what is no candidate: of warm-up supernets, and of the rows of the final table."""
+    warm = [figure for name in (FIRST_SUPERNET, "supernet") for figure in _supernet_curves(record, name)]
+    final = _final_curves(record)
+    return {
+        "Warm-up: the supernet": _figures(warm) if warm else _missing("No loss of the warm-up is there."),
+        "Final rows": _figures(final) if final else _missing("No loss of a final row is there."),
+    }
+
+
+def _supernet_curves(record: Record, folder: str) -> list[tuple[str, str]]:
+    name = folder.replace("/", "-")
+    return [
+        (
+            _losses(
+                f"{name}-losses-{phase}",
+                f"{folder}: training loss {_PHASES.get(phase, phase)}",
+                _from_to(points),
+                [("complete", points)],
+            ),
+            "",
+        )
+        for phase, points in record.losses.get(folder, {}).items()
+        if points
+    ]
+
+
+def _final_curves(record: Record) -> list[tuple[str, str]]:
+    rows = [row for row in record.final or (record.results or {}).get("results") or [] if row.get(LOSSES)]
+    rows.sort(key=lambda row: row["row"] == "winner")  # on top
+    figures = []
+    for phase in dict.fromkeys(phase for row in rows for phase, points in row[LOSSES].items() if points):
+        drawn = [(row["row"], row[LOSSES][phase]) for row in rows if row[LOSSES].get(phase)]
+        said = "; ".join(f"{row}: {_from_to(points)}" for row, points in drawn)
+        lines = [("best" if row == "winner" else "complete", points) for row, points in drawn]
+        picture = _losses(
+            f"final-losses-{phase}", f"Final rows: training loss {_PHASES.get(phase, phase)}", said, lines
+        )
+        figures.append((picture, _key("best", "winner", "━") + _key("complete", "the other rows", "━")))
+    return figures
+
+
+def _losses(name: str, title: str, said: str, lines: Sequence[tuple[str, Sequence[Point]]]) -> str:
+    """Losses over the share of the budget, a line of its class each. What failed is cut off above all others."""
+    steady = [y for kind, points in lines for _, y in points if not kind.endswith("failed")]
+    values = steady or [y for _, points in lines for _, y in points]
+    chart = Chart((0, 1), values, "share of the phase's budget", "loss")
+    for layer in (*(f"thin {kind}" for kind in _LAYERS), "complete", "best"):
+        drawn = [[(x, min(y, max(values))) for x, y in points] for kind, points in lines if kind == layer]
+        chart.lines([line for line in drawn if len(line) > 1], layer)
+        chart.dots([line[0] for line in drawn if len(line) == 1], layer, radius=1.8)
+    return chart.svg(name, title, said)
+
+
+def _from_to(points: Sequence[Point]) -> str:
+    return f"from {points[0][1]:.4g} to {points[-1][1]:.4g}"
 
 
 def costs(record: Record) -> list[tuple[str, list[tuple[float, str]], int]]:
@@ -533,8 +649,8 @@ def cost_section(record: Record) -> str:
 def settings_section(record: Record, metric: str, ranking: str) -> str:
     """What the run was begun with, and on what it ran."""
     results, config = record.results or (record.plan and record.plan.results) or {}, record.config
-    later = "recorded when the run ends"
-    versions = ", ".join(f"{name} {version}" for name, version in (results.get("versions") or {}).items())
+    where, unknown = record.machine | results, "not recorded"
+    versions = ", ".join(f"{name} {version}" for name, version in (where.get("versions") or {}).items())
     rows = [
         ("task", config.get("task", "–")),
         ("metric", metric),
@@ -543,8 +659,8 @@ def settings_section(record: Record, metric: str, ranking: str) -> str:
         ("repeats of the final rows", config.get("seeds", "–")),
         ("longest text, tokens", config.get("max_length", "–")),
         ("teacher", config.get("teacher") or "trained in this run"),
-        ("device of the latencies", results.get("device") or later),
-        ("versions", versions or later),
+        ("device of the latencies", where.get("device") or unknown),
+        ("versions", versions or unknown),
         ("finished", results.get("finished") or "not yet"),
     ]
     text = json.dumps(config, indent=2, ensure_ascii=False)
@@ -557,12 +673,16 @@ def _each(
     record: Record,
     metric: str,
     part: Callable[[str, list[Candidate], Record, str], str],
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """A section with a part for every stage, side by side, below a note."""
-    articles = []
-    for stage, found in stages.items():
-        content = part(stage, found, record, metric) if found else _missing("This stage has not begun.")
-        articles.append(tag("article", tag("h3", escape(_STAGE_NAMES.get(stage, stage))), content))
+    """A section with a part for every stage, side by side, below a note; more: further parts, by title."""
+    contents = {
+        _STAGE_NAMES.get(stage, stage): part(stage, found, record, metric)
+        if found
+        else _missing("This stage has not begun.")
+        for stage, found in stages.items()
+    }
+    articles = [tag("article", tag("h3", escape(title)), content) for title, content in {**contents, **more}.items()]
     return tag("p", escape(_NOTES[name])) + tag("div", *articles, class_="stages")
 
 

@@ -25,7 +25,7 @@ from effbert.search.final import BEST, final_rows, rows, teacher_row
 from effbert.search.pareto import best_front
 from effbert.search.population import KEPT_TEACHER, Evaluator, remove_stale, trained_candidates
 from effbert.search.progress import Reporter
-from effbert.search.record import AGREEMENT, training_files
+from effbert.search.record import AGREEMENT, MACHINE_FILE, training_files
 from effbert.search.released import ReleasedSpace
 from effbert.search.report_html import write_report
 from effbert.search.screen import FILTER, STAYS, check_latency
@@ -61,6 +61,7 @@ def run_search(
                 try:
                     if study is not None:
                         tidy(study, reporter)
+                        note_machine(folder, config.num_threads)
                     workspace = world.first_then_all(
                         lambda: open_workspace(config, folder, reporter.say, world, first_space)
                     )
@@ -268,7 +269,7 @@ class Pages:
         for name in ("stage1", "stage2"):
             settings = getattr(self.config, name)
             for share, found in of_rungs(self.study.stage(name).evaluations()).items():
-                entry = {"stage": name, "what": f"rung {share:.2g} against full budget"}
+                entry = {"stage": name, "what": f"rung {share:.2g} against full budget, among those that went on"}
                 entries.append(entry | _tau(found))
             found = of_filter(self.study.stage(name).evaluations(), FILTER)
             if found is not None:
@@ -291,7 +292,7 @@ class Pages:
 
 
 def _tau(found: Interval) -> dict:
-    """An entry of agreement.json, null where it is undefined: all values equal, or too few for an interval."""
+    """An entry of agreement.json, null where it is undefined: all values equal, or too few candidates."""
     numbers = {"kendall": found.estimate, "low": found.low, "high": found.high}
     return {name: number if math.isfinite(number) else None for name, number in numbers.items()} | {
         "candidates": found.count
@@ -361,11 +362,22 @@ def surroundings_of(file: Path, summary: dict) -> dict:
 
 def surroundings() -> dict:
     """On what, with what and when results came about."""
+    return {**machine(), "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+def machine(threads: int = 0) -> dict:
+    """On what and with what this process works; threads: those that it is going to use, 0 for those that it does."""
     return {
-        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "device": f"{platform.processor() or platform.machine()}, {threads or torch.get_num_threads()} threads",
         "versions": {"effbert": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
+
+
+def note_machine(folder: Path, threads: int = 0) -> None:
+    """Keep in a run's folder on what it was begun, where no worker has: the report of an open run tells it."""
+    file = folder / MACHINE_FILE
+    if not file.exists():
+        write_atomic(file, json.dumps(machine(threads), indent=1))
 
 
 def others_on_front(study: Study, config: SearchConfig) -> list[Architecture]:

@@ -18,6 +18,7 @@ from effbert.engine import Phase, forget, train
 from effbert.evaluate import evaluate_rows
 from effbert.search.population import Evaluator, Member, Outcome, costs_of, ranking_metric, ranking_on
 from effbert.search.progress import Reporter
+from effbert.search.record import losses_file
 from effbert.search.screen import make_screen
 from effbert.search.space import ArchitectureSpace
 from effbert.search.stages import load_supernet
@@ -111,7 +112,8 @@ def shared_supernet(
         must_finish(tasks_result, "stage 3's task distillation", "--stage3.task_phase.learning_rate")
         reporter.say(f"stage3: shared supernet distilled, last epoch's loss {tasks_result.loss:.4f}")
         tokenizer = workspace.student_tokenizer
-        world.on_first(functools.partial(keep, warm, target, result, tasks_result, tokenizer=tokenizer))
+        beside = losses_file({"general": result.losses, "tasks": tasks_result.losses})
+        world.on_first(functools.partial(keep, warm, target, result, tasks_result, tokenizer=tokenizer, beside=beside))
     forget(phases)
     return load_supernet(workspace, target)
 

@@ -25,7 +25,7 @@ from effbert.search.budget import fitness, ladder, survivors
 from effbert.search.pareto import best_front, fronts, point
 from effbert.search.population import Evaluator, Member, Outcome
 from effbert.search.progress import Reporter, StageLine
-from effbert.search.record import FIRST_SUPERNET
+from effbert.search.record import FIRST_SUPERNET, losses_file
 from effbert.search.report import comparison
 from effbert.search.sampler import Sampler, SpaceExhausted, make_sampler
 from effbert.search.screen import DISCARDED, SCREENED, STAYS, Screen
@@ -291,7 +291,7 @@ def warm_supernet(workspace: Workspace, reporter: Reporter, name: str = "superne
         torch.manual_seed(random.key(config.seed, "supernet", "init"))
         base = supernet_config(workspace.student_config(), config.student.num_hidden_layers)
         supernet = Supernet(base, specs).to(workspace.device)
-        results = []
+        results = {}
         if config.start_from:
             load_start(supernet, config.start_from[0])
             note = fresh_projection(supernet.config, config.start_from[0])
@@ -299,8 +299,10 @@ def warm_supernet(workspace: Workspace, reporter: Reporter, name: str = "superne
                 reporter.say(note)
             reporter.say(f"{name}: that of {config.start_from[0]}, {supernet.num_parameters():,} parameters")
         else:
-            results = [distilled_supernet(workspace, supernet, name, phase, reporter)]
-        world.on_first(partial(keep, supernet, target, *results, tokenizer=workspace.student_tokenizer))
+            results["general"] = distilled_supernet(workspace, supernet, name, phase, reporter)
+        tokenizer = workspace.student_tokenizer
+        beside = losses_file({part: result.losses for part, result in results.items()})
+        world.on_first(partial(keep, supernet, target, *results.values(), tokenizer=tokenizer, beside=beside))
     forget([phase])
     return load_supernet(workspace, target)
 

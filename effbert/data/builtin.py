@@ -29,6 +29,7 @@ from effbert.random import generator
 if TYPE_CHECKING:
     from effbert.data.tasks import Task
 
+METRICS = ("accuracy",)
 PARTS = ("interface", "internet", "language", "system")
 
 _MODULES = {
@@ -104,7 +105,7 @@ def load_task(name: str, cache_dir: str | Path | None = None) -> "Task":
         )
         for held_out, size in ((False, _TRAIN_ROWS), (True, _VALIDATION_ROWS))
     ]
-    spec = TaskSpec(name=name, kind="classification", labels=labels, metrics=("accuracy",), pair=pair)
+    spec = TaskSpec(name=name, kind="classification", labels=labels, metrics=METRICS, pair=pair)
     return Task(spec, *(_task_dataset(split, pair) for split in splits))
 
 

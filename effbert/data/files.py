@@ -21,6 +21,7 @@ from effbert.data.tasks import Task, TaskSpec
 if TYPE_CHECKING:
     import datasets
 
+METRICS = {"classification": ("accuracy", "mcc"), "regression": ("pearson", "spearman")}
 Rows = Iterator[tuple[str, dict[str, Any]]]  # where the row lies ("file:line"), the row by column
 
 
@@ -298,8 +299,8 @@ def _check_columns(name: str, text_columns: Sequence[str], label_column: str | N
 
 
 def _spec(name: str, text_columns: Sequence[str], labels: Sequence[str]) -> TaskSpec:
-    kind, metrics = ("classification", ("accuracy", "mcc")) if labels else ("regression", ("pearson", "spearman"))
-    return TaskSpec(name, kind, tuple(labels), metrics, len(text_columns) == 2)
+    kind = "classification" if labels else "regression"
+    return TaskSpec(name, kind, tuple(labels), METRICS[kind], len(text_columns) == 2)
 
 
 def _labelled(

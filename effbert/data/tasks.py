@@ -120,6 +120,21 @@ def load_validation(
     return task.spec, {"validation": task.validation}, ()
 
 
+def scored_by(name: str, own: bool = False, kind: Kind | None = None) -> tuple[Kind, tuple[str, ...]]:
+    """Kind and metrics of a task before any of its rows is read: of a known one, or of `own` files whose kind is given
+    where labels are scores. ValueError for an unknown name."""
+    from effbert.data import builtin, files, glue, squad
+
+    wanted = plain_name(name)
+    if own:
+        kind = kind or "classification"
+        return kind, files.METRICS[kind]
+    if wanted in map(plain_name, BUILTIN):
+        return "classification", builtin.METRICS
+    spec = glue.TASKS[wanted].spec if wanted in glue.TASKS else squad.spec_of(name)
+    return spec.kind, spec.metrics
+
+
 def is_known(name: str) -> bool:
     """Whether a name is that of a built-in task, of GLUE or of SQuAD."""
     from effbert.data import glue, squad

@@ -150,7 +150,10 @@ def test_rungs_agree_with_the_full_budget_among_those_that_reached_it():
     found = of_rungs(cohort)
     estimates = {share: interval.estimate for share, interval in found.items()}
     assert estimates == {1 / 9: pytest.approx(1), 1 / 3: pytest.approx(0)}
-    assert (found[1 / 9].count, found[1 / 3].count) == (3, 4) and of_rungs(cohort[:1]) == {} and of_rungs([]) == {}
+    assert (found[1 / 9].count, found[1 / 3].count) == (3, 4) and of_rungs([]) == {}
+    few = of_rungs(cohort[2:4])
+    assert [(share, too_few.count) for share, too_few in few.items()] == [(1 / 9, 1), (1 / 3, 1)]
+    assert all(np.isnan([too_few.estimate, too_few.low, too_few.high]).all() for too_few in few.values())
 
 
 def answers(rng, right, labels):

@@ -69,11 +69,13 @@ def test_values_do_not_depend_on_how_many_train_at_once(workspace, supernet, arc
         found = evaluated(workspace, supernet, architectures, population=size)
         for number, outcome in expected.items():
             assert found[number].value == outcome.value
+            assert found[number].attrs["losses"] == outcome.attrs["losses"]
             assert found[number].attrs["jackknife"] == outcome.attrs["jackknife"]
     for outcome in expected.values():
         assert outcome.attrs["scores"]["roc_auc"] == outcome.value
         assert np.mean(outcome.attrs["jackknife"]) == pytest.approx(outcome.value, abs=0.01)
         assert outcome.attrs["flops"] > outcome.attrs["parameters"] > 0
+        assert {part: kept[-1][0] for part, kept in outcome.attrs["losses"].items()} == {"general": 0.5, "task": 0.5}
         assert outcome.attrs["tokens"] > 0 and outcome.attrs["seconds"] > 0 and len(outcome.phases) == 2
 
 

@@ -7,11 +7,13 @@ import re
 import shutil
 import sqlite3
 import subprocess
+import types
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -248,7 +250,158 @@ def test_learning_curves_follow_the_metric(whole):
     svg = page.figures["stage1-curves"]
     assert len(groups(svg, "thin complete", "polyline")) == 2 and len(groups(svg, "best", "circle")) == 2
     assert svg[1].text.endswith("candidate 0: 0.5000, 0.7000")
-    assert "No score after an epoch is recorded" in page.words["curves"]
+    assert "No loss and no score after several epochs is recorded" in page.words["curves"]
+    assert "stopped early" not in figcaptions(page)["stage1-curves"]  # such a one is scored once
+
+
+def figcaptions(page):
+    """Text below each figure, by name."""
+    pairs = re.findall(r"<figure>(<svg.*?</svg>)(?:<figcaption>(.*?)</figcaption>)?</figure>", page.text, re.DOTALL)
+    return {re.search(r'id="([^"]*)-title"', svg)[1]: re.sub("<.*?>", "", caption) for svg, caption in pairs}
+
+
+def curve(*losses, share=1.0):
+    return [(share * (place + 1) / len(losses), loss) for place, loss in enumerate(losses)]
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """One epoch each: whole budget twice, one stopped at half of it, one diverged, one under way; then a final row."""
+    make_config(tmp_path)
+    stage = Study(tmp_path).stage("stage1")
+    losses = ((5.0, 2.0), (5.0, 3.0), (6.0, 4.0), (5.0, 9e9), (4.0, 3.5))
+    for number, ends in enumerate(losses):
+        stage.begin(number, PUBLISHED, str(number))
+        share = 1.0 if number < 2 else 0.5
+        kept = {"general": curve(*ends, share=share), "task": [] if number == 3 else curve(7.0, share=share)}
+        attrs = {"losses": kept, "scores": {"accuracy": 0.5}, "epochs": [{"accuracy": 0.5}]}
+        if number < 2:
+            stage.complete(number, 0.7 - number / 10, shares=[0.5, 1.0], **attrs)
+        elif number == 3:
+            stage.fail(number, "loss grown", **attrs)
+        else:
+            stage.report(number, 0, 0.5, shares=[0.5], **attrs)
+    stage.prune(2)
+    for folder, phases in (("supernet", ("general",)), ("stage3/supernet", ("general", "tasks"))):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "training.json").write_text('{"seconds": 60.0, "tokens": 1000}')
+        (tmp_path / folder / "losses.json").write_text(json.dumps({phase: curve(8.0, 5.0, 4.5) for phase in phases}))
+    (tmp_path / "final").mkdir()
+    for name in ("winner", "published"):
+        row = {"row": name, "repeat": 0, "scores": {"accuracy": 0.8}, "seconds": 5, **FINAL}
+        row |= {"losses": {"general": [], "task": curve(6.0, 1.5)}}
+        (tmp_path / "final" / f"{name}-0.json").write_text(json.dumps(row))
+    return tmp_path
+
+
+def points(line):
+    return [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+
+
+def test_every_trained_candidate_has_a_loss_curve_over_the_share_of_the_budget_it_had(trained):
+    page = read(trained)
+    svg = page.figures["stage1-losses-general"]
+    ends = {
+        kind: [points(line)[-1] for line in groups(svg, f"thin {kind}", "polyline")]
+        for kind in ("complete", "pruned", "failed", "running")
+    }
+    assert {kind: len(found) for kind, found in ends.items()} == {"complete": 2, "pruned": 1, "failed": 1, "running": 1}
+    (best,) = groups(svg, "best", "polyline")
+    assert points(best)[-1] == max(ends["complete"], key=lambda end: end[1])  # lowest on the page
+    (left, _), whole = points(best)[0], ends["complete"][0][0]  # from half the budget to all of it
+    assert ends["pruned"][0][0] == left < whole
+    assert ends["failed"][0][1] == min(y for found in ends.values() for _, y in found) >= 0  # cut off, others not flat
+    assert svg[1].text == "5 candidates; the best, candidate 0: from 5 to 2"
+    task = page.figures["stage1-losses-task"]
+    assert len(groups(task, "thin pruned", "circle")) == 1 and not groups(task, "thin failed", "circle")
+    legends = figcaptions(page)
+    for word in ("whole budget", "stopped early", "failed", "under way", "candidate 0, the best"):
+        assert word in legends["stage1-losses-general"]
+    assert "stage1-curves" not in page.figures
+
+
+def test_supernets_and_final_rows_have_loss_curves(trained):
+    page = read(trained)
+    assert page.figures["supernet-losses-general"][1].text == "from 8 to 4.5"
+    final = page.figures["final-losses-task"]
+    assert len(groups(final, "best", "polyline")) == len(groups(final, "complete", "polyline")) == 1
+    assert "final-losses-general" not in page.figures
+    stage = Study(trained).stage("stage3")
+    stage.begin(0, PUBLISHED, "key")
+    stage.complete(0, 0.7, scores={"accuracy": 0.7})
+    page = read(trained)
+    assert page.figures["stage3-supernet-losses-tasks"][1].text == "from 8 to 4.5"
+    assert "scored without training" in page.words["curves"]
+
+
+def test_a_stage_without_any_value_tells_why(tmp_path):
+    make_config(tmp_path)
+    study = Study(tmp_path)
+    for name, settle in (
+        ("stage1", lambda stage, number: stage.fail(number, f"loss not finite at step {number % 5}")),
+        ("stage2", lambda stage, number: stage.prune(number, discarded=f"takes {number} ms, over --max_latency_ms 1")),
+    ):
+        stage = study.stage(name)
+        for number in range(6):
+            stage.begin(number, PUBLISHED, str(number))
+            settle(stage, number)
+        page = read(tmp_path)
+        if name == "stage1":
+            assert "stage1, 6 of 6 candidates, 6 of which failed." in page.words["header"]
+    words = page.words["progress"]
+    assert "yet" not in words and words.count("Of 6 candidates none has a value.") == 2
+    assert re.search(r"×\s+6 failed", words) and "2 failed: loss not finite at step 0" in words
+    assert "1 for other reasons" in words and "6 discarded before training: over --max_latency_ms 1" in words
+
+
+@pytest.mark.parametrize(
+    "settings,metric,ranking",
+    [
+        ({}, "accuracy", "accuracy"),
+        ({"ranking_metric": "roc_auc"}, "accuracy", "roc_auc"),
+        ({"task": "CoLA", "ranking_metric": "task"}, "mcc", "mcc"),
+        ({"task": "STS-B", "ranking_metric": "roc_auc"}, "pearson", "pearson"),
+        ({"task": "squad", "ranking_metric": "roc_auc"}, "f1", "f1"),
+        ({"task": "mine", "train_file": "a.csv", "ranking_metric": "roc_auc"}, "accuracy", "roc_auc"),
+        ({"task": "mine", "train_file": "a.csv", "task_kind": "regression"}, "pearson", "pearson"),
+        ({"task": "of another version"}, "value", "value"),
+    ],
+)
+def test_before_the_first_score_the_configuration_tells_the_metrics(tmp_path, settings, metric, ranking):
+    make_config(tmp_path, **settings)
+    assert report_html.metrics_of(read_record(tmp_path)) == (metric, ranking)
+    assert f"metric {metric} what ranks candidates {ranking}" in read(tmp_path).words["settings"]
+
+
+def test_an_open_run_tells_on_what_it_was_begun(tmp_path):
+    make_config(tmp_path)
+    assert "device of the latencies not recorded" in read(tmp_path).words["settings"]
+    run.note_machine(tmp_path)
+    words = read(tmp_path).words["settings"]
+    assert f"device of the latencies {run.machine()['device']}" in words and f"torch {torch.__version__}" in words
+    kept = '{"device": "of the first worker"}'
+    (tmp_path / "machine.json").write_text(kept)
+    run.note_machine(tmp_path)
+    assert "of the first worker" in read(tmp_path).words["settings"]
+
+
+def test_agreement_of_too_few_candidates_says_so(tmp_path):
+    make_config(tmp_path)
+    study = Study(tmp_path)
+    make_study(tmp_path)
+    config = types.SimpleNamespace(
+        stage1=types.SimpleNamespace(filter="none"), stage2=None, agreement_candidates=0, storage=""
+    )
+    run.Pages(tmp_path, study, config, print).write()
+    (entry,) = json.loads((tmp_path / "agreement.json").read_text())
+    assert entry["what"] == "rung 0.33 against full budget, among those that went on" and entry["candidates"] == 2
+    pruned = Study(tmp_path).stage("stage2")
+    pruned.begin(2, PUBLISHED, "key 2")
+    pruned.report(2, 0, 0.4, shares=[1 / 3])
+    pruned.prune(2)
+    run.Pages(tmp_path, study, config, print).write()
+    page = read(tmp_path)
+    assert "stage2: rung 0.33 against full budget, among those that went on too few – – 0" in page.words["agreement"]
 
 
 def test_costs_add_up(whole):

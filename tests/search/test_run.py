@@ -18,7 +18,8 @@ import effbert  # noqa: F401  (registers the model type)
 from commands import Command, finished
 from effbert.__main__ import main
 from effbert.data.tasks import load_task
-from effbert.search.run import surroundings, surroundings_of
+from effbert.search.record import read_record
+from effbert.search.run import machine, surroundings, surroundings_of
 from effbert.search.study import Study
 
 COMMAND = ["search", "--preset", "smoke", "--output_dir"]
@@ -82,8 +83,24 @@ def test_halving_gives_the_whole_budget_to_the_best_of_each_cohort(undisturbed):
 def test_shared_weights_are_compared_with_training_alone(undisturbed):
     stages = outcome(undisturbed[0])["stages"]
     assert [(e[0], e[1]) for e in stages["agreement"]] == [(e[0], e[1]) for e in stages["stage3"][:2]]
-    (entry,) = json.loads((undisturbed[0] / "agreement.json").read_text())
-    assert entry["stage"] == "stage3" and entry["candidates"] == 2
+    entries = json.loads((undisturbed[0] / "agreement.json").read_text())
+    counts = {entry["stage"]: (entry["candidates"], entry["kendall"] is None) for entry in entries}
+    assert len(entries) == 3 and counts["stage1"] == counts["stage2"] == (1, True) and counts["stage3"][0] == 2
+
+
+def test_what_trained_has_loss_curves_and_the_machine_is_kept(undisturbed):
+    folder = undisturbed[0]
+    record = read_record(folder)
+    assert record.machine == {name: record.results[name] for name in machine()}
+    assert all(row["losses"]["task"] for row in record.final if row["row"] != "teacher")
+    phases = {name: [phase for phase, kept in found.items() if kept] for name, found in record.losses.items() if found}
+    assert phases == {"supernet": ["general"], "stage3/supernet": ["general", "tasks"]}
+    for candidate in [*record.stages["stage1"], *record.stages["stage2"]]:
+        last = candidate.attrs["shares"][-1]
+        assert {kept[-1][0] for kept in candidate.attrs["losses"].values() if kept} == {last}
+    page = (folder / "report.html").read_text()
+    for figure in ("stage1-losses-task", "stage2-losses-task", "stage3-supernet-losses-tasks", "final-losses-task"):
+        assert f'id="{figure}-title"' in page
 
 
 def test_stages_hand_over_what_they_found(undisturbed):
