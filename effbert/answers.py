@@ -27,7 +27,7 @@ from effbert.data import files, glue, squad
 from effbert.data.batches import Batch, BatchPlan
 from effbert.data.cache import dataset_fingerprint, tokenizer_fingerprint
 from effbert.data.encode import encode_split
-from effbert.data.tasks import TaskSpec, load_validation, map_labels, plain_name
+from effbert.data.tasks import TaskSpec, is_known, load_validation, map_labels, plain_name
 from effbert.data.tokenizer import load_tokenizer
 from effbert.evaluate import predict
 from effbert.files import atomic_path, temporary_name, write_atomic
@@ -196,6 +196,8 @@ def evaluate_saved(
     """
     if own.validation_file and data_dir:
         raise ValueError("--data_dir and --validation_file exclude each other: the rows of a known task, or your own")
+    if own.validation_file and is_known(task):
+        raise ValueError(f"--validation_file has your own rows, {task} is a known task: give --task a name of yours")
     refuse_threshold(null_threshold, "" if own.validation_file else task)
     if own.validation_file:
         labels = () if own.task_kind == "regression" else own_labels(folder, reading, own.task_kind)
@@ -238,7 +240,7 @@ def _scores(model: SavedModel, rows: "Dataset", name: str, null_threshold: float
         accepted = squad.references(rows)
         texts = {key: prediction.text for key, prediction in found.items()}
         if model.spec.name == "squad":
-            return metrics.squad_scores(texts, accepted) | count
+            return metrics.squad_scores(texts, accepted, version2=False) | count
         odds = {key: prediction.null_odds for key, prediction in found.items()}
         return metrics.squad2_scores(texts, odds, accepted, null_threshold)
     values, labels = np.stack(logits), np.asarray(rows["label"][:])

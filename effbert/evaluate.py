@@ -86,18 +86,18 @@ def metrics_of_spans(rows: list[np.ndarray], task: EncodedTask, split: str, more
     `evaluate_rows`, groups being of questions."""
     from effbert.data import squad
 
-    examples = getattr(task.raw, split)
+    examples, version2 = getattr(task.raw, split), task.spec.name == squad.NAMES[1]
     answers = squad.decode_spans(
         [row[:, 0] for row in rows],
         [row[:, 1] for row in rows],
         getattr(task, split),
         examples,
-        version2=task.spec.name == "squad2.0",
+        version2=version2,
     )
     references = squad.references(examples)
-    found = metrics.squad_scores(answers, references)
+    found = metrics.squad_scores(answers, references, version2)
     if more:
         first = task.spec.metrics[0]
-        each = metrics.squad_by_question(answers, references)[first]
+        each = metrics.squad_by_question(answers, references, version2)[first]
         found["jackknife"] = {first: jackknife(lambda kept: each[kept].mean(), np.zeros(len(each)))}
     return found

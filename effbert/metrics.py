@@ -16,6 +16,7 @@ import numpy as np
 
 CLASS_METRICS = ("accuracy", "f1", "mcc")
 SCORE_METRICS = ("pearson", "spearman")
+EXACT = {False: "exact_match", True: "exact"}  # what the scripts of SQuAD 1.1 and 2.0 call it
 
 
 def compute(spec_metrics: Sequence[str], predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
@@ -75,21 +76,27 @@ def area(odds: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(areas)) if areas else 0.5
 
 
-def squad_scores(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
+def squad_scores(
+    predictions: Mapping[str, str], references: Mapping[str, Sequence[str]], version2: bool
+) -> dict[str, float]:
     """Exact match and token F1 by question id, each the best over the accepted answers, mean over the questions.
 
-    Definition: the evaluation script of SQuAD 2.0. Texts are compared in lower case without ASCII punctuation, without
-    "a", "an", "the", and with single blanks. A question without accepted answers wants "". (The script of 1.1 differs
-    only for answers of nothing but articles and punctuation, which are not counted as answers here.) Raises ValueError
-    where the ids differ or there are none.
+    Definition and names: those of the evaluation script of SQuAD 1.1 ("exact_match"), or of 2.0 ("exact"). Texts are
+    compared in lower case without ASCII punctuation, without "a", "an", "the", and with single blanks. In 2.0 an answer
+    of nothing else is none, and a question without accepted answers wants ""; in 1.1 it is an answer like others, and
+    texts that share no word, not even where both are empty, have an F1 of 0. Raises ValueError where the ids differ or
+    there are none.
     """
-    return {name: float(values.mean()) for name, values in squad_by_question(predictions, references).items()}
+    scores = squad_by_question(predictions, references, version2)
+    return {name: float(values.mean()) for name, values in scores.items()}
 
 
-def squad_by_question(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
+def squad_by_question(
+    predictions: Mapping[str, str], references: Mapping[str, Sequence[str]], version2: bool
+) -> dict[str, np.ndarray]:
     """The same of each question, [questions], in the order of the references."""
-    scores = np.array(list(_by_question(predictions, references).values()))
-    return {"exact_match": scores[:, 0], "f1": scores[:, 1]}
+    scores = np.array(list(_by_question(predictions, references, version2).values()))
+    return {EXACT[version2]: scores[:, 0], "f1": scores[:, 1]}
 
 
 def squad2_scores(
@@ -108,7 +115,7 @@ def squad2_scores(
     """
     if null_odds.keys() != predictions.keys():
         raise ValueError(f"{len(predictions)} answers and {len(null_odds)} null odds are not of the same questions")
-    raw = _by_question(predictions, references)
+    raw = _by_question(predictions, references, version2=True)
     refused = {key: odds > null_threshold for key, odds in null_odds.items()}
     scores = {key: (float(not references[key]),) * 2 if refused[key] else raw[key] for key in references}
     found = {"exact": _mean(scores, 0), "f1": _mean(scores, 1), "total": len(scores)}
@@ -140,7 +147,7 @@ def _best_threshold(
 
 
 def _by_question(
-    predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
+    predictions: Mapping[str, str], references: Mapping[str, Sequence[str]], version2: bool
 ) -> dict[str, tuple[float, float]]:
     """Exact match and F1 of every question."""
     if predictions.keys() != references.keys() or not references:
@@ -151,8 +158,9 @@ def _by_question(
     scores = {}
     for key, accepted in references.items():
         words = _words(predictions[key])
-        golds = [gold for gold in map(_words, accepted) if gold] or [[]]
-        scores[key] = max(float(words == gold) for gold in golds), max(_overlap(words, gold) for gold in golds)
+        golds = [gold for gold in map(_words, accepted) if gold or not version2] or [[]]
+        overlaps = [_overlap(words, gold, version2) for gold in golds]
+        scores[key] = max(float(words == gold) for gold in golds), max(overlaps)
     return scores
 
 
@@ -200,7 +208,7 @@ def _words(text: str) -> list[str]:
     return re.sub(r"\b(?:a|an|the)\b", " ", bare).split()
 
 
-def _overlap(words: Sequence[str], gold: Sequence[str]) -> float:
+def _overlap(words: Sequence[str], gold: Sequence[str], version2: bool) -> float:
     if not words or not gold:
-        return float(words == gold)
+        return float(words == gold and version2)
     return 2 * (Counter(words) & Counter(gold)).total() / (len(words) + len(gold))

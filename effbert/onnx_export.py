@@ -86,21 +86,21 @@ class Rows:
 def load_rows(source: Path, config: ExportConfig, model) -> tuple[dict[str, Rows], tuple[str, ...]]:
     """The validation splits of `config`'s task by name, as ids of the tokenizer in `source`, and a line for each that
     is not there; ValueError where they do not fit."""
+    from effbert.data import files
     from effbert.data.encode import EncodedTask, encode_split
-    from effbert.data.tasks import Task, load_task, load_validation
+    from effbert.data.tasks import Task, load_validation
     from effbert.data.tokenizer import load_tokenizer
 
     kind, notes = _kind(model), ()
     if config.validation_file is not None:
-        task = load_task(
-            "own",
-            train_file=config.validation_file,
-            validation_file=config.validation_file,
-            text_columns=config.text_columns,
-            label_column=config.label_column,
-            kind=kind if kind in ("classification", "regression") else None,
-        )
-        spec, splits = task.spec, {"validation": task.validation}
+        if kind not in ("classification", "regression"):
+            raise ValueError(
+                f"--validation_file has rows with labels or scores, but {source} is for {kind or 'no task'}"
+            )
+        names = [label for _, label in sorted(model.config.id2label.items())] if kind == "classification" else []
+        spec = files.own_spec("own", config.text_columns, config.label_column, names)
+        rows = files.load_split(spec, config.validation_file, config.text_columns, config.label_column, f"{source} has")
+        splits = {"validation": rows}
     else:
         spec, splits, notes = load_validation(config.task, config.data_dir)
     if spec.kind != kind:

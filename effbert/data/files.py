@@ -68,9 +68,9 @@ def load_split(
     label_column: str = "label",
     known: str = "known labels are",
 ) -> datasets.Dataset:
-    """One file of an `own_spec`, with the columns of `Task`. `known` stands before the labels where one is none of
-    them; raises as `load_task` does."""
-    return _labelled(spec, list(_fields(Path(path), text_columns, label_column)), known)
+    """One file of an `own_spec`, with the columns of `Task`; its labels may be in other case. `known` stands before the
+    labels where one is none of them; raises as `load_task` does."""
+    return _labelled(spec, list(_fields(Path(path), text_columns, label_column)), known, any_case=True)
 
 
 def load_texts(spec: TaskSpec, path: str | PathLike[str], text_columns: Sequence[str]) -> datasets.Dataset:
@@ -100,12 +100,17 @@ def text_dataset(spec: TaskSpec, rows: Sequence[tuple[str, str, int | float]]) -
     return Dataset.from_dict(columns, features=Features(types))
 
 
-def class_index(label: str, labels: Sequence[str], where: str, known: str = "known labels are") -> int:
-    """The index of a label; ValueError with `where` and, after `known`, the labels if it is none of them."""
-    try:
+def class_index(
+    label: str, labels: Sequence[str], where: str, known: str = "known labels are", any_case: bool = False
+) -> int:
+    """The index of a label; with any_case in other case too, where only one is spelt so. ValueError with `where` and,
+    after `known`, the labels if it is none of them."""
+    if label in labels:
         return labels.index(label)
-    except ValueError:
-        raise ValueError(f"{where}: unknown label {label!r}; {known} {', '.join(labels)}") from None
+    alike = [index for index, other in enumerate(labels) if any_case and other.casefold() == label.casefold()]
+    if len(alike) != 1:
+        raise ValueError(f"{where}: unknown label {label!r}; {known} {', '.join(labels)}")
+    return alike[0]
 
 
 def score(label: str, where: str) -> float:
@@ -304,9 +309,14 @@ def _spec(name: str, text_columns: Sequence[str], labels: Sequence[str]) -> Task
 
 
 def _labelled(
-    spec: TaskSpec, rows: Sequence[tuple[str, str, str, str]], known: str = "known labels are"
+    spec: TaskSpec,
+    rows: Sequence[tuple[str, str, str, str]],
+    known: str = "known labels are",
+    any_case: bool = False,
 ) -> datasets.Dataset:
     def value(label: str, where: str) -> int | float:
-        return score(label, where) if spec.kind == "regression" else class_index(label, spec.labels, where, known)
+        if spec.kind == "regression":
+            return score(label, where)
+        return class_index(label, spec.labels, where, known, any_case)
 
     return text_dataset(spec, [(text_a, text_b, value(label, where)) for where, text_a, text_b, label in rows])

@@ -8,6 +8,7 @@ always cut from the original text, never put together from tokens.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -19,6 +20,7 @@ import numpy as np
 from effbert.data.files import inner, parse_json, read_text, refuse_half
 from effbert.data.glue import fetch
 from effbert.data.tasks import Task, TaskSpec, plain_name
+from effbert.metrics import EXACT
 
 if TYPE_CHECKING:
     import datasets
@@ -80,7 +82,8 @@ def spec_of(name: str) -> TaskSpec:
     """What SQuAD 1.1 or 2.0 asks; ValueError for an unknown name."""
     if plain_name(name) not in VERSIONS:
         raise ValueError(f"unknown SQuAD task {name!r}; choose from {', '.join(NAMES)}")
-    return TaskSpec(NAMES[VERSIONS[plain_name(name)] == "2.0"], "spans", (), ("f1", "exact_match"), True)
+    version2 = VERSIONS[plain_name(name)] == "2.0"
+    return TaskSpec(NAMES[version2], "spans", (), ("f1", EXACT[version2]), True)
 
 
 def _path(spec: TaskSpec, data_dir: str | PathLike[str], split: str) -> Path:
@@ -401,6 +404,11 @@ def _read(path: Path, version2: bool, answers: bool = True) -> list[dict[str, An
                 rows.append(_row(question, context, version2, f"{where}.qas[{q}]", answers))
     if not rows:
         raise ValueError(f"{path}: there are no questions")
+    again = [key for key, count in Counter(row["id"] for row in rows).items() if count > 1]
+    if again:
+        raise ValueError(
+            f"{path}: {len(again):,} ids are of several questions, such as {again[0]!r}: each needs its own"
+        )
     return rows
 
 

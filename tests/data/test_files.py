@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effbert.data.files import load_task
+from effbert.data.files import class_index, load_task
 
 ROWS = [
     {"title": 'A "quoted", comma', "body": "ünï\u2028code", "topic": "sport"},
@@ -179,3 +179,12 @@ def test_missing_file_and_bad_columns(tmp_path):
             load_task("t", path, path, columns, "topic")
     with pytest.raises(ValueError, match="different"):
         load_task("t", path, path, ["topic"], "topic")
+
+
+def test_labels_may_be_written_in_other_case_where_one_alone_is_meant():
+    labels = ("bad", "good", "Good")
+    assert class_index("Good", labels[:2], "x", any_case=True) == class_index("good", labels, "x", any_case=True) == 1
+    assert class_index("Good", labels, "x", any_case=True) == 2
+    for label, known, any_case in (("GOOD", labels, True), ("Good", labels[:2], False)):
+        with pytest.raises(ValueError, match=f"x: unknown label '{label}'; known labels are bad, good"):
+            class_index(label, known, "x", any_case=any_case)

@@ -284,6 +284,14 @@ def test_own_rows_that_do_not_go_with_the_model(trained, label, more, says, tmp_
     assert "\n" not in str(caught.value)
 
 
+def test_own_rows_need_a_name_of_their_own(tmp_path, tokenizer):
+    folder = save_bert(tmp_path / "model", "mrpc", tokenizer)
+    own = OwnRows(write_rows(tmp_path / "own.csv", ("equivalent",)), ("one",), "verdict")
+    for task in ("squad", "MRPC", "mnli-mm"):
+        with pytest.raises(ValueError, match=f"{task} is a known task: give --task a name of yours"):
+            evaluate_saved(folder, task, own=own)
+
+
 def read_answers(path: Path) -> list[dict[str, str]]:
     """Rows of a file of answers, read without effbert, values as text."""
     content = path.read_text()

@@ -396,8 +396,16 @@ def test_rows_with_a_label_that_the_model_lacks(capsys, classifier, tmp_path):
     (tmp_path / "dev.csv").write_text("text,label\ngood,light\nbad,dark\n")
     own = ("--validation_file", tmp_path / "dev.csv", "--text_columns", "text")
     line = fails(capsys, classifier, "--output_dir", tmp_path / "out", "--format", "onnx", *own)
-    assert "has labels dark, light, but" in line and "has light, heavy: every label" in line
+    assert f"dev.csv:3: unknown label 'dark'; {classifier} has light, heavy" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_lack_some_of_the_models_labels_are_scored(classifier, tmp_path):
+    (tmp_path / "dev.csv").write_text("text,label\ngood,light\nbad,light\n")
+    scored = ("--format", "onnx", "--validation_file", tmp_path / "dev.csv", "--text_columns", "text")
+    run(classifier, "--output_dir", tmp_path / "out", *scored)
+    found = json.loads((tmp_path / "out" / "export.json").read_text())["validation"]
+    assert found["rows"] == 2 and found["fp32"]["accuracy"] in (0.0, 0.5, 1.0)
 
 
 def test_rows_are_as_long_as_the_student_learnt_with_and_never_cut_in_silence(capsys, classifier, rows, tmp_path):
@@ -465,15 +473,16 @@ def test_weights_that_are_not_the_models(capsys, tmp_path):
     assert "wb2 takes 12 channels and gets 24" in fails(capsys, tmp_path / "model", *target)
 
 
-def test_rows_that_lack_a_label_of_the_model_still_find_their_columns(tmp_path, rows):
+def test_rows_of_ones_own_have_the_labels_of_the_model(tmp_path, rows):
     labels = {0: "other", 1: "light", 2: "heavy"}
     model = student(id2label=labels, label2id={name: index for index, name in labels.items()})
     folder = saved(tmp_path / "model", model)
     config = export.ExportConfig("", "onnx", validation_file=str(rows), text_columns=("text",))
     found = onnx_export.load_rows(folder, config, model)[0]["validation"]
-    assert found.encoded.spec.labels == ("Heavy", "light") and found.columns == [2, 1, 0]
+    assert found.encoded.spec.labels == ("other", "light", "heavy") and found.columns == [0, 1, 2]
+    assert found.encoded.raw.validation["label"][:4] == [1, 2, 2, 1]  # "Heavy" in the file
     questions = student(EffBertForQuestionAnswering)
-    with pytest.raises(ValueError, match=r"asks for classification, but .* is for spans"):
+    with pytest.raises(ValueError, match=r"rows with labels or scores, but .* is for spans"):
         onnx_export.load_rows(folder, config, questions)
 
 

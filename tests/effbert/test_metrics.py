@@ -119,35 +119,43 @@ def test_bad_input_is_refused(names, predictions, references, says):
 
 
 @pytest.mark.parametrize(
-    ("prediction", "accepted", "exact", "f1"),
+    ("prediction", "accepted", "exact", "f1", "of_1_1"),
     [
-        ("The  Eiffel Tower!", ["eiffel tower"], 1, 1),
-        ("a theatre", ["theatre"], 1, 1),
-        ("thea", ["a"], 0, 0),
-        ("Eiffel", ["the Eiffel Tower", "Paris"], 0, 2 / 3),
-        ("in Paris, France", ["Paris", "Paris France"], 0, 4 / 5),
-        ("red red blue", ["red blue blue"], 0, 2 / 3),
-        ("U.S.", ["us"], 1, 1),
-        ("", [], 1, 1),
-        ("something", [], 0, 0),
-        ("", ["Paris"], 0, 0),
-        ("the", ["Paris"], 0, 0),
+        ("The  Eiffel Tower!", ["eiffel tower"], 1, 1, None),
+        ("a theatre", ["theatre"], 1, 1, None),
+        ("thea", ["a"], 0, 0, None),
+        ("Eiffel", ["the Eiffel Tower", "Paris"], 0, 2 / 3, None),
+        ("in Paris, France", ["Paris", "Paris France"], 0, 4 / 5, None),
+        ("red red blue", ["red blue blue"], 0, 2 / 3, None),
+        ("U.S.", ["us"], 1, 1, None),
+        ("", ["Paris"], 0, 0, None),
+        ("the", ["Paris"], 0, 0, None),
+        ("A", ["A"], 1, 1, (1, 0)),  # equal texts without a word: the script of 1.1 finds no word in common
+        ("A", ["A", "Grade B"], 0, 0, (1, 0)),  # that of 2.0 drops answers without a word where there are others
+        ("", [], 1, 1, ()),
+        ("something", [], 0, 0, ()),
     ],
 )
-def test_squad_scores_of_one_question(prediction, accepted, exact, f1):
-    assert squad_scores({"q": prediction}, {"q": accepted}) == pytest.approx({"exact_match": exact, "f1": f1})
+def test_squad_scores_of_one_question(prediction, accepted, exact, f1, of_1_1):
+    found = squad_scores({"q": prediction}, {"q": accepted}, version2=True)
+    assert found == pytest.approx({"exact": exact, "f1": f1})
+    if of_1_1 != ():  # every question of 1.1 has an answer
+        wanted = (exact, f1) if of_1_1 is None else of_1_1
+        found = squad_scores({"q": prediction}, {"q": accepted}, version2=False)
+        assert (found["exact_match"], found["f1"]) == pytest.approx(wanted)
 
 
 def test_squad_scores_are_means_over_questions():
-    scores = squad_scores({"a": "Paris", "b": "x", "c": ""}, {"c": [], "a": ["Paris"], "b": ["x y z"]})
-    assert scores == pytest.approx({"exact_match": 2 / 3, "f1": (1 + 0.5 + 1) / 3})
+    scores = squad_scores({"a": "Paris", "b": "x", "c": ""}, {"c": [], "a": ["Paris"], "b": ["x y z"]}, version2=True)
+    assert scores == pytest.approx({"exact": 2 / 3, "f1": (1 + 0.5 + 1) / 3})
 
 
-def test_squad_ids_must_agree():
+@pytest.mark.parametrize("version2", [False, True])
+def test_squad_ids_must_agree(version2):
     with pytest.raises(ValueError, match="2 questions, of which 1 lack an answer; 1 ids too many"):
-        squad_scores({"a": "", "x": ""}, {"a": [], "b": []})
+        squad_scores({"a": "", "x": ""}, {"a": [], "b": []}, version2)
     with pytest.raises(ValueError, match="0 questions"):
-        squad_scores({}, {})
+        squad_scores({}, {}, version2)
 
 
 def test_squad2_scores_by_hand():
@@ -185,5 +193,5 @@ def test_squad2_thresholds_where_nothing_beats_refusing_and_parts_are_missing():
 
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_squad_scores_stay_within_bounds_and_exact_implies_f1(prediction, gold):
-    scores = squad_scores({"q": prediction}, {"q": [gold]})
-    assert 0 <= scores["f1"] <= 1 and (scores["exact_match"] == 0 or scores["f1"] == 1)
+    scores = squad_scores({"q": prediction}, {"q": [gold]}, version2=True)
+    assert 0 <= scores["f1"] <= 1 and (scores["exact"] == 0 or scores["f1"] == 1)
