@@ -337,16 +337,18 @@ def progress(name: str, stage: list[Candidate], record: Record, metric: str) -> 
         _put(chart, [c for c in scored if c.evaluation.state == kind], kind)
     failed = [candidate for candidate in stage if candidate.evaluation.state == "failed"]
     chart.crosses([c.evaluation.number for c in failed], "failed", [c.hint for c in failed])
-    said = f"{len(stage)} candidates, none with the whole budget yet"
+    said, compared = f"{len(stage)} candidates, none with the whole budget yet", ""
     if complete:
         best = max(complete, key=lambda candidate: candidate.score)
         stairs = best_so_far((c.evaluation.number, c.score) for c in complete)
         chart.lines([[*stairs, (stage[-1].evaluation.number, best.score)]], "best")
         chart.label((best.evaluation.number, best.score), f"{best.score:.4f}")
         said = f"{len(stage)} candidates, best {best.score:.4f}, candidate {best.evaluation.number}"
+        told = report.comparison([candidate.evaluation for candidate in complete], best.evaluation, metric)
+        compared = tag("p", escape(f"{told[0].upper()}{told[1:]}."))
     picture = chart.svg(f"{name}-progress", f"{_STAGE_NAMES.get(name, name)}: {metric} of every candidate", said)
     legend += _key("best", "best so far", "━") if complete else ""
-    return _figures([(picture, legend)]) + _reasons(stage) + _best_table(complete, metric)
+    return _figures([(picture, legend)]) + compared + _reasons(stage) + _best_table(complete, metric)
 
 
 def _no_value(stage: list[Candidate]) -> str:
@@ -356,16 +358,19 @@ def _no_value(stage: list[Candidate]) -> str:
 
 
 def _reasons(stage: list[Candidate]) -> str:
-    """Why candidates failed or were discarded, the commonest reasons."""
-    reasons: Counter[str] = Counter()
+    """Why candidates failed or were discarded, the commonest reasons; one of those that differ in numbers alone."""
+    alike: dict[str, list[str]] = {}
     for candidate in stage:
-        attrs = candidate.evaluation.attrs
+        attrs, reason = candidate.evaluation.attrs, ""
         if candidate.kind == "failed":
-            reasons[f"failed: {attrs.get('reason', 'no reason given')}"] += 1
+            reason = f"failed: {attrs.get('reason', 'no reason given')}"
         elif candidate.kind == "discarded":
-            reasons[f"discarded before training: {str(attrs[DISCARDED]).rpartition(', ')[2]}"] += 1
-    told = [f"{count} {reason}" for reason, count in reasons.most_common(4)]
-    rest = reasons.total() - sum(count for _, count in reasons.most_common(4))
+            reason = f"discarded before training: {str(attrs[DISCARDED]).rpartition(', ')[2]}"
+        if reason:
+            alike.setdefault(re.sub(r"\d[\d.e+-]*", "", reason), []).append(reason)
+    common = sorted(alike.values(), key=len, reverse=True)[:4]
+    told = [f"{len(found)} {found[0]}{', the first of them' if len(set(found)) > 1 else ''}" for found in common]
+    rest = sum(map(len, alike.values())) - sum(map(len, common))
     return "".join(tag("p", escape(line)) for line in [*told, *([f"{rest} for other reasons"] if rest else [])])
 
 
@@ -584,9 +589,10 @@ def _losses(name: str, title: str, said: str, lines: Sequence[tuple[str, Sequenc
     """Losses over the share of the budget, a line of its class each. What failed is cut off above all others."""
     steady = [y for kind, points in lines for _, y in points if not kind.endswith("failed")]
     values = steady or [y for _, points in lines for _, y in points]
+    top = max(values)
     chart = Chart((0, 1), values, "share of the phase's budget", "loss")
     for layer in (*(f"thin {kind}" for kind in _LAYERS), "complete", "best"):
-        drawn = [[(x, min(y, max(values))) for x, y in points] for kind, points in lines if kind == layer]
+        drawn = [[(x, min(y, top)) for x, y in points] for kind, points in lines if kind == layer]
         chart.lines([line for line in drawn if len(line) > 1], layer)
         chart.dots([line[0] for line in drawn if len(line) == 1], layer, radius=1.8)
     return chart.svg(name, title, said)
