@@ -11,7 +11,6 @@ from pathlib import Path
 from effbert.architecture import Architecture
 from effbert.data.tasks import TaskSpec
 from effbert.errors import first_line
-from effbert.teacher import longest_text
 
 FILE_NAME = "README.md"
 SCORES = "scores.json"
@@ -41,11 +40,11 @@ def read_scores(folder: Path) -> dict | None:
         raise ValueError(f"{file} holds no scores ({first_line(error)}): remove it") from error
 
 
-def model_card(model, name: str, files: Sequence[str], scores: dict | None, tokenizer: bool) -> str:
+def model_card(model, name: str, files: Sequence[str], scores: dict | None, longest: int, *, tokenizer: bool) -> str:
     """README.md of the exported folder `name`.
 
     model: the exported student. files: its ONNX files, none in transformers' format. scores: as `read_scores` gives
-    them. tokenizer: whether the folder has one.
+    them. longest: tokens of the longest text that it reads as it learnt to. tokenizer: whether the folder has one.
     """
     config, kind = model.config, _kind(model)
     layers = Architecture.parse(config.architecture).layers
@@ -59,7 +58,7 @@ def model_card(model, name: str, files: Sequence[str], scores: dict | None, toke
         f"# A small BERT of {len(layers)} layers that {PURPOSES[kind]}",
         "",
         f"{model.num_parameters():,} parameters, width {config.hidden_size}, {config.num_attention_heads} attention "
-        f"heads, texts of at most {longest_text(config)} tokens. Written by `effbert export`.",
+        f"heads, texts of at most {longest} tokens. Written by `effbert export`.",
         "",
         *(_labels(config) if kind == "classes" else ()),
         *(_scored(scores) if scores else ()),

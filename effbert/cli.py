@@ -319,12 +319,17 @@ def import_(arguments: list[str]) -> int:
 
     given = parse(Arguments, arguments, "effbert import")
     quiet_libraries()
+    from effbert.model import without_pooler
     from effbert.released import import_checkpoint, save_imported
 
     model = import_checkpoint(given.checkpoint, given.architecture, given.num_attention_heads, given.task)
     save_imported(model, given.output_dir, given.vocab)
     without = "" if given.vocab else ", without a tokenizer: --vocab adds one"
-    print(f"{given.output_dir}: {type(model).__name__}, {model.num_parameters():,} parameters{without}")
+    print(
+        f"{given.output_dir}: {type(model).__name__}, {model.num_parameters():,} parameters{without}",
+        *without_pooler(model),
+        sep="\n",
+    )
     return 0
 
 

@@ -15,6 +15,7 @@ import torch
 
 from effbert import card, standalone
 from effbert.architecture import Architecture
+from effbert.data import tokenizer
 from effbert.errors import RUN_STUDENTS, first_line, refuse_run
 from effbert.files import atomic_dir
 from effbert.model import (
@@ -23,14 +24,17 @@ from effbert.model import (
     EffBertForSequenceClassification,
     EffBertModel,
     EffBertPreTrainedModel,
+    refuse_not_finite,
+    without_pooler,
 )
 from effbert.random import generator
+from effbert.teacher import learnt_length
 
 STUDENTS = {
     kind.__name__: kind for kind in (EffBertForSequenceClassification, EffBertForQuestionAnswering, EffBertModel)
 }
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    tokenizer.FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -107,10 +111,10 @@ def export(source: str | Path, config: ExportConfig) -> list[str]:
         onnx_export.check_installed()
         onnx_export.check_opset(config.opset)
     model = load_student(source)
-    broken = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise ValueError(f"{source} has weights that are not finite: {', '.join(broken[:3])} ({len(broken)} in all)")
+    refuse_not_finite(model.state_dict(), source)
     known = card.read_scores(source)
+    files = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    longest = learnt_length(model.config, tokenizer.load_tokenizer(source) if files else None)
     scored = config.task or config.validation_file
     splits, notes = onnx_export.load_rows(source, config, model) if scored else ({}, ())
     text = standalone.source(model.config)
@@ -118,19 +122,20 @@ def export(source: str | Path, config: ExportConfig) -> list[str]:
     refuse_difference(largest_difference(model, plain), f"{standalone.FILE_NAME} for {source}", CODE_TOLERANCE)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_dir(target) as folder:
-        copied = _copy_tokenizer(source, folder)
+        for name in files:
+            copy = tokenizer.copy_uncut if name == tokenizer.FILE else shutil.copyfile
+            copy(source / name, folder / name)
         if config.format == "onnx":
             lines = [*onnx_export.write(folder, plain, config, splits), *notes]
         else:
             lines = _write_transformers(folder, model, text)
-        files = sorted(path.name for path in folder.glob("*.onnx"))
-        page = card.model_card(model, target.name, files, known, tokenizer=bool(copied))
+        written = sorted(path.name for path in folder.glob("*.onnx"))
+        page = card.model_card(model, target.name, written, known, longest, tokenizer=bool(files))
         (folder / card.FILE_NAME).write_text(page, encoding="utf-8")
         if known:
             shutil.copyfile(source / card.SCORES, folder / card.SCORES)
-    if isinstance(model, EffBertModel) and model.pooler is None:
-        lines.append("it has no pooler: load it with add_pooling_layer=False, else pooler_output is of fresh weights")
-    if not copied:
+    lines += without_pooler(model)
+    if not files:
         lines.append(f"{source} holds no tokenizer, so {target} has none either")
     return [f"{target} is written", *lines]
 
@@ -220,13 +225,6 @@ def refuse_difference(difference: float, what: str, tolerance: float) -> None:
     """ValueError where a difference is above what rounding explains."""
     if not difference <= tolerance:
         raise ValueError(f"{what}: outputs differ from the model's by {difference:.1e}, more than {tolerance:g}")
-
-
-def _copy_tokenizer(source: Path, target: Path) -> list[str]:
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-    return names
 
 
 def _write_transformers(folder: Path, model: EffBertPreTrainedModel, text: str) -> list[str]:

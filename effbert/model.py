@@ -7,7 +7,7 @@ full and of which a candidate runs slices: every forward takes the architecture 
 Shapes: B sequences, L positions, C hidden_size, H heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -418,6 +418,20 @@ def new_student(config: EffBertConfig, kind: str, labels: Sequence[str] = ()) ->
 def num_outputs(kind: str, labels: Sequence[str] = ()) -> int:
     """Width of a task's head: its labels, 1 for regression, 2 (start, end) for spans."""
     return {"regression": 1, "spans": 2}.get(kind) or len(labels)
+
+
+def refuse_not_finite(weights: Mapping[str, torch.Tensor], source: object) -> None:
+    """ValueError that names those of the weights of `source` that hold a NaN or an infinity."""
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"{source} has weights that are not finite: {', '.join(broken[:3])} ({len(broken)} in all)")
+
+
+def without_pooler(model: nn.Module) -> list[str]:
+    """A line that says how an encoder without a pooler is loaded; none for any other model."""
+    if not isinstance(model, EffBertModel) or model.pooler is not None:
+        return []
+    return ["it has no pooler: load it with add_pooling_layer=False, else pooler_output is of fresh weights"]
 
 
 def register() -> None:

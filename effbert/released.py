@@ -6,15 +6,18 @@ layer at full width, as the supernet does: an architecture uses slices of them, 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 
 from effbert.architecture import Architecture
 from effbert.data.tasks import TaskSpec, plain_name
+from effbert.data.tokenizer import save_tokenizer
 from effbert.errors import first_line
 from effbert.files import atomic_dir
 from effbert.kernels.expression import Structure
@@ -25,16 +28,17 @@ from effbert.model import (
     EffBertPreTrainedModel,
     new_student,
     num_outputs,
+    refuse_not_finite,
 )
 from effbert.models import architecture_of, dimensions, is_name
 from effbert.supernet import FULL_STRUCTURE, Supernet, derive_config, head_key, used_slices
 
-STUDENT_NAMES = (
-    (r"^encoder\.", "layers."),
-    (r"\ball_ffn\b", "mlps"),
-    (r"\bsegment_embeddings\b", "token_type_embeddings"),
-    (r"\blayernorm\b", "norm"),
-    (r"^cls_pooler\.dense\b", "pooler"),
+STUDENT_NAMES = (  # theirs and ours, as whole parts of a name
+    ("encoder", "layers"),
+    ("all_ffn", "mlps"),
+    ("segment_embeddings", "token_type_embeddings"),
+    ("layernorm", "norm"),
+    ("cls_pooler.dense", "pooler"),
 )
 TEACHER_NAMES = (
     (r"^embeddings\.token_embeddings\b", "embeddings.word_embeddings"),
@@ -48,15 +52,29 @@ TEACHER_NAMES = (
     (r"\blayernorm\b", "LayerNorm"),
     (r"^cls_pooler\b", "pooler"),
 )
+Value = TypeVar("Value")  # what a state holds under its names: tensors, or names again
 
 
 def student_state(
-    state: Mapping[str, torch.Tensor], prefix: str = "effbert.", head_name: str = "classifier"
-) -> dict[str, torch.Tensor]:
+    state: Mapping[str, Value], prefix: str = "effbert.", head_name: str = "classifier"
+) -> dict[str, Value]:
     """A released student or supernet state under the names of `effbert.model`, one head (classifier) under `head_name`;
     several (classifiers) keep theirs."""
-    named = {_renamed(name, STUDENT_NAMES, prefix): tensor for name, tensor in state.items()}
-    return {re.sub(r"^classifier\b", head_name, name): tensor for name, tensor in named.items()}
+    rules = [(rf"\b{re.escape(theirs)}\b", ours) for theirs, ours in STUDENT_NAMES]
+    named = {_renamed(name, rules, prefix): value for name, value in state.items()}
+    return {re.sub(r"^classifier\b", head_name, name): value for name, value in named.items()}
+
+
+def authors_name(name: str, heads: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The name that a student's weight of ours has in the authors' checkpoints, as `student_state` backwards; heads:
+    how the names of heads begin here, and there."""
+    for ours, theirs in heads.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    name = name.removeprefix("effbert.")
+    for theirs, ours in STUDENT_NAMES:
+        name = re.sub(rf"\b{ours}\b", theirs, name)
+    return name
 
 
 def teacher_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -100,10 +118,10 @@ def import_checkpoint(
     stacks = stacks_of(state, architecture, path)
     config = config_of(state, architecture, num_attention_heads, path)
     refuse_other_sizes(config, name, path)
-    state = with_one_head(state, task, path)
-    pooled = "cls_pooler.dense.weight" in state
-    if "classifier.weight" in state:
-        kind, labels = head_of(_size(state, "classifier.weight", 0, path), pooled, task, path)
+    names = with_one_head({name: name for name in state}, task, path)
+    pooled, head = "cls_pooler.dense.weight" in names, names.get("classifier.weight")
+    if head is not None:
+        kind, labels = head_of(_size(state, head, 0, path), pooled, task, path)
         build, prefix = partial(new_student, kind=kind, labels=labels), "effbert."
     elif task is not None:
         raise ValueError(f"checkpoint {path}: it has no head, and none for task {task}: leave out --task")
@@ -113,11 +131,12 @@ def import_checkpoint(
     if isinstance(model, EffBertForQuestionAnswering):
         for setting, value in LEARNT_WINDOWS.items():
             setattr(model.config, setting, value)
-    state = student_state(state, prefix, getattr(model, "head_name", ""))
+    head_name = getattr(model, "head_name", "")
     with torch.device("meta"):
         whole = build(derive_config(config, whole_architecture(stacks)))
-    refuse_other_weights(whole, state, path)
-    model.load_state_dict(used_slices(state, architecture, config.intermediate_size, prefix))
+    heads = {f"{head_name}.": head.removesuffix("weight")} if head else {}
+    found = fitting_weights(whole, state, student_state(names, prefix, head_name), heads, path)
+    model.load_state_dict(used_slices(found, architecture, config.intermediate_size, prefix))
     return model.eval()
 
 
@@ -145,16 +164,15 @@ def import_supernet(
     specs = [_spec_of(name) for name in MULTI_TASK] if heads else []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of what the checkpoint lacks
-        supernet, found = Supernet(config, specs), {}
-    for name, tensor in student_state(state).items():
-        _, sign, own = name.partition("classifiers.")
-        number, _, part = own.partition(".")
-        known = sign and number.isdecimal() and int(number) < len(specs)
-        found[f"heads.{head_key(specs[int(number)].name)}.{part}" if known else name] = tensor
-    pooler = {name: tensor for name, tensor in supernet.state_dict().items() if ".pooler." in name}
-    found = found if heads else pooler | found
-    refuse_other_weights(supernet, found, path)
-    supernet.load_state_dict(found)
+        supernet = Supernet(config, specs)
+    ours = {f"classifiers.{number}.": f"heads.{head_key(spec.name)}." for number, spec in enumerate(specs)}
+    own = partial(re.sub, r"^classifiers\.\d+\.", lambda found: ours.get(found[0], found[0]))
+    names = {own(name): theirs for name, theirs in student_state({name: name for name in state}).items()}
+    if not heads:
+        fresh = {name: tensor for name, tensor in supernet.state_dict().items() if ".pooler." in name}
+        state = {authors_name(name): tensor for name, tensor in fresh.items()} | dict(state)
+        names = {name: authors_name(name) for name in fresh} | names
+    supernet.load_state_dict(fitting_weights(supernet, state, names, {b: a for a, b in ours.items()}, path))
     return supernet
 
 
@@ -271,7 +289,7 @@ def refuse_other_sizes(config: EffBertConfig, name: str, path: str | Path) -> No
         raise ValueError(f"checkpoint {path}: {'; '.join(other)}: name the model that it is, or spell its layers out")
 
 
-def with_one_head(state: Mapping[str, torch.Tensor], task: str | None, path: str | Path) -> dict[str, torch.Tensor]:
+def with_one_head(state: Mapping[str, Value], task: str | None, path: str | Path) -> dict[str, Value]:
     """A state with the head of `task` alone, under the name that a model with one head has."""
     if not any(name.startswith("classifiers.") for name in state):
         return dict(state)
@@ -281,8 +299,8 @@ def with_one_head(state: Mapping[str, torch.Tensor], task: str | None, path: str
         raise ValueError(f"checkpoint {path}: its heads are of {', '.join(MULTI_TASK)}, and {given}: give --task")
     own = f"classifiers.{names.index(plain_name(task))}."
     return {
-        name.replace(own, "classifier."): tensor
-        for name, tensor in state.items()
+        name.replace(own, "classifier."): value
+        for name, value in state.items()
         if name.startswith(own) or not name.startswith("classifiers.")
     }
 
@@ -314,17 +332,38 @@ def kind_of(task: str) -> tuple[str, tuple[str, ...]]:
     return glue.TASKS[name].spec.kind, glue.TASKS[name].spec.labels
 
 
-def refuse_other_weights(model: EffBertPreTrainedModel, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
-    """ValueError that lists, under our names, which weights of a model are missing, surplus or of another size."""
-    wanted = model.state_dict()
+def fitting_weights(
+    model: EffBertPreTrainedModel,
+    state: Mapping[str, torch.Tensor],
+    names: Mapping[str, str],
+    heads: Mapping[str, str],
+    path: str | Path,
+) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint under our names, of which `names` tells theirs.
+
+    heads: as `authors_name` takes them. ValueError that lists, under the authors' names, which weights of a model are
+    missing, surplus, of another size, or not finite.
+    """
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: list(state[theirs].shape) for name, theirs in names.items()}
+    other = [name for name in found if name in wanted and found[name] != wanted[name]]
     problems = {
-        "missing": wanted.keys() - state.keys(),
-        "surplus": state.keys() - wanted.keys(),
-        "of another size": {name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape},
+        "missing": (f"{authors_name(name, heads)} {wanted[name]}" for name in wanted if name not in found),
+        "surplus": (f"{names[name]} {found[name]}" for name in found if name not in wanted),
+        "of another size": (f"{names[name]} is {found[name]}, not {wanted[name]}" for name in other),
     }
-    said = [f"{what}: {', '.join(sorted(names))}" for what, names in problems.items() if names]
+    said = [f"{what}: {listed}" for what, weights in problems.items() if (listed := first_of(weights))]
     if said:
         raise ValueError(f"checkpoint {path}: weights {'; '.join(said)}")
+    refuse_not_finite({theirs: state[theirs] for theirs in names.values()}, f"checkpoint {path}")
+    return {name: state[theirs] for name, theirs in names.items()}
+
+
+def first_of(names: Iterable[str], most: int = 6) -> str:
+    """Names as text, of more than `most` the first and how many there are."""
+    names = sorted(names)
+    more = f" ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def save_imported(model: EffBertPreTrainedModel, output_dir: str | Path, vocab: str | Path | None = None) -> None:
@@ -338,7 +377,7 @@ def save_imported(model: EffBertPreTrainedModel, output_dir: str | Path, vocab: 
     with atomic_dir(folder) as temporary:
         model.save_pretrained(temporary)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(tokenizer, temporary)
 
 
 def read_vocab(vocab: str | Path, config: EffBertConfig):

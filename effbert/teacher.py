@@ -154,13 +154,20 @@ def position_offset(config) -> int:
     return config.pad_token_id + 1 if config.model_type in ROBERTA_LIKE else 0
 
 
+def learnt_length(config, tokenizer=None) -> int:
+    """Tokens of the longest text that a model has positions for and its tokenizer, where there is one, is meant for: of
+    a student as many as it learnt with."""
+    longest = longest_text(config)
+    return longest if tokenizer is None else min(tokenizer.model_max_length, longest)
+
+
 def usual_length(config, tokenizer, kind: str) -> int:
     """Tokens of a text where nobody says how many: of our students and teachers as many as they learnt with, which a
     student's tokenizer and a teacher's config say; of others 128, or 384 for a task of kind "spans", and no more than
     tokenizer and positions allow."""
     if learnt := getattr(config, "learnt_length", 0):
         return learnt
-    most = min(tokenizer.model_max_length, longest_text(config))
+    most = learnt_length(config, tokenizer)
     if config.model_type == "effbert" and tokenizer.model_max_length < 10**9:  # transformers' way to say nothing
         return most
     return min(384 if kind == "spans" else 128, most)

@@ -23,7 +23,7 @@ from effbert.data.cache import dataset_fingerprint, tokenizer_fingerprint
 from effbert.data.corpus import SAMPLE_SETS, check_corpus, load_corpus, sentences_of
 from effbert.data.encode import WINDOWS, EncodedTask, encode_split, encode_task
 from effbert.data.tasks import BUILTIN, Task, TaskSpec, is_known, load_task, map_labels, plain_name
-from effbert.data.tokenizer import load_tokenizer, train_wordpiece
+from effbert.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
 from effbert.engine import Phase, TrainingResult, forget, train
 from effbert.evaluate import evaluate
 from effbert.files import atomic_dir, read_kept, write_atomic
@@ -473,7 +473,7 @@ def own_tokenizer(config: SearchConfig, folder: Path, say: Say):
         say(f"training a WordPiece vocabulary of {config.teacher_model.vocab_size:,} on {', '.join(config.corpus)}")
         tokenizer = train_wordpiece(sentences_of(config.corpus), config.teacher_model.vocab_size)
         with atomic_dir(target) as temporary:
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(tokenizer, temporary)
     return load_tokenizer(target)
 
 
@@ -631,7 +631,7 @@ def keep(
     with atomic_dir(target) as temporary:
         model.save_pretrained(temporary)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(tokenizer, temporary)
         for name, text in {**beside, "training.json": json.dumps(cost | dict(best))}.items():
             (temporary / name).write_text(text, encoding="utf-8")
 

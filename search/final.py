@@ -18,6 +18,7 @@ from effbert import random
 from effbert.architecture import Architecture, bert_flops, count_flops, count_parameters, mlp_parameters
 from effbert.card import SCORES, scores_text
 from effbert.config import published
+from effbert.data.tokenizer import save_tokenizer
 from effbert.engine import Phase, forget
 from effbert.evaluate import evaluate_rows
 from effbert.files import atomic_dir, read_kept, write_atomic
@@ -258,7 +259,7 @@ def save_best(workspace: Workspace, model: EffBertHeadModel, scores: dict[str, f
     projection."""
     with atomic_dir(workspace.folder / BEST) as temporary:
         deployed(workspace, model).save_pretrained(temporary)
-        workspace.student_tokenizer.save_pretrained(temporary)
+        save_tokenizer(workspace.student_tokenizer, temporary)
         (temporary / SCORES).write_text(scores_of(workspace, scores))
 
 

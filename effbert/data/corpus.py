@@ -38,6 +38,7 @@ import numpy as np
 
 from effbert.data.cache import cached_together, tokenizer_fingerprint
 from effbert.data.sentences import split_sentences
+from effbert.data.tokenizer import uncut
 from effbert.errors import first_line
 from effbert.random import generator
 
@@ -310,9 +311,7 @@ def _encoder(tokenizer) -> Callable[[list[str]], Iterable[list[int]]]:
     """Texts to ids without special tokens; past the wrapper of a fast tokenizer, which takes as long as the ids."""
     if not tokenizer.is_fast:
         return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # what a call of the wrapper may have left behind
-    backend.no_padding()
+    backend = uncut(tokenizer).backend_tokenizer
     return lambda texts: (found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False))
 
 

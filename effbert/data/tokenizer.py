@@ -7,11 +7,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from effbert.errors import first_line
+
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+FILE = "tokenizer.json"
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _ALPHABET_LIMIT = 1000
+_LEFT_BY_A_FILE = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")  # as transformers' settings
 
 
 def train_wordpiece(
@@ -71,7 +76,7 @@ def train_wordpiece(
 
 
 def load_tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a local folder or of a model on the Hugging Face hub.
+    """The tokenizer of a local folder or of a model on the Hugging Face hub, `uncut`.
 
     Raises FileNotFoundError if there is none, ValueError if it lacks the tokens that mark padding, start and end.
     """
@@ -93,7 +98,39 @@ def load_tokenizer(path_or_name: str | Path) -> "PreTrainedTokenizerBase":
     missing = [name for name in ("pad", "cls", "sep") if getattr(tokenizer, f"{name}_token_id") is None]
     if missing:
         raise ValueError(f"the tokenizer at {path_or_name} has no {', '.join(missing)} token; a BERT tokenizer has all")
+    return uncut(tokenizer)
+
+
+def uncut(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """`tokenizer`, rid of the truncation and padding that its file, or a call that asked for them, left in it: whoever
+    reads its file with `tokenizers` alone would cut and fill texts by them."""
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        _forget_lengths(backend)
+        for name in _LEFT_BY_A_FILE:
+            tokenizer.init_kwargs.pop(name, None)
     return tokenizer
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> None:
+    """The files of a tokenizer, `uncut`, in a folder: the same whatever it encoded before."""
+    uncut(tokenizer).save_pretrained(folder)
+
+
+def copy_uncut(source: Path, target: Path) -> None:
+    """The file tokenizer.json `source` as `target`, without truncation and padding; ValueError where it is none."""
+    from tokenizers import Tokenizer
+
+    try:
+        backend = Tokenizer.from_file(str(source))
+    except Exception as error:  # tokenizers raises no other kind
+        raise ValueError(f"{source} is no tokenizer: {first_line(error)}") from error
+    _forget_lengths(backend)
+    backend.save(str(target))
+
+
+def _forget_lengths(backend: "Tokenizer") -> None:
+    backend.no_truncation()
+    backend.no_padding()
 
 
 def _pipeline(model, lowercase: bool):

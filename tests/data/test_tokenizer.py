@@ -1,10 +1,11 @@
+import json
 import textwrap
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from effbert.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_wordpiece
+from effbert.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, save_tokenizer, train_wordpiece
 
 TEXT = ["The quick brown fox jumps over the lazy dog.", "Zwölf Boxkämpfer jagen Viktor.", "the fox, the dog & 12 more"]
 
@@ -35,6 +36,25 @@ def test_saved_and_loaded_it_stays_the_same(tmp_path):
     assert isinstance(again, PreTrainedTokenizerFast)
     assert again.get_vocab() == tokenizer.get_vocab()
     assert again(TEXT[0], TEXT[1]) == tokenizer(TEXT[0], TEXT[1])
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_it_encoded_leaves_nothing_in_its_files(tmp_path):
+    tokenizer = train_wordpiece(TEXT, 150)
+    save_tokenizer(tokenizer, tmp_path / "before")
+    cut = {"truncation": "only_second", "max_length": 32, "stride": 3, "padding": "max_length"}
+    tokenizer(["the fox"], [" ".join(TEXT)], **cut, return_overflowing_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "left")
+    assert json.loads((tmp_path / "left" / "tokenizer.json").read_text())["truncation"]["strategy"] == "OnlySecond"
+    save_tokenizer(tokenizer, tmp_path / "after")
+    assert contents(tmp_path / "after") == contents(tmp_path / "before")
+    load_tokenizer(tmp_path / "left").save_pretrained(tmp_path / "again")
+    again = contents(tmp_path / "again")
+    assert again["tokenizer.json"] == contents(tmp_path / "before")["tokenizer.json"]
+    assert not {"max_length", "stride", "truncation_strategy"} & json.loads(again["tokenizer_config.json"]).keys()
 
 
 def test_text_without_words_and_too_small_a_vocabulary_are_refused():

@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from commands import killed_before
@@ -211,6 +212,31 @@ def test_scores_that_cannot_be_read_are_one_line(classifier, tmp_path, capsys, c
     (source / "scores.json").write_text(content)
     assert "scores.json holds no scores" in fails(capsys, source, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_longest_text_of_a_card_is_what_the_student_learnt(classifier, tmp_path):
+    source = shutil.copytree(classifier, tmp_path / "source")
+    for longest, told in ((24, 24), (1000, 40)):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer.model_max_length = longest
+        tokenizer.save_pretrained(source)
+        run(source, "--output_dir", tmp_path / str(longest))
+        assert f"texts of at most {told} tokens" in (tmp_path / str(longest) / "README.md").read_text()
+
+
+def test_an_exported_tokenizer_neither_cuts_nor_fills_whatever_the_student_was_saved_with(classifier, tmp_path, capsys):
+    source = shutil.copytree(classifier, tmp_path / "source")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer(["good"], WORDS[1:], truncation="only_second", max_length=7, stride=1, padding="max_length")
+    tokenizer.save_pretrained(source)
+    assert json.loads((source / "tokenizer.json").read_text())["truncation"]["max_length"] == 7
+    run(source, "--output_dir", tmp_path / "out")
+    exported = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert exported.truncation is None and exported.padding is None
+    assert exported.encode(WORDS[0]).ids == AutoTokenizer.from_pretrained(classifier)(WORDS[0])["input_ids"]
+    (source / "tokenizer.json").write_text("{")
+    assert "no tokenizer at" in fails(capsys, source, "--output_dir", tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()
 
 
 def test_with_effbert_its_own_classes_load_the_same_weights(classifier, tmp_path):

@@ -18,7 +18,7 @@ from effbert.data import glue
 from effbert.data.tasks import plain_name
 from effbert.model import EffBertConfig
 from effbert.models import model_fields
-from effbert.released import MULTI_TASK, STUDENT_NAMES, import_checkpoint, read_state
+from effbert.released import MULTI_TASK, authors_name, import_checkpoint, read_state
 from effbert.start import check_start, model_config, start_weights
 from effbert.supernet import Supernet, derive_config
 
@@ -40,12 +40,7 @@ def saved(tmp_path, state, module=False, bare=False):
 
 def authors_names(model):
     """The weights of a student of ours under the authors' names."""
-    theirs = {}
-    for name, tensor in model.state_dict().items():
-        for pattern, ours in reversed(STUDENT_NAMES[:4]):
-            name = name.replace(ours, pattern.replace(r"\b", "").replace("^", "").replace("\\.", "."))
-        theirs[name] = tensor
-    return theirs
+    return {authors_name(name): tensor for name, tensor in model.state_dict().items()}
 
 
 def logits(parity, folder, kind="SequenceClassification"):
@@ -164,6 +159,16 @@ def test_the_supernet_without_a_head(parity, tmp_path):
         close(model(*parity.inputs).last_hidden_state, parity.outputs["supernet/last_hidden"])
 
 
+def test_an_encoder_without_pooler_is_said_to_have_none(parity, tmp_path, capsys):
+    state = {k: v for k, v in student(parity).items() if not k.startswith("classifier")}
+    for name, said in (("pooled", False), ("bare", True)):
+        path = saved(tmp_path, state)
+        given = ["import", str(path), "--architecture", str(parity.architectures["random0"])]
+        assert main([*given, "--output_dir", str(tmp_path / name)]) == 0
+        assert ("it has no pooler: load it with add_pooling_layer=False" in capsys.readouterr().out) == said
+        state = {k: v for k, v in state.items() if not k.startswith("cls_pooler")}
+
+
 @pytest.mark.parametrize("task", MULTI_TASK)
 def test_each_head_of_a_multi_task_checkpoint(parity, tmp_path, task):
     state, recorded = multi_task(parity)
@@ -211,8 +216,13 @@ def test_a_supernet_without_heads_or_pooler_and_what_is_none(parity, tmp_path):
         import_checkpoint(saved(tmp_path, bare), "supernet", task="rte")
     more = multi_task(parity)[0]
     more["classifiers.8.weight"] = more["classifiers.0.weight"]
-    with pytest.raises(ValueError, match=r"surplus: classifiers\.8\.weight"):
+    with pytest.raises(ValueError, match=r"surplus: classifiers\.8\.weight \[3, 60\]$"):
         import_checkpoint(saved(tmp_path, more), "supernet")
+    less = multi_task(parity)[0]
+    del less["classifiers.2.bias"]
+    for architecture, task in (("supernet", None), (parity.architectures["random0"], "qnli")):
+        with pytest.raises(ValueError, match=r"weights missing: classifiers\.2\.bias \[2\]$"):
+            import_checkpoint(saved(tmp_path, less), architecture, task=task)
 
 
 def test_a_student_for_spans(parity, tmp_path):
@@ -289,24 +299,38 @@ def wider_mlps(state):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda s: s.pop("encoder.1.attention.key.bias"), "missing: effbert.layers.1.attention.key.bias"),
-        (lambda s: s.update({"encoder.0.gate.weight": torch.ones(2)}), "surplus: effbert.layers.0.gate.weight"),
-        (lambda s: s.update({"encoder.0.attention.key.bias": torch.ones(7)}), "of another size: effbert.layers.0.att"),
+        (lambda s: s.pop("encoder.1.attention.key.bias"), "weights missing: encoder.1.attention.key.bias [60]\n"),
+        (lambda s: s.update({"encoder.0.gate.weight": torch.ones(2)}), "surplus: encoder.0.gate.weight [2]\n"),
+        (
+            lambda s: s.update({"encoder.0.attention.key.bias": torch.ones(7)}),
+            "encoder.0.attention.key.bias is [7], not [60]\n",
+        ),
         (lambda s: s.pop("embeddings.token_embeddings.weight"), "lacks embeddings.token_embeddings.weight"),
         (lambda s: [s.pop(k) for k in list(s) if k.startswith("encoder.2")], "2 layers, the architecture has 3"),
         (lambda s: [s.pop(k) for k in list(s) if "all_ffn.2" in k or "all_ffn.3" in k], "2 MLPs in layer 1"),
-        (lambda s: s.pop("encoder.1.all_ffn.1.dense1.weight"), "missing: effbert.layers.1.mlps.1.dense1.weight"),
-        (lambda s: s.update({"encoder.1.all_ffn.3.gate": torch.ones(2)}), "surplus: effbert.layers.1.mlps.3.gate"),
-        (lambda s: s.update({"encoder.scale": torch.ones(2)}), "surplus: effbert.layers.scale"),
-        (lambda s: s.update({"encoder.0.all_ffn": torch.ones(2)}), "surplus: effbert.layers.0.mlps"),
-        (lambda s: s.update({"encoder.0.all_ffn.odd.bias": torch.ones(2)}), "surplus: effbert.layers.0.mlps.odd.bias"),
-        (lambda s: s.update({"encoder.0.all_ffn.4.bias": torch.ones(2)}), "surplus: effbert.layers.0.mlps.4.bias"),
+        (lambda s: s.pop("encoder.1.all_ffn.1.dense1.weight"), "missing: encoder.1.all_ffn.1.dense1.weight [60, 60]"),
+        (lambda s: s.update({"encoder.1.all_ffn.3.gate": torch.ones(2)}), "surplus: encoder.1.all_ffn.3.gate [2]"),
+        (lambda s: s.update({"encoder.scale": torch.ones(2)}), "surplus: encoder.scale [2]"),
+        (lambda s: s.update({"encoder.0.all_ffn": torch.ones(2)}), "surplus: encoder.0.all_ffn [2]"),
+        (lambda s: s.update({"encoder.0.all_ffn.odd.bias": torch.ones(2)}), "surplus: encoder.0.all_ffn.odd.bias [2]"),
+        (lambda s: s.update({"encoder.0.all_ffn.4.bias": torch.ones(2)}), "surplus: encoder.0.all_ffn.4.bias [2]"),
         (lambda s: s.update({"classifier.weight": torch.ones(())}), "lacks classifier.weight"),
-        (wider_mlps, "of another size: effbert.layers.1.mlps.0.dense1.bias, effbert.layers.1.mlps.0.dense1.weight"),
+        (lambda s: s.pop("cls_pooler.dense.bias"), "missing: cls_pooler.dense.bias [60]"),
+        (lambda s: s.update({"layers.0.norm.scale": torch.ones(2)}), "surplus: layers.0.norm.scale [2]"),
+        (wider_mlps, "encoder.1.all_ffn.0.dense1.bias is [120], not [60], encoder.1.all_ffn.0.dense1.weight is [120,"),
+        (wider_mlps, "(12 in all)\n"),
+        (
+            lambda s: s["encoder.1.attention.key.bias"].fill_(torch.nan),
+            "not finite: encoder.1.attention.key.bias (1 in",
+        ),
+        (
+            lambda s: s["classifier.bias"][:1].fill_(-torch.inf),
+            "weights that are not finite: classifier.bias (1 in all)",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_listed(parity, tmp_path, capsys, change, said):
-    state = student(parity)
+    state = {name: tensor.clone() for name, tensor in student(parity).items()}
     change(state)
     assert wrong(parity, tmp_path, state) == 2
     error = capsys.readouterr().err

@@ -204,6 +204,17 @@ def test_what_is_kept_is_read_back_and_a_checkpoint_left_beside_it_is_forgotten(
         assert torch.equal(mine, theirs)
 
 
+def test_a_teachers_tokenizer_is_the_same_file_whether_its_data_was_cached_or_encoded(config, tmp_path):
+    config = dataclasses.replace(config, teacher="")
+    for name in ("cold", "warm"):
+        opened(config, tmp_path / name)
+    for place in ("teacher/base", "teacher/tasks/own"):
+        cold, warm = (tmp_path / name / place / "tokenizer.json" for name in ("cold", "warm"))
+        assert cold.read_bytes() == warm.read_bytes()
+        saved = json.loads(cold.read_text())
+        assert saved["truncation"] is None and saved["padding"] is None
+
+
 def change_config(config, **changes):
     path = f"{config.teacher}/config.json"
     with open(path) as file:

@@ -37,6 +37,7 @@ def test_a_row_that_diverges_is_said_and_best_is_the_first_winner_with_scores(
 
     real = final.initial_model
     monkeypatch.setattr(final, "initial_model", initial)
+    small.tokenizer("a text", truncation=True, max_length=9, padding="max_length")
     lines = [line for line in rows(small, architectures[0], space) if line.name in ("winner", "published")]
     stale = small.folder / "best"  # of stages that began anew
     stale.mkdir()
@@ -50,6 +51,8 @@ def test_a_row_that_diverges_is_said_and_best_is_the_first_winner_with_scores(
     assert published["scores"] and winner["scores"] and (published["diverged"], winner["diverged"]) == ("", "")
     best = AutoModelForSequenceClassification.from_pretrained(small.folder / "best").eval()
     assert final.held_out(small, Traced(best)) == (winner["scores"], winner["jackknife"]) and lost["jackknife"] == []
+    saved = json.loads((small.folder / "best" / "tokenizer.json").read_text())
+    assert saved["truncation"] is None and saved["padding"] is None
     kept, spec = read_scores(small.folder / "best"), small.main_task.spec
     rows_held_out = len(small.held_out[spec.name].raw.validation)
     assert kept == {"task": spec.name, "pair": spec.pair, "rows": rows_held_out, "scores": winner["scores"]}
