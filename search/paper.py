@@ -184,9 +184,9 @@ def run_paper(config: PaperConfig, reporter: Reporter | None = None, world: Worl
                 world.wait()
         results = read_kept(folder / RESULTS, WRITTEN_ANEW, "tasks")
         if world.is_first:
+            page = write_report(folder, storage=config.storage)  # before the table: it reads all that the plan keeps
             title = f"scores on {OFFICIAL}{chosen_by(config.distillation.load_best_model_at_end)}"
             print_table(reporter.console, title, plan_rows(results["tasks"]))
-            page = write_report(folder, storage=config.storage)
             reporter.say(f"the table is in {folder / TABLE}, a report in {page}")
         world.wait()
         return results
@@ -384,6 +384,8 @@ def begin(config: PaperConfig, steps: list[Step], say: Callable[[str], None]) ->
         if "(" not in name and name not in SIZED_LATER:
             check_heads(f"rivals: {name}", model_fields(name)["hidden_size"], heads)
     left = {step.name for step in steps if not step.done}
+    if "search" not in left:
+        winner_of(Path(config.output_dir))  # says where it is damaged
     for task in zip_tasks(config) if "glue.zip" in left else ():
         for split in glue.source_of(task).results:
             glue.load_split(task, split, config.data_dir or None)

@@ -146,6 +146,22 @@ def test_a_killed_plan_goes_on_to_its_table(killed, capsys):
     assert (folder / "results.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("content", ["{bad", "{}"])
+def test_a_finished_plans_damaged_winner_is_said_before_the_table_and_written_anew(killed, capsys, content):
+    file = killed[0] / "winner.json"
+    before = file.read_bytes()
+    command = smoke(killed[0], "--per_task", "builtin-next.seeds=2")
+    file.write_text(content)
+    capsys.readouterr()
+    assert main(command) == 2
+    shown = capsys.readouterr()
+    assert f"{file} is damaged: delete it, and the same command writes it anew\n" in shown.err
+    assert "scores on" not in shown.out
+    file.unlink()
+    assert main(command) == 0
+    assert json.loads(file.read_bytes())["winner"] == json.loads(before)["winner"]
+
+
 def test_two_processes_share_a_plan_that_dies_and_goes_on(tmp_path):
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "effbert"]
     command = [*run, *smoke(tmp_path / "run", "--tasks", "--rivals", "published")]
