@@ -363,6 +363,7 @@ def test_by_name_gives_the_rows_of_the_files(tmp_path, monkeypatch):
         (official(GOOD, context="Ada \ude00"), r"train-v1.1.json: data\[0\].paragraphs\[0\]: 'context' holds \\ude00"),
         (official(GOOD, NONE), r"qas\[1\]: no answer, which only SQuAD 2.0 allows"),
         (official(), r"train-v1.1.json: there are no questions"),
+        (official(GOOD, GOOD), r"train-v1.1.json: 1 ids are of several questions, such as '1': each needs its own$"),
     ],
 )
 def test_bad_layout_is_named_by_its_place(content, says, tmp_path):
@@ -443,6 +444,9 @@ def test_validation_and_questions_are_read_alone(tmp_path):
     with pytest.raises(ValueError, match=r"qas\[0\]: not in the SQuAD layout, 'answers'"):
         load_validation("squad2.0", tmp_path)
     assert load_questions(tmp_path / "dev-v2.0.json")["question"] == ["Who?"]
+    write(tmp_path, "2.0", official(bare, NONE, {**bare, "question": "Who else?"}), "dev")
+    with pytest.raises(ValueError, match=r"dev-v2\.0\.json: 1 ids are of several questions, such as '1'"):
+        load_questions(tmp_path / "dev-v2.0.json")
 
 
 def test_the_n_best_are_the_highest_spans_over_all_windows_each_text_once():
