@@ -93,17 +93,18 @@ def test_the_losses_that_are_read_are_kept_for_a_curve(epochs, every):
     model, seen = Tiny(), []
 
     def loss_of(batch, number):
-        seen.append(model(batch))
-        return seen[-1]
+        loss = model(batch)
+        seen.append(float(loss))
+        return loss
 
     arguments = TrainingArguments(learning_rate=0.05, num_train_epochs=epochs)
     losses = train(model, plan_of, loss_of, arguments, Phase(("p",), 3)).losses
     ends = sorted({*range(every, len(seen) + 1, every), len(seen)})
-    means = [float(sum(seen[(end - 1) // 10 * 10 : end])) / (end - (end - 1) // 10 * 10) for end in ends]
+    means = [sum(seen[(end - 1) // 10 * 10 : end]) / (end - (end - 1) // 10 * 10) for end in ends]
     assert [place for place, _ in losses] == pytest.approx(
         [1 / len(seen), *(end / len(seen) for end in ends)], rel=1e-3
     )
-    assert [loss for _, loss in losses] == pytest.approx([float(seen[0]), *means], rel=1e-3)
+    assert [loss for _, loss in losses] == pytest.approx([seen[0], *means], rel=1e-3)
     assert len(losses) <= LOSSES_KEPT + 2
 
 
