@@ -62,8 +62,9 @@ class Mode:
     """A procedure. what: in words. backend: of the ops. together: candidates share batches and the teacher's pass,
     and on a CPU its kept outputs.
     bf16: autocast, on a GPU. tf32: PyTorch's switch. buckets: batches of like length. halving: over the rungs of stage
-    1. published: the loss too is the published one, over padding. ranking_metric: in place of --ranking_metric. seed:
-    added to the run's. gpu: on a GPU only. graphs: steps are recorded as CUDA graphs, on a GPU."""
+    1. published: the loss too is the published one, over padding. ranking_metric: in place of --ranking_metric.
+    scored_epochs: of stage 1. seed: added to the run's. gpu: on a GPU only. graphs: steps are recorded as CUDA graphs,
+    on a GPU."""
 
     what: str
     backend: str = "auto"
@@ -74,6 +75,7 @@ class Mode:
     halving: bool = False
     published: bool = False
     ranking_metric: str = ""
+    scored_epochs: str = "last"
     seed: int = 0
     gpu: bool = False
     graphs: bool = True
@@ -81,11 +83,11 @@ class Mode:
 
 PUBLISHED = Mode(
     "the published procedure", "published", False, False, buckets=False, published=True, ranking_metric="task",
-    graphs=False,
+    scored_epochs="all", graphs=False,
 )  # fmt: skip
 MODERN = Mode(
     "bf16 on a GPU, fused attention, dynamic padding; one at a time", "modern", together=False, ranking_metric="task",
-    graphs=False,
+    scored_epochs="all", graphs=False,
 )  # fmt: skip
 OURS = Mode("ours", halving=True)
 FULL = dataclasses.replace(OURS, what="ours, all at full budget", halving=False)
@@ -99,6 +101,7 @@ MODES = {
     "ours full again": dataclasses.replace(FULL, what="ours, all at full budget, at another seed", seed=1),
     "ours full, one at a time": dataclasses.replace(FULL, what="without the shared teacher", together=False),
     "ours full, padded": dataclasses.replace(FULL, what="without buckets", buckets=False),
+    "ours full, all epochs scored": dataclasses.replace(FULL, what="scored after every epoch", scored_epochs="all"),
     "ours full, eager": dataclasses.replace(FULL, what="without kernels", backend="modern", gpu=True),
     "ours full, no graphs": dataclasses.replace(FULL, what="without CUDA graphs", graphs=False, gpu=True),
     "ours full, fp32": dataclasses.replace(FULL, what="without bf16", bf16=False, gpu=True),
@@ -246,7 +249,9 @@ def configured(config: SearchConfig, mode: Mode) -> SearchConfig:
         pad_to_max_length=not mode.buckets,
         loss=loss,
         ranking_metric=mode.ranking_metric or config.ranking_metric,
-        stage1=dataclasses.replace(config.stage1, rungs=rungs, ranking_share=1.0, **phases),
+        stage1=dataclasses.replace(
+            config.stage1, rungs=rungs, ranking_share=1.0, scored_epochs=mode.scored_epochs, **phases
+        ),
     )
 
 

@@ -120,7 +120,9 @@ class SearchStage(Budget):
     whole first cohort is random. rungs: rising shares of the budget, the last one 1; a
     cohort is trained on the first, its best on the next, so many that every rung costs the same. filter: a score before
     any training by which filter_share of a cohort, all but one at the most, is discarded (effbert.search.proxies).
-    ranking_share: of the rows that rank candidates, those that this stage scores on.
+    ranking_share: of the rows that rank candidates, those that this stage scores on. scored_epochs: of the task, after
+    which a candidate with the whole budget is scored: the last alone, or all, of which the best counts, as published;
+    scoring takes as long as a part of the training. With less than the whole budget it is always the last.
     """
 
     num_candidates: int = 80
@@ -132,6 +134,7 @@ class SearchStage(Budget):
     filter: Literal["none", "parameters", "w-pca", "supernet"] = "none"
     filter_share: float = 0.5
     ranking_share: float = 1.0
+    scored_epochs: Literal["last", "all"] = "last"
 
     def __post_init__(self):
         super().__post_init__()
@@ -140,8 +143,8 @@ class SearchStage(Budget):
         object.__setattr__(self, "ranking_share", float(self.ranking_share))
         if self.task_phase.load_best_model_at_end:
             raise ValueError(
-                "task_phase.load_best_model_at_end: a candidate's best epoch counts anyway, and stage 3's supernet has "
-                "no score: leave it out"
+                "task_phase.load_best_model_at_end: --scored_epochs all lets a candidate's best epoch count, and stage "
+                "3's supernet has no score: leave it out"
             )
         if not 0 < self.filter_share < 1:
             raise ValueError(f"filter_share is {self.filter_share}: it must be above 0 and below 1")
@@ -721,7 +724,7 @@ def paper() -> SearchConfig:
     task = TrainingArguments(learning_rate=4e-4, num_train_epochs=3, per_device_train_batch_size=128)
     stage = SearchStage(
         num_candidates=500, sampler="released", initial_samples=80, refit_every=10, general_share=0.02,
-        task_share=1 / 9, ranking_share=0.1, general_phase=general, task_phase=task,
+        task_share=1 / 9, ranking_share=0.1, scored_epochs="all", general_phase=general, task_phase=task,
     )  # fmt: skip
     ten = dataclasses.replace(general, num_train_epochs=10)
     pretraining = dataclasses.replace(ten, per_device_train_batch_size=256)

@@ -210,7 +210,8 @@ def candidates(
         for rung in ladder(settings, trained):
             each = student_tokens(data, cut(settings, rung.share), of_candidates=True)
             groups = -(-rung.places // together)
-            times_ranked = settings.task_phase.num_train_epochs if rung.share == 1 else 1
+            every = rung.share == 1 and settings.scored_epochs == "all"
+            times_ranked = settings.task_phase.num_train_epochs if every else 1
             scored = times_ranked * data.ranking(settings.ranking_share)
             tokens += times * rung.places * each
             seconds += times * (

@@ -66,7 +66,7 @@ def trained_candidates(
     workspace: Workspace, supernet: Supernet, name: str, settings: SearchStage, reporter: Reporter
 ) -> Evaluator:
     """Evaluation of stages 1 and 2: extract, distil together with a share of the stage's budget. The value is that of
-    the best epoch; with less than the whole budget, of the last one, since scoring each would cost more than training.
+    the last epoch, or with the whole budget and `scored_epochs` "all" of the best.
     """
     folder, workspace = workspace.folder / name, ranking_on(workspace, settings)
     folder.mkdir(exist_ok=True)
@@ -75,7 +75,7 @@ def trained_candidates(
 
     def evaluate(group: Sequence[Member], share: float) -> list[tuple[int, Outcome]]:
         budget, last_epoch = cut(settings, share), settings.task_phase.num_train_epochs - 1
-        scored_from = 0 if share == 1 else last_epoch
+        scored_from = 0 if share == 1 and settings.scored_epochs == "all" else last_epoch
         students = [_student(workspace, supernet, name, member, share, folder, scored_from) for member in group]
         on_step = reporter.steps(f"{name} candidates, {len(group)} at once")
         with kernels.few_compilations():

@@ -37,7 +37,6 @@ from effbert.student import distil_generally
 from effbert.supernet import Supernet, supernet_config
 from effbert.workspace import Workspace, keep, must_finish
 
-NEXT = 3  # candidates that the best one is compared with
 POLL_SECONDS = 1.0  # between two looks at whether the other workers are done with a rung
 
 

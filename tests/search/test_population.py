@@ -54,12 +54,12 @@ def test_students_of_different_seeds_cannot_share_batches(workspace, supernet, a
         distil(workspace, [one, other], budget)
 
 
-def evaluated(workspace, supernet, architectures, **changes):
+def evaluated(workspace, supernet, architectures, share=0.5, **changes):
     workspace = dataclasses.replace(workspace, config=dataclasses.replace(workspace.config, **changes))
     evaluator = population.trained_candidates(workspace, supernet, "stage1", workspace.config.stage1, Reporter())
     members, room = list(enumerate(architectures)), evaluator.room(architectures)
     groups = [members[first : first + room] for first in range(0, len(members), room)]
-    return {number: outcome for group in groups for number, outcome in evaluator.evaluate(group, 0.5)}
+    return {number: outcome for group in groups for number, outcome in evaluator.evaluate(group, share)}
 
 
 def test_values_do_not_depend_on_how_many_train_at_once(workspace, supernet, architectures):
@@ -85,6 +85,18 @@ def test_candidates_may_be_ranked_by_the_tasks_metric_as_published(workspace, su
     assert by_task.value == by_task.attrs["scores"]["accuracy"] != by_area.value
     assert np.mean(by_task.attrs["jackknife"]) == pytest.approx(by_task.value, abs=0.01)
     assert by_task.attrs["scores"].keys() == by_area.attrs["scores"].keys() == {"accuracy", "roc_auc"}
+
+
+def test_the_last_epoch_counts_or_the_best_of_all(workspace, supernet, architectures):
+    stage, found = workspace.config.stage1, {}
+    phase = dataclasses.replace(stage.task_phase, num_train_epochs=2)
+    for scored in ("last", "all"):
+        settings = dataclasses.replace(stage, task_phase=phase, scored_epochs=scored)
+        found[scored] = evaluated(workspace, supernet, architectures[:1], share=1.0, stage1=settings)[0]
+    epochs = found["all"].attrs["epochs"]
+    assert len(epochs) == 2 and found["last"].attrs["epochs"] == epochs[1:]
+    assert found["last"].value == epochs[1]["roc_auc"]
+    assert found["all"].value == max(epoch["roc_auc"] for epoch in epochs)
 
 
 def test_a_stage_may_rank_on_a_part_of_the_rows(workspace, supernet, architectures, monkeypatch):
