@@ -142,7 +142,7 @@ def attention(
     if keep is None:
         return philox.apply(torch.softmax(scores, dim=-1), dropout) @ value
     p = torch.softmax(scores.masked_fill(~keep, torch.finfo(scores.dtype).min), dim=-1)
-    return philox.apply(p.masked_fill(~keep, 0.0), dropout) @ value
+    return philox.apply(p, dropout, keep) @ value
 
 
 def distill_attention(

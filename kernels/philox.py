@@ -37,20 +37,20 @@ def split(dropout: Dropout | None) -> tuple[float, int, torch.Tensor | None, int
     return dropout.p, dropout.key, None, dropout.site
 
 
-def _multiply(constant, value):
-    product = value * constant  # 64 bits that may wrap into the sign: the masks below undo that
-    return (product >> 32) & _MASK, product & _MASK
+def _bounded(word):
+    """An int below 2**32; of a tensor, whose elements cannot outgrow 64 bits, the upper half is cut off at the end."""
+    return word if isinstance(word, torch.Tensor) else word & _MASK
 
 
 def philox(c0, c1, c2, c3, key: int | torch.Tensor, rounds: int = ROUNDS):
     """Philox4x32 of four counter words (ints or int64 tensors that broadcast, each below 2**32); four words back."""
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     for _ in range(rounds):
-        high_0, low_0 = _multiply(_MULTIPLY_0, c0)
-        high_1, low_1 = _multiply(_MULTIPLY_1, c2)
-        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
+        product_0, product_1 = c0 * _MULTIPLY_0, c2 * _MULTIPLY_1  # 64 bits that may wrap into the sign
+        c0, c1 = ((product_1 >> 32) ^ c1 ^ k0) & _MASK, _bounded(product_1)
+        c2, c3 = ((product_0 >> 32) ^ c3 ^ k1) & _MASK, _bounded(product_0)
         k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def keep_mask(shape, dropout: Dropout, device=None) -> torch.Tensor:
@@ -62,9 +62,10 @@ def keep_mask(shape, dropout: Dropout, device=None) -> torch.Tensor:
     blocks = -(-columns // 8)
     column_block = torch.arange(blocks, device=device)
     row = torch.arange(rows, device=device)[:, None]
-    words = torch.stack(torch.broadcast_tensors(*philox(column_block, row, dropout.site, 0, dropout.key)), dim=-1)
-    lanes = torch.stack((words & 0xFFFF, words >> 16), dim=-1).view(rows, blocks * 8)
-    return (lanes[:, :columns] >= threshold(dropout.p)).view(shape)
+    words = torch.broadcast_tensors(*philox(column_block, row, dropout.site, 0, dropout.key))
+    least = threshold(dropout.p)
+    kept = torch.stack([lane >= least for word in words for lane in (word & 0xFFFF, word >> 16)], dim=-1)
+    return kept.view(rows, blocks * 8)[:, :columns].reshape(shape)
 
 
 def threshold(p: float) -> int:
@@ -74,9 +75,10 @@ def threshold(p: float) -> int:
     return round(p * 65536)
 
 
-def apply(x: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
-    """Dropout of x [..., columns] with inverse scaling; None or p = 0 returns x itself."""
+def apply(x: torch.Tensor, dropout: Dropout | None, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """Dropout of x [..., columns] with inverse scaling; None or p = 0 returns x itself. Where dropout is on, elements
+    that `keep`, a boolean mask that broadcasts, leaves out become 0 too."""
     if dropout is None or threshold(dropout.p) == 0:
         return x
-    scale = 65536 / (65536 - threshold(dropout.p))
-    return x * (keep_mask(x.shape, dropout, x.device).to(x.dtype) * scale)
+    scale, mask = 65536 / (65536 - threshold(dropout.p)), keep_mask(x.shape, dropout, x.device)
+    return x * ((mask if keep is None else mask & keep).to(x.dtype) * scale)
