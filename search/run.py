@@ -200,6 +200,7 @@ def three_stages(
 
     pages = Pages(workspace.folder, study, config, reporter.say)
 
+    on_first(lambda: study.stage("stage1"))  # before its folder, by which others tell that it was begun (`tidy`)
     trained = trained_candidates(candidates, supernet, "stage1", config.stage1, reporter)
     found = on_first(run, "stage1", config.stage1, coarse, trained, None)
     trained = trained_candidates(candidates, supernet, "stage2", config.stage2, reporter)

@@ -18,6 +18,7 @@ import effbert  # noqa: F401  (registers the model type)
 from commands import Command, finished
 from effbert.__main__ import main
 from effbert.data.tasks import load_task
+from effbert.search import run as search_run
 from effbert.search.record import read_record
 from effbert.search.run import machine, surroundings, surroundings_of
 from effbert.search.study import Study
@@ -256,6 +257,21 @@ def test_three_workers_that_are_killed_end_like_one_that_is_not(undisturbed, tmp
     assert outcome(folder) == outcome(undisturbed[0])
     finish(folder)  # alone, which sweeps up what the killed ones were writing
     assert not list(folder.rglob(".partial-*"))
+
+
+def test_the_first_stage_is_in_the_study_before_its_folder_is_there(undisturbed, tmp_path, monkeypatch):
+    """Who joins meanwhile would else take it for a search whose storage was lost."""
+    folder, seen = tmp_path / "run", []
+    shutil.copytree(undisturbed[0], folder)
+    for name in ("stage1", "study.db", "results.json"):
+        (shutil.rmtree if (folder / name).is_dir() else os.unlink)(folder / name)
+
+    def stop(*_):
+        seen.append(("stage1" in Study(folder).reach(), (folder / "stage1").exists()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search_run, "trained_candidates", stop)
+    assert main([*COMMAND, str(folder)]) == 130 and seen == [(True, False)]
 
 
 def test_a_damaged_file_is_one_line_and_the_run_goes_on_without_it(undisturbed, tmp_path, capsys):
