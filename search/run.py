@@ -200,7 +200,7 @@ def three_stages(
 
     pages = Pages(workspace.folder, study, config, reporter.say)
 
-    on_first(lambda: study.stage("stage1"))  # before its folder, by which others tell that it was begun (`tidy`)
+    on_first(begin, study)
     trained = trained_candidates(candidates, supernet, "stage1", config.stage1, reporter)
     found = on_first(run, "stage1", config.stage1, coarse, trained, None)
     trained = trained_candidates(candidates, supernet, "stage2", config.stage2, reporter)
@@ -215,6 +215,11 @@ def three_stages(
     with turn("clearing up"):
         on_first(shutil.rmtree, workspace.folder / KEPT_TEACHER, True)
     return winner
+
+
+def begin(study: Study) -> None:
+    """Make the first stage, before the folder by which who joins tells that the search was begun (`tidy`)."""
+    study.stage("stage1")
 
 
 def open_stage(study: Study, name: str) -> StageStudy:
