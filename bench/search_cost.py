@@ -60,8 +60,8 @@ ABOUT = (
 @dataclass(frozen=True)
 class Mode:
     """A procedure. what: in words. backend: of the ops. together: candidates share batches and the teacher's pass,
-    and on a CPU its kept outputs.
-    bf16: autocast, on a GPU. tf32: PyTorch's switch. buckets: batches of like length. halving: over the rungs of stage
+    and on a CPU its kept outputs and the cores. bf16: autocast, on a GPU. products: PyTorch's
+    float32_matmul_precision, "medium" on a CPU only. buckets: batches of like length. halving: over the rungs of stage
     1. published: the loss too is the published one, over padding. ranking_metric: in place of --ranking_metric.
     scored_epochs: of stage 1. seed: added to the run's. gpu: on a GPU only. graphs: steps are recorded as CUDA graphs,
     on a GPU."""
@@ -70,7 +70,7 @@ class Mode:
     backend: str = "auto"
     together: bool = True
     bf16: bool = True
-    tf32: bool = False
+    products: str = "highest"
     buckets: bool = True
     halving: bool = False
     published: bool = False
@@ -89,12 +89,14 @@ MODERN = Mode(
     "bf16 on a GPU, fused attention, dynamic padding; one at a time", "modern", together=False, ranking_metric="task",
     scored_epochs="all", graphs=False,
 )  # fmt: skip
-OURS = Mode("ours", halving=True)
+OURS = Mode("ours", halving=True, products="medium")
 FULL = dataclasses.replace(OURS, what="ours, all at full budget", halving=False)
 MODES = {
     "published": PUBLISHED,
     "published again": dataclasses.replace(PUBLISHED, what="the published procedure at another seed", seed=1),
-    "published tf32": dataclasses.replace(PUBLISHED, what="the published procedure with TF32", tf32=True, gpu=True),
+    "published tf32": dataclasses.replace(
+        PUBLISHED, what="the published procedure with TF32", products="high", gpu=True
+    ),
     "modern": MODERN,
     "ours": OURS,
     "ours full": FULL,
@@ -102,6 +104,9 @@ MODES = {
     "ours full, one at a time": dataclasses.replace(FULL, what="without the shared teacher", together=False),
     "ours full, padded": dataclasses.replace(FULL, what="without buckets", buckets=False),
     "ours full, all epochs scored": dataclasses.replace(FULL, what="scored after every epoch", scored_epochs="all"),
+    "ours full, exact products": dataclasses.replace(
+        FULL, what="with float32_matmul_precision highest", products="highest"
+    ),
     "ours full, eager": dataclasses.replace(FULL, what="without kernels", backend="modern", gpu=True),
     "ours full, no graphs": dataclasses.replace(FULL, what="without CUDA graphs", graphs=False, gpu=True),
     "ours full, fp32": dataclasses.replace(FULL, what="without bf16", bf16=False, gpu=True),
@@ -198,8 +203,6 @@ def run_mode(config: SearchConfig, name: str) -> None:
     scratch = target.with_suffix("")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    if mode.tf32:
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
     with Reporter() as reporter, Workers(scratch) as workers, use_backend(mode.backend):
         workspace = open_workspace(changed, folder, reporter.say)
         space = coarse_space(workspace, reporter)
@@ -244,6 +247,7 @@ def configured(config: SearchConfig, mode: Mode) -> SearchConfig:
     return dataclasses.replace(
         config,
         seed=config.seed + mode.seed,
+        float32_matmul_precision="highest" if mode.products == "medium" and on_gpu(config) else mode.products,
         population=0 if mode.together else 1,
         teacher_cache=config.teacher_cache if mode.together else 0.0,
         pad_to_max_length=not mode.buckets,

@@ -206,6 +206,8 @@ class RunConfig:
         device: "auto" (the GPU where there is one), "cpu", "cuda"; each process of several has a GPU of its own.
         num_threads: CPU threads, and processes that tokenise the corpus; 0 leaves it to PyTorch, and is one process a
             core, 16 at most. The last bits of a score depend on the threads.
+        float32_matmul_precision: PyTorch's switch of that name, for products of fp32: "high" lets a GPU compute them in
+            TF32, "medium" a CPU too by oneDNN, which rounds to bf16 where it has units for that (AMX).
     """
 
     output_dir: str
@@ -215,6 +217,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     num_threads: int = 0
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
 
     def __post_init__(self):
         self.at_least(max_length=8, num_threads=0)

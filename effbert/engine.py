@@ -3,8 +3,8 @@
 A phase is a model, the batches of each epoch, and a function from batch to loss. Everything random is keyed by
 (seed, phase name, step), so a phase killed at any moment and started again gives the same numbers, and a model trained
 among others the same as alone. Models that train together take each step in turn on the same batch; what all of them
-need of a batch, such as a teacher's outputs, is computed once for it. Several processes may train them, each on its
-part of every batch (effbert.parallel).
+need of a batch, such as a teacher's outputs, is computed once for it. On a CPU they share out its cores
+(effbert.threads). Several processes may train them, each on its part of every batch (effbert.parallel).
 """
 
 import contextlib
@@ -23,10 +23,12 @@ from torch import nn
 from effbert import checkpoint, graphs, random
 from effbert.data.batches import Batch
 from effbert.kernels import gradients_in_place
+from effbert.kernels.dispatch import current
 from effbert.memory import out_of_memory
 from effbert.optim import Optimizer, PartlyUsed, TrainingArguments
 from effbert.pace import Standing
 from effbert.parallel import ALONE, World
+from effbert.threads import Team
 
 CHECK_EVERY = 10  # steps between reads of the loss: a read waits for the device
 LOSSES_KEPT = 24  # of those reads, evenly over a phase: what a curve on a page can show
@@ -86,11 +88,11 @@ class TrainingResult:
 @dataclass(frozen=True)
 class Trainee:
     """A model to train beside others. loss_of: (batch on the device, number of the batch in the phase, what is shared
-    for the batch) -> 0-d loss. after_epoch: called with the model in eval mode; its dict is kept. rank: where the
-    arguments ask for the best weights, called with the model in eval mode; the first of the highest are the best.
-    partly_used: the numbers of an update's batches -> which parameters they used in part only
-    (effbert.optim.Optimizer). alike: loss_of does the same with every batch of a shape, whatever its number, in one
-    forward pass, and so does `share`: on a GPU they may be recorded."""
+    for the batch) -> 0-d loss, whose dropout is by `effbert.random`: others may run in other threads. after_epoch:
+    called with the model in eval mode; its dict is kept. rank: where the arguments ask for the best weights, called
+    with the model in eval mode; the first of the highest are the best. partly_used: the numbers of an update's batches
+    -> which parameters they used in part only (effbert.optim.Optimizer). alike: loss_of does the same with every batch
+    of a shape, whatever its number, in one forward pass, and so does `share`: on a GPU they may be recorded."""
 
     model: nn.Module
     loss_of: Callable[[Batch, int, Any], torch.Tensor]
@@ -147,7 +149,10 @@ def train_together(
         return []
     together = _Together(trainees, plan_of, arguments, share, torch.device(device), world)
     with _Interrupts() as interrupts:
-        together.run(interrupts, on_step)
+        try:
+            together.run(interrupts, on_step)
+        finally:
+            together.team.close()
     return [learner.result() for learner in together.learners]
 
 
@@ -188,6 +193,8 @@ class _Together:
         self.width = len(self.learners)
         self.recorded = graphs.wanted() and world.size == 1 and all(trainee.alike for trainee in trainees)
         self.recorder: _Recorder | None = None
+        apart = self.device.type == "cpu" and world.size == 1 and current() in ("auto", "eager")
+        self.team = Team(len(self.learners) if apart else 1)
         self.save_every = max(trainee.phase.save_seconds for trainee in trainees)
         self.started = self.saved = time.monotonic()
 
@@ -254,8 +261,7 @@ class _Together:
                 for learner in due:
                     learner.check()
         else:
-            for learner in due:
-                learner.end_epoch()
+            self.team.each(due, _Learner.end_epoch)
         for learner in due:
             learner.seconds += (time.monotonic() - begun) / len(due)
         if self.world.any([interrupts.pending])[0]:
@@ -279,11 +285,14 @@ class _Together:
             tokens = batch.tokens
             batch = batch.to(self.device) if self.recorder is None else self.recorder.batches.hold(batch)
             shared = self.look(batch)
-            for learner in due:
+
+            def learn(learner: _Learner, batch=batch, index=index, shared=shared, tokens=tokens) -> None:
                 with learner.turn(self.recorder):
                     learner.learn(batch, index, shared, tokens, len(group))
                     if index == group[-1]:
                         learner.update()
+
+            self.team.each(due, learn)
             for learner in due:
                 learner.join()
 
@@ -383,17 +392,17 @@ class _Learner:
         if not self.model.training:
             self.model.train()
         rank = () if self.world.is_first else ("rank", self.world.rank)  # else its rows would have rank 0's masks
-        torch.manual_seed(random.key(self.phase.seed, *self.phase.name, "step", self.epoch, index, *rank))
         number = self.epoch * self.batches + index
-        if self.recordings is None:
-            loss = self.add_gradient(batch, number, shared, of)
-        else:
-            self.key.fill_(random.drawn_key())
-            self.parts.fill_(of)
-            with random.dropout_key_in(self.key):
-                loss = self.recordings.run(
-                    graphs.shape_of(batch), lambda: self.add_gradient(batch, number, shared, self.parts)
-                )
+        with random.seeded(random.key(self.phase.seed, *self.phase.name, "step", self.epoch, index, *rank)):
+            if self.recordings is None:
+                loss = self.add_gradient(batch, number, shared, of)
+            else:
+                self.key.fill_(random.drawn_key())
+                self.parts.fill_(of)
+                with random.dropout_key_in(self.key):
+                    loss = self.recordings.run(
+                        graphs.shape_of(batch), lambda: self.add_gradient(batch, number, shared, self.parts)
+                    )
         self.pending_numbers.append(number)
         self.pending = self.pending.to(loss.device) + loss.double()
         self.pending_tokens += tokens

@@ -6,6 +6,7 @@ alone, in a population, before or after a resume sees the same numbers.
 """
 
 import contextlib
+import contextvars
 import hashlib
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 _held: torch.Tensor | None = None
+_drawing: contextvars.ContextVar[torch.Generator | None] = contextvars.ContextVar("dropout keys", default=None)
 
 
 def key(seed: int, *what: str | int) -> int:
@@ -43,6 +45,18 @@ def dropout_key() -> int | torch.Tensor:
     return drawn_key() if _held is None else _held
 
 
+@contextlib.contextmanager
+def seeded(key: int) -> Iterator[None]:
+    """Dropout inside follows from `key`: that of our models in this thread whatever other threads do, that of others,
+    which take torch's default generator, where this is the only one."""
+    torch.manual_seed(key)
+    token = _drawing.set(torch.Generator().manual_seed(key))
+    try:
+        yield
+    finally:
+        _drawing.reset(token)
+
+
 def drawn_key() -> int:
-    """62 bits from torch's default CPU generator."""
-    return int(torch.randint(2**62, ()))
+    """62 bits from the generator of `seeded`, or torch's default CPU generator."""
+    return int(torch.randint(2**62, (), generator=_drawing.get()))

@@ -1,9 +1,9 @@
 """The teacher: any BERT-like transformers encoder, read without changing it.
 
 Queries and keys are caught by forward hooks on the encoder's own query and key Linears, hidden states and logits come
-from its normal outputs, so attention can run in any implementation and is never materialised. A teacher must fit the
-student: as many attention heads, and a number of layers that the student's divides. What can be told from its config
-is refused before any weights are read.
+from its normal outputs, so attention can run in any implementation; its probabilities are in memory only where
+`effbert.kernels.eager.attention` has them too. A teacher must fit the student: as many attention heads, and a number of
+layers that the student's divides. What can be told from its config is refused before any weights are read.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from torch import nn
 from effbert.checkpoint import own_memory
 from effbert.data.encode import WINDOWS
 from effbert.errors import RUN_STUDENTS, RUN_TEACHERS, first_line, refuse_run
+from effbert.kernels.eager import by_onednn
 from effbert.trace import Trace
 
 
@@ -54,6 +55,8 @@ class Teacher(nn.Module):
     def __init__(self, model: nn.Module, columns: Sequence[int] | None = None):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
+        if by_onednn(next(model.parameters())):
+            model.set_attn_implementation("eager")
         self.config = model.config
         moved = columns is not None and list(columns) != list(range(len(columns)))
         self.register_buffer("columns", torch.tensor(columns) if moved else None, persistent=False)

@@ -160,6 +160,7 @@ def open_workspace(
     device = pick_device(config.device, world)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
+    torch.set_float32_matmul_precision(config.float32_matmul_precision)
     given = read_config(config.teacher) if config.teacher else None
     check_corpora(config)
     loaded = load_tasks(config) if isinstance(config, TaskConfig) else {}

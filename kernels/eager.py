@@ -133,16 +133,26 @@ def attention(
     without any other key gets zeros.
 
     With dropout the probabilities [B, H, L, L] are formed, because their mask comes from Philox; without it this is
-    scaled_dot_product_attention.
+    scaled_dot_product_attention, except on a CPU where fp32 products may be rounded to bf16: its small blocks are up to
+    12 times slower by oneDNN.
     """
     keep = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-    if dropout is None or philox.threshold(dropout.p) == 0:
+    without = dropout is None or philox.threshold(dropout.p) == 0
+    if without and not by_onednn(query):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=keep)
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     if keep is None:
         return philox.apply(torch.softmax(scores, dim=-1), dropout) @ value
     p = torch.softmax(scores.masked_fill(~keep, torch.finfo(scores.dtype).min), dim=-1)
-    return philox.apply(p, dropout, keep) @ value
+    return p @ value * keep.any(dim=-1, keepdim=True) if without else philox.apply(p, dropout, keep) @ value
+
+
+def by_onednn(x: torch.Tensor) -> bool:
+    """Whether PyTorch's switch gives products with x, of fp32 on a CPU, to oneDNN, which may round them to bf16; False
+    in what is compiled."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 
 
 def distill_attention(
@@ -199,7 +209,7 @@ def score_mse(
     (scales folded into Q, masked rows zero) the sum is ⟨Q̃ᵀQ̃, K̃ᵀK̃⟩. In fp32 the Gram value loses about
     1e-7 · (Σ A_S² + Σ A_T²) / N absolutely to cancellation, and its gradient error is about 2.3 times the direct one.
     The replacement at -100 needs the scores themselves, so "released" is always direct. "auto" takes the form with
-    fewer counted operations (`gram_is_cheaper`).
+    fewer counted operations (`gram_is_cheaper`), and the direct one where products may be rounded (`by_onednn`).
     """
     if mask not in ("real", "released"):
         raise ValueError(f"mask {mask!r}: one of 'real', 'released'")
@@ -222,7 +232,8 @@ def score_mse(
         t.masked_fill(~real[:, None, :, None], 0.0) for t in (student_query, student_key, teacher_query, teacher_key)
     )
     if form == "auto":
-        form = "gram" if gram_is_cheaper(length, student_query.shape[-1], teacher_query.shape[-1]) else "direct"
+        cheaper = gram_is_cheaper(length, student_query.shape[-1], teacher_query.shape[-1])
+        form = "gram" if cheaper and not by_onednn(student_query) else "direct"
     if form == "direct":
         # both sides are zero in masked rows of Q and K, so nothing else needs masking
         scores = student_query @ student_key.transpose(-1, -2)

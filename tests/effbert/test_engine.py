@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from effbert import checkpoint, files
+from effbert import checkpoint, files, random
 from effbert.data.batches import BatchPlan
 from effbert.engine import LOSSES_KEPT, Phase, Trainee, forget, train, train_together
 from effbert.kernels import philox
@@ -33,7 +33,7 @@ class Tiny(nn.Module):
 
     def forward(self, batch):
         x = self.table(batch.input_ids) * batch.attention_mask[..., None]
-        x = philox.apply(x, philox.Dropout(0.3, int(torch.randint(2**62, ())), 0))
+        x = philox.apply(x, philox.Dropout(0.3, random.drawn_key(), 0))
         return (self.out(x).mean(dim=(1, 2)) - 1.0).square().mean()
 
 
@@ -328,7 +328,17 @@ def assert_same(models, others):
         assert torch.equal(mine, theirs)
 
 
-def test_models_trained_together_are_the_same_as_alone_and_share_one_look_at_each_batch():
+@pytest.fixture(params=[1, 2, 5])
+def cores(request):
+    """How many threads PyTorch has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    assert torch.get_num_threads() == request.param
+    torch.set_num_threads(before)
+
+
+def test_models_trained_together_are_the_same_as_alone_and_share_one_look_at_each_batch(cores):
     models, results, shared = together([1, 2, 3])
     assert len(shared) == 3 * len(plan_of(0))
     for name, model in models.items():
@@ -340,7 +350,7 @@ def test_models_trained_together_are_the_same_as_alone_and_share_one_look_at_eac
 
 
 @pytest.mark.parametrize("moment", [3, 7, 12])
-def test_models_that_were_saved_at_different_steps_catch_up(tmp_path, moment):
+def test_models_that_were_saved_at_different_steps_catch_up(tmp_path, moment, cores):
     def kill(at):
         if at.step == moment:
             raise Killed
@@ -355,7 +365,7 @@ def test_models_that_were_saved_at_different_steps_catch_up(tmp_path, moment):
         assert (results[name].steps, results[name].tokens) == (expected.steps, expected.tokens)
 
 
-def test_one_that_diverges_stops_and_the_others_go_on():
+def test_one_that_diverges_stops_and_the_others_go_on(cores):
     arguments = TrainingArguments(learning_rate=0.001, num_train_epochs=9)
     for factor, reason in ((float("nan"), "loss not finite"), (1e3, "loss grown from")):
         models, results, _ = together(
@@ -376,7 +386,7 @@ def too_much_on_a_gpu():
 
 
 @pytest.mark.parametrize("exhaust", [too_much, too_much_on_a_gpu])
-def test_where_memory_does_not_hold_all_half_of_them_go_first(exhaust):
+def test_where_memory_does_not_hold_all_half_of_them_go_first(exhaust, cores):
     failed = []
 
     def spoil(name, number):

@@ -76,6 +76,20 @@ def test_attention_is_not_materialised_and_nothing_is_kept(family):
     assert not any(t.requires_grad for t in (*trace.hidden_states, *trace.queries, trace.logits))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_products_may_be_rounded_attention_is_that_of_plain_products(family):
+    whole = Teacher(build(family)).trace(*batch(1))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        teacher = Teacher(build(family))
+        trace = teacher.trace(*batch(1))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert teacher.config._attn_implementation == "eager" and not teacher._caught
+    for mine, exact in zip((*trace.hidden_states, *trace.queries), (*whole.hidden_states, *whole.queries), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=0.02, atol=0.02)
+
+
 def test_a_bare_encoder_and_a_question_answering_model_are_teachers_too():
     assert Teacher(build("Bert", "Model")).trace(*batch(0)).logits is None
     assert Teacher(build("Bert", "ForQuestionAnswering")).trace(*batch(0)).logits.shape == (2, 9, 2)

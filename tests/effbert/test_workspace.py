@@ -299,6 +299,17 @@ def test_settings_of_ones_own_rows_are_refused_where_there_are_none(config, sett
         rooms.load_tasks(dataclasses.replace(known, **setting))
 
 
+@pytest.mark.parametrize("precision,cpu", [("medium", "bf16"), ("high", "tf32"), ("highest", "ieee")])
+def test_the_precision_of_products_is_the_runs(config, tmp_path, precision, cpu):
+    torch.set_float32_matmul_precision("high")
+    opened(dataclasses.replace(config, float32_matmul_precision=precision), tmp_path / "run", teachers=False)
+    try:
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.mkldnn.matmul.fp32_precision == cpu
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("name", ["foo", "cuda:99", "cuda:x", "meta", ""])
 def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(ValueError, match=f"--device {name}"):

@@ -168,6 +168,39 @@ def test_attention_gives_masked_keys_no_weight(dropout_p):
     torch.testing.assert_close(before, after)
 
 
+@pytest.fixture
+def rounded_products():
+    """PyTorch's switch as `--float32_matmul_precision medium` sets it."""
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_is_the_same_where_products_may_be_rounded(rounded_products, masked):
+    q, k, v = (torch.randn(3, 4, 24, size, generator=torch.Generator().manual_seed(size)) for size in (5, 5, 5))
+    lengths = torch.tensor([24, 7, 0])
+    mask = (torch.arange(24)[None] < lengths[:, None]).long() if masked else None
+    assert eager.by_onednn(q) and not eager.by_onednn(q.double()) and not eager.by_onednn(q.bfloat16())
+    found = []
+    for inputs in ((q, k, v), (q.double(), k.double(), v.double())):
+        inputs = [x.clone().requires_grad_() for x in inputs]
+        y = kernels.attention(*inputs, mask)
+        found.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    for mine, exact in zip(*found, strict=True):
+        torch.testing.assert_close(mine, exact.float(), rtol=0.02, atol=0.02)
+    if masked:
+        assert not found[0][0][2].any() and not found[0][1][2].any()
+
+
+def test_a_gram_matrix_is_not_formed_where_products_may_be_rounded(rounded_products):
+    q, k, tq, tk, mask = queries_and_keys(3, length=400, batch=1, dtype=torch.float32)
+    assert eager.gram_is_cheaper(400, 5, 8)
+    for tensors, form in (((q, k, tq, tk, mask), "direct"), ((*(x.double() for x in (q, k, tq, tk)), mask), "gram")):
+        assert kernels.score_mse(*tensors) == kernels.score_mse(*tensors, form=form)
+        assert kernels.score_mse(*tensors) != kernels.score_mse(*tensors, form="gram" if form == "direct" else "direct")
+
+
 def test_attention_with_and_without_dropout_agree_where_nothing_is_dropped():
     q, k, v, _, mask = queries_and_keys(7, teacher=5)
     scores = (q @ k.transpose(-1, -2) / 5**0.5).masked_fill(mask[:, None, None, :] == 0, float("-inf"))
