@@ -61,10 +61,10 @@ ABOUT = (
 class Mode:
     """A procedure. what: in words. backend: of the ops. together: candidates share batches and the teacher's pass,
     and on a CPU its kept outputs and the cores. bf16: autocast, on a GPU. products: PyTorch's
-    float32_matmul_precision, "medium" on a CPU only. buckets: batches of like length. halving: over the rungs of stage
-    1. published: the loss too is the published one, over padding. ranking_metric: in place of --ranking_metric.
-    scored_epochs: of stage 1. seed: added to the run's. gpu: on a GPU only. graphs: steps are recorded as CUDA graphs,
-    on a GPU."""
+    float32_matmul_precision, "highest" beside autocast. buckets: batches of like length. halving: over the rungs of
+    stage 1. published: the loss too is the published one, over padding. ranking_metric: in place of --ranking_metric.
+    scored_epochs: of stage 1. seed: added to the run's. gpu: on a GPU only. graphs: steps are recorded as CUDA
+    graphs, on a GPU."""
 
     what: str
     backend: str = "auto"
@@ -94,8 +94,8 @@ FULL = dataclasses.replace(OURS, what="ours, all at full budget", halving=False)
 MODES = {
     "published": PUBLISHED,
     "published again": dataclasses.replace(PUBLISHED, what="the published procedure at another seed", seed=1),
-    "published tf32": dataclasses.replace(
-        PUBLISHED, what="the published procedure with TF32", products="high", gpu=True
+    "published, medium products": dataclasses.replace(
+        PUBLISHED, what="the published procedure with TF32 on a GPU, oneDNN's products on a CPU", products="medium"
     ),
     "modern": MODERN,
     "ours": OURS,
@@ -104,12 +104,10 @@ MODES = {
     "ours full, one at a time": dataclasses.replace(FULL, what="without the shared teacher", together=False),
     "ours full, padded": dataclasses.replace(FULL, what="without buckets", buckets=False),
     "ours full, all epochs scored": dataclasses.replace(FULL, what="scored after every epoch", scored_epochs="all"),
-    "ours full, exact products": dataclasses.replace(
-        FULL, what="with float32_matmul_precision highest", products="highest"
-    ),
+    "ours full, highest products": dataclasses.replace(FULL, what="without oneDNN's products", products="highest"),
     "ours full, eager": dataclasses.replace(FULL, what="without kernels", backend="modern", gpu=True),
     "ours full, no graphs": dataclasses.replace(FULL, what="without CUDA graphs", graphs=False, gpu=True),
-    "ours full, fp32": dataclasses.replace(FULL, what="without bf16", bf16=False, gpu=True),
+    "ours full, fp32": dataclasses.replace(FULL, what="without bf16", bf16=False, products="highest", gpu=True),
 }
 
 
@@ -247,7 +245,7 @@ def configured(config: SearchConfig, mode: Mode) -> SearchConfig:
     return dataclasses.replace(
         config,
         seed=config.seed + mode.seed,
-        float32_matmul_precision="highest" if mode.products == "medium" and on_gpu(config) else mode.products,
+        float32_matmul_precision="highest" if mode.bf16 and on_gpu(config) else mode.products,
         population=0 if mode.together else 1,
         teacher_cache=config.teacher_cache if mode.together else 0.0,
         pad_to_max_length=not mode.buckets,

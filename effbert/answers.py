@@ -185,14 +185,16 @@ def evaluate_saved(
     null_threshold: float = 0.0,
     own: OwnRows = OwnRows(),
     say: Say = print,
+    done: "Unfinished | None" = None,
 ) -> dict[str, dict[str, float]]:
     """The official metrics of a saved model on each whole validation split of a task, by split and name; `say` is told
     which split is not there.
 
     All are fractions of 1 (the published ones are usually printed times 100). SQuAD 2.0 has all that its script prints
     (`effbert.metrics.squad2_scores`); `null_threshold` is how far no answer must be ahead. "rows" (there "total")
-    counts rows or questions. `own`: rows of a task of one's own, in place of those of a known one. Raises as
-    `open_model`, `effbert.data.tasks.load_validation` and `effbert.data.files.load_split` do.
+    counts rows or questions. `own`: rows of a task of one's own, in place of those of a known one. done:
+    keeps the scores of each split, and has those of an earlier start. Raises as `open_model`,
+    `effbert.data.tasks.load_validation` and `effbert.data.files.load_split` do.
     """
     if own.validation_file and data_dir:
         raise ValueError("--data_dir and --validation_file exclude each other: the rows of a known task, or your own")
@@ -209,7 +211,17 @@ def evaluate_saved(
         model = open_model(folder, spec, reading)
         for note in notes:
             say(note)
-    return {name: _scores(model, rows, name, null_threshold) for name, rows in splits.items()}
+
+    def scored(name: str, rows: "Dataset") -> dict[str, float]:
+        if done is None:
+            return _scores(model, rows, name, null_threshold)
+        key = json.dumps([model.fingerprint(), dataset_fingerprint(rows), null_threshold])
+        text, kept = done.text(name, key, lambda: json.dumps(_scores(model, rows, name, null_threshold)))
+        if kept:
+            say(f"{task} {name}: {len(rows):,} rows, kept from before")
+        return json.loads(text)
+
+    return {name: scored(name, rows) for name, rows in splits.items()}
 
 
 def refuse_threshold(null_threshold: float, task: str) -> None:
@@ -552,7 +564,7 @@ def main_evaluate(arguments: list[str]) -> None:
                 your own with validation_file.
             data_dir: Folder with the official files; without it they come by name.
             null_threshold: For SQuAD 2.0, how far no answer must be ahead of the best span, in logits.
-            output: JSON file to write the scores to.
+            output: JSON file to write the scores to; a killed command goes on after the split that it had scored.
         """
 
         model: tyro.conf.Positional[str]
@@ -565,9 +577,10 @@ def main_evaluate(arguments: list[str]) -> None:
 
     given = parse(Arguments, arguments, "effbert evaluate")
     output = check_output(given.output) if given.output else None
+    done = None if output is None else Unfinished(output)
     quiet_libraries()
     scores = evaluate_saved(
-        given.model, given.task, given.data_dir or None, given.reading, given.null_threshold, given.own
+        given.model, given.task, given.data_dir or None, given.reading, given.null_threshold, given.own, done=done
     )
     for split, values in scores.items():
         for name, value in values.items():
@@ -576,6 +589,7 @@ def main_evaluate(arguments: list[str]) -> None:
         rows = {"validation_file": given.own.validation_file} if given.own.validation_file else {}
         content = {"model": given.model, "task": given.task, **rows, "scores": scores}
         write_atomic(output, json.dumps(content, indent=2) + "\n")
+        done.remove()
 
 
 def main_predict(arguments: list[str]) -> None:

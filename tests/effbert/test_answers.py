@@ -26,6 +26,7 @@ from effbert.answers import (
     SavedModel,
     Unfinished,
     evaluate_saved,
+    main_evaluate,
     named_models,
     open_model,
     predict_glue,
@@ -526,6 +527,32 @@ def test_a_score_outside_the_scale_is_cut_to_it(tmp_path, tokenizer, monkeypatch
     output = predict_glue({"sts-b": folder}, tmp_path / "glue.zip", tmp_path, say=lambda line: None)
     content = zipfile.ZipFile(output).read("STS-B.tsv").decode()
     assert content == "index\tprediction\n0\t0.000\n1\t2.346\n2\t5.000\n"
+
+
+def test_scores_that_are_interrupted_go_on_with_the_next_split(tmp_path, tokenizer, monkeypatch, capsys):
+    folder = save_bert(tmp_path / "model", "mnli", tokenizer)
+    write_glue(tmp_path, "mnli", "validation", 9)
+    write_glue(tmp_path, "mnli", "validation_mismatched", 6)
+    arguments = [str(folder), "--task", "mnli", "--data_dir", str(tmp_path), "--output", str(tmp_path / "a.json")]
+    main_evaluate(arguments)
+    whole = (tmp_path / "a.json").read_bytes()
+    arguments[-1] = str(output := tmp_path / "b.json")
+    read, asked = SavedModel.logits, []
+
+    def logits(self, rows, split):
+        asked.append(split)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return read(self, rows, split)
+
+    monkeypatch.setattr(SavedModel, "logits", logits)
+    with pytest.raises(KeyboardInterrupt):
+        main_evaluate(arguments)
+    assert not output.exists()
+    main_evaluate(arguments)
+    assert asked == ["validation", *["validation_mismatched"] * 2] and output.read_bytes() == whole
+    assert "mnli validation: 9 rows, kept from before" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.glob("b*")) == ["b.json"]
 
 
 KILLED = """
