@@ -516,8 +516,8 @@ def _candidate_losses(name: str, phase: str, stage: list[Candidate], best: Candi
     if told:
         lines.append(("best", best.losses[phase]))
         said += f"; the best, candidate {best.evaluation.number}: {_from_to(best.losses[phase])}"
-    title = f"{_STAGE_NAMES.get(name, name)}: training loss {_PHASES.get(phase, phase)}"
-    return _losses(f"{name}-losses-{phase}", title, said, lines), _lines_key(trained, best if told else None)
+    picture = _losses(f"{name}-losses", _STAGE_NAMES.get(name, name), phase, said, lines)
+    return picture, _lines_key(trained, best if told else None)
 
 
 def _epochs(name: str, trained: list[Candidate], best: Candidate | None, metric: str) -> tuple[str, str]:
@@ -556,15 +556,7 @@ def _more_curves(record: Record) -> dict[str, str]:
 def _supernet_curves(record: Record, folder: str) -> list[tuple[str, str]]:
     name = folder.replace("/", "-")
     return [
-        (
-            _losses(
-                f"{name}-losses-{phase}",
-                f"{folder}: training loss {_PHASES.get(phase, phase)}",
-                _from_to(points),
-                [("complete", points)],
-            ),
-            "",
-        )
+        (_losses(f"{name}-losses", folder, phase, _from_to(points), [("complete", points)]), "")
         for phase, points in record.losses.get(folder, {}).items()
         if points
     ]
@@ -578,24 +570,24 @@ def _final_curves(record: Record) -> list[tuple[str, str]]:
         drawn = [(row["row"], row[LOSSES][phase]) for row in rows if row[LOSSES].get(phase)]
         said = "; ".join(f"{row}: {_from_to(points)}" for row, points in drawn)
         lines = [("best" if row == "winner" else "complete", points) for row, points in drawn]
-        picture = _losses(
-            f"final-losses-{phase}", f"Final rows: training loss {_PHASES.get(phase, phase)}", said, lines
-        )
+        picture = _losses("final-losses", "Final rows", phase, said, lines)
         figures.append((picture, _key("best", "winner", "━") + _key("complete", "the other rows", "━")))
     return figures
 
 
-def _losses(name: str, title: str, said: str, lines: Sequence[tuple[str, Sequence[Point]]]) -> str:
-    """Losses over the share of the budget, a line of its class each. What failed is cut off above all others."""
+def _losses(name: str, whose: str, phase: str, said: str, lines: Sequence[tuple[str, Sequence[Point]]]) -> str:
+    """Losses of a phase over the share of the budget, a line of its class each. What failed is cut off above all
+    others."""
     steady = [y for kind, points in lines for _, y in points if not kind.endswith("failed")]
     values = steady or [y for _, points in lines for _, y in points]
     top = max(values)
-    chart = Chart((0, 1), values, "share of the phase's budget", "loss")
+    where = _PHASES.get(phase, phase)
+    chart = Chart((0, 1), values, "share of the phase's budget", f"loss {where}")
     for layer in (*(f"thin {kind}" for kind in _LAYERS), "complete", "best"):
         drawn = [[(x, min(y, top)) for x, y in points] for kind, points in lines if kind == layer]
         chart.lines([line for line in drawn if len(line) > 1], layer)
         chart.dots([line[0] for line in drawn if len(line) == 1], layer, radius=1.8)
-    return chart.svg(name, title, said)
+    return chart.svg(f"{name}-{phase}", f"{whose}: training loss {where}", said)
 
 
 def _from_to(points: Sequence[Point]) -> str:

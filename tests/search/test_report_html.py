@@ -307,6 +307,8 @@ def points(line):
 def test_every_trained_candidate_has_a_loss_curve_over_the_share_of_the_budget_it_had(trained):
     page = read(trained)
     svg = page.figures["stage1-losses-general"]
+    for phase, said in (("general", "loss on text"), ("task", "loss on the task")):
+        assert said in "".join(page.figures[f"stage1-losses-{phase}"].itertext()).replace("training loss", "")
     ends = {
         kind: [points(line)[-1] for line in groups(svg, f"thin {kind}", "polyline")]
         for kind in ("complete", "pruned", "failed", "running")
