@@ -1,12 +1,19 @@
 """The one line that the person at the keyboard reads: errors of the libraries below, and what is no model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message that says something; the error's type where it has no message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def first_of(names: Iterable[str], most: int = 6) -> str:
+    """Names as text, of more than `most` the first and how many there are."""
+    names = sorted(names)
+    more = f" ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 RUN_STUDENTS = ("best", "model", "model-*", "export/*")  # where the folder of a run has its models

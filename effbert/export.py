@@ -16,7 +16,7 @@ import torch
 from effbert import card, standalone
 from effbert.architecture import Architecture
 from effbert.data import tokenizer
-from effbert.errors import RUN_STUDENTS, first_line, refuse_run
+from effbert.errors import RUN_STUDENTS, first_line, first_of, refuse_run
 from effbert.files import atomic_dir
 from effbert.model import (
     EffBertConfig,
@@ -28,7 +28,7 @@ from effbert.model import (
     without_pooler,
 )
 from effbert.random import generator
-from effbert.teacher import learnt_length
+from effbert.teacher import check_vocabulary, learnt_length
 
 STUDENTS = {
     kind.__name__: kind for kind in (EffBertForSequenceClassification, EffBertForQuestionAnswering, EffBertModel)
@@ -114,7 +114,10 @@ def export(source: str | Path, config: ExportConfig) -> list[str]:
     refuse_not_finite(model.state_dict(), source)
     known = card.read_scores(source)
     files = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    longest = learnt_length(model.config, tokenizer.load_tokenizer(source) if files else None)
+    own = tokenizer.load_tokenizer(source) if files else None
+    if own is not None:
+        check_vocabulary(model.config, own, f"student {source}")
+    longest = learnt_length(model.config, own)
     scored = config.task or config.validation_file
     splits, notes = onnx_export.load_rows(source, config, model) if scored else ({}, ())
     text = standalone.source(model.config)
@@ -150,21 +153,25 @@ def load_student(folder: str | Path) -> EffBertPreTrainedModel:
     try:
         config = EffBertConfig.from_pretrained(folder)
         config.architecture, config.fit_size = str(Architecture.parse(config.architecture)), None
-        model, missing, unexpected = _load(kind, folder, config)
+        model, missing, unexpected, resized = _load(kind, folder, config)
         if kind is EffBertModel and missing == {"pooler.weight", "pooler.bias"}:
-            model, missing, unexpected = _load(kind, folder, config, add_pooling_layer=False)
+            model, missing, unexpected, resized = _load(kind, folder, config, add_pooling_layer=False)
     except Exception as error:  # the layers below raise kinds of their own
         raise ValueError(f"{folder} cannot be loaded: {first_line(error)}") from error
     unexpected = {name for name in unexpected if "fit_dense" not in name}
-    for names, what in ((missing, "lacks"), (unexpected, "has, beyond the model's,")):
+    other_size = "has, of another size than its config.json says,"
+    for names, what in ((missing, "lacks"), (unexpected, "has, beyond the model's,"), (resized, other_size)):
         if names:
-            raise ValueError(f"{folder} {what} the weights {', '.join(sorted(names)[:3])} ({len(names)} in all)")
+            raise ValueError(f"{folder} {what} the weights {first_of(names)}")
     return model.float().eval()
 
 
 def _load(kind, folder: Path, config: EffBertConfig, **options):
-    model, found = kind.from_pretrained(folder, config=config, output_loading_info=True, **options)
-    return model, set(found["missing_keys"]), set(found["unexpected_keys"])
+    model, found = kind.from_pretrained(
+        folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    resized = {name for name, *_ in found["mismatched_keys"]}
+    return model, set(found["missing_keys"]), set(found["unexpected_keys"]), resized
 
 
 def _saved_class(folder: Path) -> type[EffBertPreTrainedModel]:

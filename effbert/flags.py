@@ -1,6 +1,8 @@
 """Reading a command line: what every command that takes settings shares."""
 
 import argparse
+import dataclasses
+import math
 import os
 import re
 import sys
@@ -49,7 +51,7 @@ def run_alone(main: Callable[[], int | None], name: str):
 
 
 def parse(kind: type, arguments: list[str], program: str, **options):
-    """Read a dataclass from the command line with tyro; its error box becomes one line."""
+    """Read a dataclass from the command line with tyro; its error box becomes one line, and so does a NaN."""
     import contextlib
     import io
 
@@ -58,7 +60,7 @@ def parse(kind: type, arguments: list[str], program: str, **options):
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, args=arguments, use_underscores=True, prog=program, **options)
+            given = tyro.cli(kind, args=arguments, use_underscores=True, prog=program, **options)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -68,6 +70,19 @@ def parse(kind: type, arguments: list[str], program: str, **options):
             r"^.*? -{8,} | -{8,}$", "", text
         )  # where the terminal has no box characters: title, rule, text, rule
         raise ValueError(f"{text or 'the arguments cannot be read'} ({program} --help lists the flags)") from None
+    _refuse_nan(given)
+    return given
+
+
+def _refuse_nan(given, name: str = "") -> None:
+    if dataclasses.is_dataclass(given):
+        for field in dataclasses.fields(given):
+            _refuse_nan(getattr(given, field.name), f"{name}.{field.name}".lstrip("."))
+    elif isinstance(given, tuple):
+        for value in given:
+            _refuse_nan(value, name)
+    elif isinstance(given, float) and math.isnan(given):
+        raise ValueError(f"--{name.removeprefix('settings.')} nan: it must be a number")
 
 
 def quiet_libraries() -> None:

@@ -216,7 +216,8 @@ def to_onnx(plain, path: Path, opset: int) -> None:
                 verbose=False,
             )
     except Exception as error:  # the exporter's kinds have no common base
-        raise ValueError(f"torch {torch.__version__} cannot write opset {opset}: {first_line(error)}") from error
+        why = first_line(error.__cause__ or error)  # the exporter's own says which of its steps it was
+        raise ValueError(f"torch {torch.__version__} cannot write opset {opset}: {why}") from error
     proto = program.model_proto
     written = next(entry.version for entry in proto.opset_import if not entry.domain)
     if written != opset:

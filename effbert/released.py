@@ -6,7 +6,7 @@ layer at full width, as the supernet does: an architecture uses slices of them, 
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from effbert.architecture import Architecture
 from effbert.data.tasks import TaskSpec, plain_name
 from effbert.data.tokenizer import save_tokenizer
-from effbert.errors import first_line
+from effbert.errors import first_line, first_of
 from effbert.files import atomic_dir
 from effbert.kernels.expression import Structure
 from effbert.model import (
@@ -357,13 +357,6 @@ def fitting_weights(
         raise ValueError(f"checkpoint {path}: weights {'; '.join(said)}")
     refuse_not_finite({theirs: state[theirs] for theirs in names.values()}, f"checkpoint {path}")
     return {name: state[theirs] for name, theirs in names.items()}
-
-
-def first_of(names: Iterable[str], most: int = 6) -> str:
-    """Names as text, of more than `most` the first and how many there are."""
-    names = sorted(names)
-    more = f" ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def save_imported(model: EffBertPreTrainedModel, output_dir: str | Path, vocab: str | Path | None = None) -> None:

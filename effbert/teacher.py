@@ -7,6 +7,7 @@ layers that the student's divides. What can be told from its config is refused b
 """
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from torch import nn
 
 from effbert.checkpoint import own_memory
 from effbert.data.encode import WINDOWS
-from effbert.errors import RUN_STUDENTS, RUN_TEACHERS, first_line, refuse_run
+from effbert.errors import RUN_STUDENTS, RUN_TEACHERS, first_line, first_of, refuse_run
 from effbert.kernels.eager import by_onednn
+from effbert.model import refuse_not_finite
 from effbert.trace import Trace
 
 
@@ -189,6 +191,11 @@ def check_texts(config, tokenizer, max_length: int, what: str = "teacher") -> No
         raise ValueError(
             f"the {what} reads texts of at most {longest_text(config)} tokens: --max_length {max_length} is too long"
         )
+    check_vocabulary(config, tokenizer, what)
+
+
+def check_vocabulary(config, tokenizer, what: str) -> None:
+    """ValueError where a tokenizer is not that of a model with this config."""
     vocabulary = getattr(config, "vocab_size", 0)
     if len(tokenizer) > vocabulary:
         raise ValueError(
@@ -255,7 +262,8 @@ def content_hash(folder: str | Path) -> str:
 
 def load_model(folder: str | Path, head: str | None = None, what: str = "teacher") -> nn.Module:
     """A transformers model in fp32 with its weights from safetensors; `head` None, "classification", "regression" or
-    "spans". ValueError where a weight is missing (a bare encoder may lack its pooler) or of another size."""
+    "spans". ValueError where a weight is missing (a bare encoder may lack its pooler), of another size, not finite, or
+    of a layer too many."""
     import transformers
 
     read_config(folder, what)
@@ -271,6 +279,7 @@ def load_model(folder: str | Path, head: str | None = None, what: str = "teacher
     except Exception as error:
         raise ValueError(f"{what} {folder}: its weights cannot be read: {first_line(error)}") from error
     check_weights(f"{what} {folder}", found, may_lack=("pooler.",) if head is None else ())
+    refuse_not_finite(model.state_dict(), f"{what} {folder}")
     return own_memory(model)
 
 
@@ -282,22 +291,23 @@ def _auto_class(head: str):
     return transformers.AutoModelForSequenceClassification
 
 
+_OF_LAYER = re.compile(r"(^|\.)(encoder\.layer|layers)\.\d+\.")  # heads of other tasks may be there, layers not
+
+
 def check_weights(where: str, found: dict, may_lack: Sequence[str]) -> None:
-    """ValueError where the weights of a folder are not those that its config.json asks for. found: what transformers
-    says of loading them. may_lack: parts of names that may be missing."""
+    """ValueError, which lists them, where the weights of a folder are not those that its config.json asks for.
+
+    found: what transformers says of loading them. may_lack: parts of names that may be missing.
+    """
     missing = sorted(name for name in found["missing_keys"] if not any(part in name for part in may_lack))
     if missing:
-        raise ValueError(f"{where}: its weights lack {_some(missing)}, which its config.json asks for")
+        raise ValueError(f"{where}: its weights lack {first_of(missing)}, which its config.json asks for")
     resized = sorted(name for name, *_ in found["mismatched_keys"])
     if resized:
-        raise ValueError(f"{where}: {_some(resized)} has another size than its config.json says")
-    surplus = sorted(name for name in found["unexpected_keys"] if "encoder.layer." in name)
+        raise ValueError(f"{where}: weights of another size than its config.json says: {first_of(resized)}")
+    surplus = sorted(name for name in found["unexpected_keys"] if _OF_LAYER.search(name))
     if surplus:
-        raise ValueError(f"{where}: its weights hold {_some(surplus)}, which its config.json does not know")
-
-
-def _some(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        raise ValueError(f"{where}: its weights hold {first_of(surplus)}, which its config.json does not know")
 
 
 def with_new_head(folder: str | Path, head: str, labels: Sequence[str]) -> nn.Module:

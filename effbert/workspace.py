@@ -168,6 +168,8 @@ def open_workspace(
         for note in task.notes:
             say(f"task {name}: {note}")
     check_teacher(given, config, next((task.spec for task in loaded.values()), None))
+    if given is not None and isinstance(config, TextConfig) and config.reads_text:
+        load_model(config.teacher)  # raises where its weights will not do
     tokenizer = own_tokenizer(config, folder, say) if given is None else given_tokenizer(config, given)
     for start in config.start_from if isinstance(config, TextConfig) else ():
         check_tokens(start, tokenizer)

@@ -319,8 +319,7 @@ def opened(
                     if claim and not claim.workers.others():
                         remove_partial(claim.path)
                     folder = Path(config.output_dir)
-                    workspace = world.first_then_all(lambda: open_workspace(config, folder, reporter.say, world))
-                    check(workspace)
+                    workspace = world.first_then_all(lambda: open_workspace(config, folder, reporter.say, world, check))
                 except Exception:
                     if claim:
                         claim.abandon()

@@ -172,6 +172,14 @@ def test_the_help_of_a_benchmark_is_headed_by_its_own_name_once(capsys, word):
         (("search", "--preset", "demo", "--output_dir", "x", "--loss.loss_mask", "all"), "loss_mask"),
         (("search", "--preset", "demo", "--output_dir", "x", "--supernet.learning_rate", "-1"), "learning_rate"),
         (
+            ("search", "--preset", "demo", "--output_dir", "x", "--stage1.task_phase.weight_decay", "nan"),
+            "--stage1.task_phase.weight_decay nan: it must be a number",
+        ),
+        (
+            ("search", "--preset", "demo", "--output_dir", "x", "--loss.attention", "nan"),
+            "--loss.attention nan: it must be a number",
+        ),
+        (
             ("search", "--preset", "smoke", "--output_dir", "x", "--agreement_candidates", "50"),
             "agreement_candidates is 50: they are stage 3's, of which there are 4",
         ),

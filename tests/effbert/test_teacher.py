@@ -174,13 +174,13 @@ def change_config(folder, **changes):
 @pytest.mark.parametrize(
     ("saved", "changes", "head", "message"),
     [
-        ("Model", {}, "classification", "lack classifier.bias and 1 more"),
+        ("Model", {}, "classification", "lack classifier.bias, classifier.weight, which"),
         ("ForSequenceClassification", {}, "spans", "lack qa_outputs.bias"),
         ("ForMaskedLM", {}, "classification", "lack .*pooler"),
         ("Model", {"num_hidden_layers": 5}, None, r"lack encoder\.layer\.4"),
         ("ForSequenceClassification", {"num_hidden_layers": 2}, None, r"hold .*encoder\.layer\.2.* does not know"),
         ("Model", {"intermediate_size": 40}, None, "another size than its config.json says"),
-        ("ForSequenceClassification", {"id2label": {0: "a", 1: "b", 2: "c"}}, "classification", "classifier.*another"),
+        ("ForSequenceClassification", {"id2label": {0: "a", 1: "b", 2: "c"}}, "classification", "another size .*: classifier"),
     ],
 )
 def test_weights_that_do_not_belong_are_refused(tmp_path, saved, changes, head, message):
