@@ -278,7 +278,9 @@ def _brief(row: dict) -> str:
 def _cell(row: dict | None) -> str:
     if row is None or "median_ms" not in row:
         return "-"
-    return _with_ratio(f"{row['median_ms']:.{1 if row['median_ms'] < 100 else 0}f}", row["times_base"])
+    digits = 1 if row["median_ms"] < 100 else 0
+    spread = (row["quartile_3_ms"] - row["quartile_1_ms"]) / 2
+    return _with_ratio(f"{row['median_ms']:.{digits}f} ±{spread:.{digits}f}", row["times_base"])
 
 
 def _with_ratio(text: str, ratio: float | None) -> str:
@@ -286,20 +288,21 @@ def _with_ratio(text: str, ratio: float | None) -> str:
 
 
 def table(rows: Sequence[dict]) -> list[str]:
-    """For each runtime its models: ms a call, file, most memory of all shapes beyond what the libraries hold; each with
-    BERT-base's over it."""
+    """For each runtime its models: ms a call with half the distance of the quartiles, file, most memory of all shapes
+    beyond what the libraries hold; each with BERT-base's over it."""
     lines = []
     for runtime in (name for name in RUNTIMES if any(row["runtime"] == name for row in rows)):
         here = [row for row in rows if row["runtime"] == runtime]
         shapes = sorted({(row["batch_size"], row["length"]) for row in here})
-        title = f"ms a call (times as fast as {BASE}) at batch x length, file and memory (times as small)"
+        title = f"ms a call ± half the quartiles' distance (times as fast as {BASE}) at batch x length"
+        title += "; file and memory (times as small)"
         lines += ["", f"{RUNTIMES[runtime].what}: {title}"]
-        heads = "".join(f"{f'{batch}x{length}':>15}" for batch, length in shapes)
+        heads = "".join(f"{f'{batch}x{length}':>19}" for batch, length in shapes)
         lines.append(f"{'':28}{heads}{'file MB':>14}{'memory MiB':>13}")
         reasons = {}
         for name in (name for name in MODELS if any(row["model"] == name for row in here)):
             own = {(row["batch_size"], row["length"]): row for row in here if row["model"] == name}
-            cells = "".join(f"{_cell(own.get(shape)):>15}" for shape in shapes)
+            cells = "".join(f"{_cell(own.get(shape)):>19}" for shape in shapes)
             lines.append(f"{name:28}{cells}{_file_cell(own.values()):>14}{_memory_cell(own.values()):>13}")
             reasons |= {(name, row["not measured"]): None for row in own.values() if "not measured" in row}
         lines += [f"  {name} not measured: {reason}" for name, reason in reasons]

@@ -58,7 +58,12 @@ def test_rows_ratios_and_a_picture(here, tmp_path, capsys):
         assert row["times_base_file"] == pytest.approx(rows[BASE, runtime]["file_bytes"] / row["file_bytes"])
         assert "times_base_memory" in row
     shown = capsys.readouterr().out
-    assert "PyTorch, fp32: ms a call (times as fast as bert-base) at batch x length, file and memory" in shown
+    assert (
+        "PyTorch, fp32: ms a call ± half the quartiles' distance (times as fast as bert-base) at batch x len" in shown
+    )
+    row = rows[OURS, "fp32"]
+    digits, spread = (1 if row["median_ms"] < 100 else 0), (row["quartile_3_ms"] - row["quartile_1_ms"]) / 2
+    assert f"{row['median_ms']:.{digits}f} ±{spread:.{digits}f} ({row['times_base']:.1f})" in shown
     own = rows[OURS, "fp32"]
     assert f" {own['file_bytes'] / 1e6:.1f} ({own['times_base_file']:.1f}) " in shown
     texts = [element.text or "" for element in ElementTree.parse(plot).iter()]
