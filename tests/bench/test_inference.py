@@ -58,9 +58,7 @@ def test_rows_ratios_and_a_picture(here, tmp_path, capsys):
         assert row["times_base_file"] == pytest.approx(rows[BASE, runtime]["file_bytes"] / row["file_bytes"])
         assert "times_base_memory" in row
     shown = capsys.readouterr().out
-    assert (
-        "PyTorch, fp32: ms a call ± half the quartiles' distance (times as fast as bert-base) at batch x len" in shown
-    )
+    assert "PyTorch, fp32: ms a call ± half the quartiles' distance (times as fast as bert-base) at batch x" in shown
     row = rows[OURS, "fp32"]
     digits, spread = (1 if row["median_ms"] < 100 else 0), (row["quartile_3_ms"] - row["quartile_1_ms"]) / 2
     assert f"{row['median_ms']:.{digits}f} ±{spread:.{digits}f} ({row['times_base']:.1f})" in shown
@@ -101,13 +99,16 @@ def test_memory_and_file_are_ratios_where_both_sides_are_known():
 def test_the_table_shows_each_ratio_where_there_is_one():
     def row(length, mebibytes, **ratios):
         memory = {"peak_memory": (100 + mebibytes) * 2**20, "memory_without_model": 100 * 2**20}
-        known = {"model": OURS, "runtime": "fp32", "batch_size": 1, "length": length, "median_ms": 5.0}
+        known = {"model": OURS, "runtime": "fp32", "batch_size": 1, "length": length}
+        known |= {"median_ms": 5.0, "quartile_1_ms": 4.6, "quartile_3_ms": 5.2}
         return known | {"times_base": None, "file_bytes": 62_900_000} | memory | ratios
 
     old = row(8, 60)  # a row of a file that has no ratios but of time
     new = row(16, 90, times_base=6.0, times_base_memory=5.5, times_base_file=6.96)
-    assert inference.table([old])[-1].split() == [OURS, "5.0", "62.9", "60"]
-    assert inference.table([old, new])[-1].split() == [OURS, "5.0", "5.0", "(6.0)", "62.9", "(7.0)", "90", "(5.5)"]
+    assert inference.table([old])[-1].split() == [OURS, "5.0", "±0.3", "62.9", "60"]
+    assert inference.table([old, new])[-1].split() == [
+        *(OURS, "5.0", "±0.3", "5.0", "±0.3", "(6.0)", "62.9", "(7.0)", "90", "(5.5)")
+    ]
 
 
 def test_what_is_measured_is_kept_and_added_to(here, tmp_path, monkeypatch):
