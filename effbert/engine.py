@@ -92,7 +92,8 @@ class Trainee:
     called with the model in eval mode; its dict is kept. rank: where the arguments ask for the best weights, called
     with the model in eval mode; the first of the highest are the best. partly_used: the numbers of an update's batches
     -> which parameters they used in part only (effbert.optim.Optimizer). alike: loss_of does the same with every batch
-    of a shape, whatever its number, in one forward pass, and so does `share`: on a GPU they may be recorded."""
+    of a shape, whatever its number, in one forward pass, and so does `share`: on a GPU they may be recorded.
+    step_bytes: what a step keeps for its backward pass, at most; 0 where it is not known."""
 
     model: nn.Module
     loss_of: Callable[[Batch, int, Any], torch.Tensor]
@@ -101,6 +102,7 @@ class Trainee:
     rank: Callable[[], float] | None = None
     partly_used: Callable[[Sequence[int]], PartlyUsed] | None = None
     alike: bool = False
+    step_bytes: int = 0
 
 
 def train(
@@ -158,7 +160,8 @@ def train_together(
 
 class _Interrupts:
     """Holds back Ctrl-C until the step or evaluation under way is done, so that the state saved is a whole one; a
-    second Ctrl-C stops at once. Outside the main thread, where Python delivers no signals, it does nothing."""
+    second Ctrl-C stops at once, or once what threads are at is done. Outside the main thread, where Python delivers
+    no signals, it does nothing."""
 
     def __init__(self):
         self.pending = False
@@ -194,7 +197,9 @@ class _Together:
         self.recorded = graphs.wanted() and world.size == 1 and all(trainee.alike for trainee in trainees)
         self.recorder: _Recorder | None = None
         apart = self.device.type == "cpu" and world.size == 1 and current() in ("auto", "eager")
-        self.team = Team(len(self.learners) if apart else 1)
+        self.team = Team(len(trainees) if apart else 1, max(trainee.step_bytes for trainee in trainees))
+        for learner in self.learners:
+            learner.seeds_torch = self.team.pool is None
         self.save_every = max(trainee.phase.save_seconds for trainee in trainees)
         self.started = self.saved = time.monotonic()
 
@@ -373,6 +378,7 @@ class _Learner:
         self.best: dict | None = None  # score, step and weights, on the CPU
         self.seconds, self.diverged = 0.0, ""
         self.lane = self.recordings = self.key = self.parts = None
+        self.seeds_torch = True
         self.resume()
         if self.done:
             self.model.eval()
@@ -393,7 +399,10 @@ class _Learner:
             self.model.train()
         rank = () if self.world.is_first else ("rank", self.world.rank)  # else its rows would have rank 0's masks
         number = self.epoch * self.batches + index
-        with random.seeded(random.key(self.phase.seed, *self.phase.name, "step", self.epoch, index, *rank)):
+        key = random.key(self.phase.seed, *self.phase.name, "step", self.epoch, index, *rank)
+        if self.seeds_torch:  # whose dropout others' models may have; ours is by effbert.random
+            torch.manual_seed(key)
+        with random.seeded(key):
             if self.recordings is None:
                 loss = self.add_gradient(batch, number, shared, of)
             else:

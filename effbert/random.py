@@ -47,9 +47,7 @@ def dropout_key() -> int | torch.Tensor:
 
 @contextlib.contextmanager
 def seeded(key: int) -> Iterator[None]:
-    """Dropout inside follows from `key`: that of our models in this thread whatever other threads do, that of others,
-    which take torch's default generator, where this is the only one."""
-    torch.manual_seed(key)
+    """The dropout keys that are drawn inside, by this thread, follow from `key`."""
     token = _drawing.set(torch.Generator().manual_seed(key))
     try:
         yield

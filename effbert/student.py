@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from torch import nn
+
 from effbert.config import Budget
 from effbert.data.batches import Batch, subset
 from effbert.engine import Phase, Trainee, TrainingResult, train_together
-from effbert.model import EffBertHeadModel, EffBertModel
+from effbert.model import EffBertConfig, EffBertHeadModel, EffBertModel
 from effbert.optim import TrainingArguments
 from effbert.pace import Standing
 from effbert.parallel import ALONE, World
@@ -77,6 +79,7 @@ def distil(
                 students[place].after_epoch,
                 partial(_rank, workspace, students[place].model),
                 alike=teacher_of is None,
+                step_bytes=_step_bytes(workspace, students[place].model, arguments),
             )
             for place in going
         ],
@@ -110,6 +113,7 @@ def warm_up(
                 lesson.shared_loss(_trace_of(student.model, head=False), student.model.effbert.fit_dense),
                 student.phase,
                 alike=True,
+                step_bytes=_step_bytes(workspace, student.model, arguments),
             )
             for student in students
         ],
@@ -142,7 +146,13 @@ def distil_generally(
 
     return train_together(
         [
-            Trainee(model, loss_of(getattr(model, "effbert", model)), phase, alike=True)
+            Trainee(
+                model,
+                loss_of(getattr(model, "effbert", model)),
+                phase,
+                alike=True,
+                step_bytes=_step_bytes(workspace, model, arguments),
+            )
             for model, phase in zip(models, phases, strict=True)
         ],
         lambda epoch: workspace.general_plan(1.0, arguments.per_device_train_batch_size, epoch, world=world),
@@ -152,6 +162,18 @@ def distil_generally(
         on_step=on_step,
         world=world,
     )
+
+
+def step_bytes(config: EffBertConfig, texts: int, length: int) -> int:
+    """What a step of distillation on so many texts of `length` tokens keeps for its backward pass in plain PyTorch, at
+    most: counted with dropout, a little above what was measured of several sizes."""
+    layers, width = config.num_hidden_layers, config.fit_size or 0
+    layer = 30 * config.hidden_size + 4 * config.num_attention_heads * length
+    return 4 * texts * length * (layers * layer + 2 * (layers + 1) * width)
+
+
+def _step_bytes(workspace: Workspace, model: nn.Module, arguments: TrainingArguments) -> int:
+    return step_bytes(model.config, arguments.per_device_train_batch_size, workspace.config.max_length)
 
 
 def _rank(workspace: Workspace, model: EffBertHeadModel) -> float:

@@ -57,8 +57,6 @@ class Teacher(nn.Module):
     def __init__(self, model: nn.Module, columns: Sequence[int] | None = None):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
-        if by_onednn(next(model.parameters())):
-            model.set_attn_implementation("eager")
         self.config = model.config
         moved = columns is not None and list(columns) != list(range(len(columns)))
         self.register_buffer("columns", torch.tensor(columns) if moved else None, persistent=False)
@@ -89,6 +87,8 @@ class Teacher(nn.Module):
         """As `effbert.trace.Trace`; token_type_ids are dropped for a teacher with one segment. Without `head` the
         encoder alone runs, and there are no logits."""
         model = self.model if head else self.encoder
+        if self.config._attn_implementation == "sdpa" and by_onednn(next(model.parameters())):
+            self.model.set_attn_implementation("eager")
         inputs = _inputs(self.config, input_ids, attention_mask, token_type_ids)
         output = model(**inputs, output_hidden_states=True)
         logits = _logits(output)

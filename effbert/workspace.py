@@ -158,9 +158,7 @@ def open_workspace(
     beside what follows: `open_teachers` makes the teachers.
     """
     device = pick_device(config.device, world)
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    torch.set_float32_matmul_precision(config.float32_matmul_precision)
+    set_switches(config)
     given = read_config(config.teacher) if config.teacher else None
     check_corpora(config)
     loaded = load_tasks(config) if isinstance(config, TaskConfig) else {}
@@ -168,8 +166,6 @@ def open_workspace(
         for note in task.notes:
             say(f"task {name}: {note}")
     check_teacher(given, config, next((task.spec for task in loaded.values()), None))
-    if given is not None and isinstance(config, TextConfig) and config.reads_text:
-        load_model(config.teacher)  # raises where its weights will not do
     tokenizer = own_tokenizer(config, folder, say) if given is None else given_tokenizer(config, given)
     for start in config.start_from if isinstance(config, TextConfig) else ():
         check_tokens(start, tokenizer)
@@ -181,6 +177,9 @@ def open_workspace(
     for start in config.start_from if isinstance(config, SearchConfig) else ():
         start_weights(supernet_config(workspace.student_config(), config.student.num_hidden_layers), start)
     check(workspace)
+    if given is not None and isinstance(config, TextConfig) and config.reads_text:
+        spec = next((task.spec for task in loaded.values() if answers(given, task.spec)), None)
+        load_model(config.teacher, spec and spec.kind)  # raises where its weights will not do
     corpus = open_corpus(config, tokenizer, say) if isinstance(config, TextConfig) and config.reads_text else []
     candidate_corpus = corpus
     if isinstance(config, SearchConfig) and config.other_corpus:
@@ -193,6 +192,13 @@ def open_workspace(
         train, held = _counted(task, "train", "questions" if task.spec.kind == "spans" else "rows"), held_out[name]
         say(f"task {name}: {train} to train on, {ranking}{_counted(held, 'validation')} held out{every}")
     return replace(workspace, corpus=corpus, candidate_corpus=candidate_corpus)
+
+
+def set_switches(config: RunConfig) -> None:
+    """PyTorch's threads and its precision of products, as a run asks for them."""
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    torch.set_float32_matmul_precision(config.float32_matmul_precision)
 
 
 def _counted(task: EncodedTask, split: str, what: str = "") -> str:

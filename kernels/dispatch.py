@@ -15,6 +15,7 @@ import importlib
 import inspect
 import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -45,6 +46,7 @@ _chosen: str | None = None
 OLDEST_TRITON = (3, 6)
 _NOTHING = torch.empty(0)  # stands for the first tensor of an empty list, which the checks then refuse
 _log = logging.getLogger("effbert.kernels")
+_saying = threading.Lock()  # threads that meet in functools.cache would each say it
 
 
 def resolve(name: str) -> str:
@@ -115,7 +117,8 @@ def _log_once(level: int, message: str) -> None:
 
 def _say(level: int, message: str) -> None:
     if not torch.compiler.is_compiling():
-        _log_once(level, message)
+        with _saying:
+            _log_once(level, message)
 
 
 def _automatic(op: str, device: torch.device, args, kwargs) -> str:

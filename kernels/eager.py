@@ -147,10 +147,13 @@ def attention(
     return p @ value * keep.any(dim=-1, keepdim=True) if without else philox.apply(p, dropout, keep) @ value
 
 
+_TAKEN = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
+
+
 def by_onednn(x: torch.Tensor) -> bool:
     """Whether PyTorch's switch gives products with x, of fp32 on a CPU, to oneDNN, which may round them to bf16; False
-    in what is compiled."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
+    in what is compiled, and below AVX-512, where it takes none."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32 or not _TAKEN:
         return False
     return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 

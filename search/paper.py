@@ -47,7 +47,7 @@ from effbert.search.run import Turn, claimed, run_search, surroundings
 from effbert.search.runs import MODEL, RESULTS, model_names, run_distillation, run_pretraining, run_teacher
 from effbert.start import read_student
 from effbert.teacher import content_hash, longest_text, read_config
-from effbert.workspace import check_corpora, check_teacher, data_dir_of, load_tasks, show
+from effbert.workspace import check_corpora, check_teacher, data_dir_of, load_tasks, set_switches, show
 
 TABLE = "table.md"
 WRITTEN_ANEW = "writes it anew"  # what a plan does without a file of its own
@@ -168,6 +168,7 @@ class Step:
 def run_paper(config: PaperConfig, reporter: Reporter | None = None, world: World = ALONE) -> dict:
     """Run or resume the whole plan; returns what <output_dir>/results.json holds."""
     folder = Path(config.output_dir)
+    set_switches(config)
     with reporter or Reporter(shown=world.is_first) as reporter, claimed(config, world, reporter) as claim:
         steps = plan(config, world, lambda: Quiet(reporter), nullcontext if claim is None else claim.workers.turn)
         try:

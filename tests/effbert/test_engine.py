@@ -349,6 +349,22 @@ def test_models_trained_together_are_the_same_as_alone_and_share_one_look_at_eac
     assert not torch.equal(models[1].out.weight, models[2].out.weight)
 
 
+def test_models_that_have_a_core_each_come_to_the_same_bit_for_bit_as_with_one_thread(monkeypatch):
+    table = nn.Embedding
+    monkeypatch.setattr(nn, "Embedding", lambda rows, width: table(rows, 8192))  # so wide that PyTorch splits its ops
+    linear = nn.Linear
+    monkeypatch.setattr(nn, "Linear", lambda width, out: linear(8192, out))
+    alone = {name: run(Phase(("p", name), 3))[0] for name in (1, 2, 3)}
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        models, _, _ = together([1, 2, 3])
+    finally:
+        torch.set_num_threads(before)
+    for name, model in models.items():
+        assert_same(model, alone[name])
+
+
 @pytest.mark.parametrize("moment", [3, 7, 12])
 def test_models_that_were_saved_at_different_steps_catch_up(tmp_path, moment, cores):
     def kill(at):

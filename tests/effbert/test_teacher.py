@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from effbert.kernels import eager
 from effbert.teacher import (
     Teacher,
     check_family,
@@ -77,11 +78,13 @@ def test_attention_is_not_materialised_and_nothing_is_kept(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_where_products_may_be_rounded_attention_is_that_of_plain_products(family):
+def test_where_products_may_be_rounded_attention_is_that_of_plain_products(family, monkeypatch):
+    monkeypatch.setattr(eager, "_TAKEN", True)
     whole = Teacher(build(family)).trace(*batch(1))
     torch.set_float32_matmul_precision("medium")
     try:
         teacher = Teacher(build(family))
+        assert teacher.config._attn_implementation == "sdpa"  # it may leave the CPU before it is asked
         trace = teacher.trace(*batch(1))
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -1,12 +1,15 @@
 """Models side by side: who does what in which thread, with how many cores, and what an error leaves."""
 
 import contextvars
+import gc
 import threading
+import time
+import weakref
 
 import pytest
 import torch
 
-from effbert import random
+from effbert import random, threads
 from effbert.kernels import dispatch, use_backend
 from effbert.threads import MOST, Team
 
@@ -16,9 +19,9 @@ def team():
     """Makes teams, and ends them; PyTorch has as many threads afterwards as before."""
     before, made = torch.get_num_threads(), []
 
-    def make(cores, wanted):
+    def make(cores, wanted, step_bytes=0):
         torch.set_num_threads(cores)
-        made.append(Team(wanted))
+        made.append(Team(wanted, step_bytes))
         return made[-1]
 
     yield make
@@ -65,6 +68,44 @@ def test_an_error_comes_after_all_are_done_and_is_the_first_items(team):
     assert sorted(done) == [0, 1, 2, 3, 4] and torch.get_num_threads() == 2
     mine.each([6], work)
     assert done[-1] == 6
+
+
+def test_what_a_failed_step_had_in_memory_is_free_once_its_error_is_dealt_with(team):
+    kept = []
+
+    def work(item):
+        tensor = torch.ones(1000)
+        kept.append(weakref.ref(tensor))
+        raise MemoryError
+
+    mine = team(2, 2)
+    gc.disable()
+    try:
+        with pytest.raises(MemoryError):
+            mine.each([0, 1], work)
+        assert [reference() for reference in kept] == [None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("share,size", [(0.0, 4), (0.1, 4), (0.4, 2), (3.0, 1)])
+def test_there_are_no_more_threads_than_memory_holds_steps(team, monkeypatch, share, size):
+    monkeypatch.setattr(threads, "free_memory", lambda device: 2_000_000)
+    mine = team(4, 5, int(share * 1_000_000))
+    assert mine.size == size and (mine.pool is None) == (size == 1)
+
+
+def test_the_end_does_not_wait_for_what_was_not_begun(team):
+    begun = []
+
+    def work(item):
+        begun.append(item)
+        time.sleep(0.2)
+
+    mine = team(2, 2)
+    futures = [mine.pool.submit(work, item) for item in range(50)]
+    mine.close()
+    assert len(begun) < 10 and any(future.cancelled() for future in futures)
 
 
 def test_what_the_caller_has_set_holds_in_the_threads(team):

@@ -169,8 +169,9 @@ def test_attention_gives_masked_keys_no_weight(dropout_p):
 
 
 @pytest.fixture
-def rounded_products():
-    """PyTorch's switch as `--float32_matmul_precision medium` sets it."""
+def rounded_products(monkeypatch):
+    """PyTorch's switch as `--float32_matmul_precision medium` sets it, where oneDNN takes products."""
+    monkeypatch.setattr(eager, "_TAKEN", True)
     torch.set_float32_matmul_precision("medium")
     yield
     torch.set_float32_matmul_precision("highest")
