@@ -661,7 +661,7 @@ def test_what_does_not_go_together_is_one_line_and_leaves_nothing(given, made, t
         ([*distill, "--model", "bert-2x16", "--start_from", net], "does not fit the teacher and the model"),
         ([*no_head, "--model", "bert-2x16"], "has no head for mine (classification): make one with effbert teacher"),
         ([*holed, *SIZES, "--model", text], "its weights lack bert.encoder.layer.0.attention.self.query.weight, which"),
-        ([*spoilt, *SIZES, "--model", text], "has weights that are not finite: bert.embeddings.LayerNorm.bias (1 in all)"),
+        ([*spoilt, *SIZES, "--model", text], "has weights that are not finite: bert.embeddings.LayerNorm.bias"),
         ([*strange, *SIZES, "--model", text, "--start_from", net], "it has vocab_size"),
         (
             [
