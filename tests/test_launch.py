@@ -113,7 +113,7 @@ def test_an_error_of_the_first_is_one_line_and_the_status_of_both(two, tmp_path,
 
 
 def test_an_error_that_nobody_foresaw_ends_both(student, two):
-    fails = "import effbert.answers\ndef fails(*more): raise ArithmeticError('the sum is wrong')\n"
+    fails = "import effbert.answers\ndef fails(*more, **options): raise ArithmeticError('the sum is wrong')\n"
     fails += "effbert.answers.evaluate_saved = fails"
     first, second = two(evaluate(student), (fails, ""))
     assert first[0] == second[0] == 2

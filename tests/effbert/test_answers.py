@@ -512,6 +512,11 @@ def test_nan_is_no_answer(tmp_path, tokenizer):
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     model.classifier.bias.data[1] = float("nan")
     model.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"not finite: classifier\.bias"):
+        evaluate_saved(folder, "rte", tmp_path)
+    model.classifier.bias.data[1] = 0
+    model.bert.embeddings.LayerNorm.weight.data.fill_(3e38)  # finite, but what it makes is not
+    model.save_pretrained(folder)
     with pytest.raises(ValueError, match="its logits are NaN for 8 of the 8 rows of"):
         evaluate_saved(folder, "rte", tmp_path)
     with pytest.raises(ValueError, match="its logits are NaN for 8 of the 8 rows of"):
