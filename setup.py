@@ -31,7 +31,7 @@ setup(
         "triton>=3.6,<3.10; platform_system == 'Linux'",
         "transformers>=5.10,<6",
         "datasets>=5,<6",
-        "filelock>=3.13",
+        "filelock>=3.30",
         "tokenizers>=0.22",
         "safetensors>=0.5",
         "numpy>=1.26",

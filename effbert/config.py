@@ -207,8 +207,8 @@ class RunConfig:
         num_threads: CPU threads, and processes that tokenise the corpus; 0 leaves it to PyTorch, and is one process a
             core, 16 at most. The last bits of a score depend on the threads, and on how many models train at once.
         float32_matmul_precision: PyTorch's switch of that name, for products of fp32: "high" lets a GPU compute them in
-            TF32; "medium" does too, and gives those of a CPU with AVX-512 to oneDNN, which rounds to bf16 where there
-            are units for that (AMX).
+            TF32; "medium" does too, and gives those of a CPU with AVX-512 to oneDNN, which may round to bf16 where
+            there are units for that (AMX).
     """
 
     output_dir: str

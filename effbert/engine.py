@@ -1,10 +1,11 @@
 """The one training loop: teachers, supernet, candidates and final models all run through it, alone or many at once.
 
-A phase is a model, the batches of each epoch, and a function from batch to loss. Everything random is keyed by
-(seed, phase name, step), so a phase killed at any moment and started again gives the same numbers, and a model trained
-among others the same as alone. Models that train together take each step in turn on the same batch; what all of them
-need of a batch, such as a teacher's outputs, is computed once for it. On a CPU they share out its cores
-(effbert.threads). Several processes may train them, each on its part of every batch (effbert.parallel).
+A phase is a model, the batches of each epoch, and a function from batch to loss. Everything random is keyed by (seed,
+phase name, step), so a phase killed at any moment and started again gives the same numbers, and a model trained among
+others the same as alone, up to last bits where each has several cores of a CPU. Models that train together take each
+step in turn on the same batch; what all of them need of a batch, such as a teacher's outputs, is computed once for it.
+On a CPU they share out its cores (effbert.threads). Several processes may train them, each on its part of every batch
+(effbert.parallel).
 """
 
 import contextlib
@@ -190,16 +191,15 @@ class _Together:
     def __init__(self, trainees, plan_of, arguments: TrainingArguments, share, device: torch.device, world: World):
         self.plan_of, self.arguments, self.share, self.device, self.world = plan_of, arguments, share, device, world
         self.plan = (0, plan_of(0)) if arguments.num_train_epochs else (0, ())
-        self.learners = [_Learner(trainee, arguments, len(self.plan[1]), device, world) for trainee in trainees]
+        apart = device.type == "cpu" and world.size == 1 and current() in ("auto", "eager")
+        self.team = Team(len(trainees) if apart else 1, max(trainee.step_bytes for trainee in trainees))
+        shared = arguments, len(self.plan[1]), device, world, self.team.pool is None
+        self.learners = [_Learner(trainee, *shared) for trainee in trainees]
         stand = [(*learner.where, learner.step) for learner in self.learners]
         world.check_same(stand, f"{trainees[0].phase.fingerprint}: the processes see different checkpoints")
         self.width = len(self.learners)
         self.recorded = graphs.wanted() and world.size == 1 and all(trainee.alike for trainee in trainees)
         self.recorder: _Recorder | None = None
-        apart = self.device.type == "cpu" and world.size == 1 and current() in ("auto", "eager")
-        self.team = Team(len(trainees) if apart else 1, max(trainee.step_bytes for trainee in trainees))
-        for learner in self.learners:
-            learner.seeds_torch = self.team.pool is None
         self.save_every = max(trainee.phase.save_seconds for trainee in trainees)
         self.started = self.saved = time.monotonic()
 
@@ -356,11 +356,13 @@ class _Learner:
     )  # fmt: skip
 
     def __init__(
-        self, trainee: Trainee, arguments: TrainingArguments, batches: int, device: torch.device, world: World
-    ):
+        self, trainee: Trainee, arguments: TrainingArguments, batches: int, device: torch.device, world: World,
+        alone: bool,
+    ):  # fmt: skip
+        """alone: no other thread of this process trains."""
         self.model, self.loss_of, self.phase = trainee.model, trainee.loss_of, trainee.phase
         self.after_epoch, self.rank, self.partly_used = trainee.after_epoch, trainee.rank, trainee.partly_used
-        self.arguments, self.batches, self.device, self.world = arguments, batches, device, world
+        self.arguments, self.batches, self.device, self.world, self.alone = arguments, batches, device, world, alone
         self.steps = -(-batches // arguments.gradient_accumulation_steps)
         self.total = self.steps * arguments.num_train_epochs
         self.optimizer = Optimizer(self.model, arguments, self.total)
@@ -378,7 +380,6 @@ class _Learner:
         self.best: dict | None = None  # score, step and weights, on the CPU
         self.seconds, self.diverged = 0.0, ""
         self.lane = self.recordings = self.key = self.parts = None
-        self.seeds_torch = True
         self.resume()
         if self.done:
             self.model.eval()
@@ -400,7 +401,7 @@ class _Learner:
         rank = () if self.world.is_first else ("rank", self.world.rank)  # else its rows would have rank 0's masks
         number = self.epoch * self.batches + index
         key = random.key(self.phase.seed, *self.phase.name, "step", self.epoch, index, *rank)
-        if self.seeds_torch:  # whose dropout others' models may have; ours is by effbert.random
+        if self.alone:  # for torch's own dropout, which models of others have
             torch.manual_seed(key)
         with random.seeded(key):
             if self.recordings is None:

@@ -82,7 +82,7 @@ def _refuse_nan(given, name: str = "") -> None:
         for value in given:
             _refuse_nan(value, name)
     elif isinstance(given, float) and math.isnan(given):
-        raise ValueError(f"--{name.removeprefix('settings.')} nan: it must be a number")
+        raise ValueError(f"--{name} nan: it must be a number")
 
 
 def quiet_libraries() -> None:

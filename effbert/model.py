@@ -24,6 +24,7 @@ from transformers.utils import can_return_tuple
 
 from effbert import kernels, random
 from effbert.architecture import PUBLISHED, Architecture, attention_head_size
+from effbert.errors import first_of
 from effbert.kernels import Dropout
 from effbert.trace import ScoreTargets, Trace
 
@@ -424,7 +425,7 @@ def refuse_not_finite(weights: Mapping[str, torch.Tensor], source: object) -> No
     """ValueError that names those of the weights of `source` that hold a NaN or an infinity."""
     broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise ValueError(f"{source} has weights that are not finite: {', '.join(broken[:3])} ({len(broken)} in all)")
+        raise ValueError(f"{source} has weights that are not finite: {first_of(broken)}")
 
 
 def without_pooler(model: nn.Module) -> list[str]:

@@ -305,9 +305,6 @@ class MLP(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def f(self, x):
-        raise NotImplementedError
-
     def forward(self, x):
         return self.norm(x + self.dropout(self.f(x)))
 '''

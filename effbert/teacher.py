@@ -299,13 +299,13 @@ def check_weights(where: str, found: dict, may_lack: Sequence[str]) -> None:
 
     found: what transformers says of loading them. may_lack: parts of names that may be missing.
     """
-    missing = sorted(name for name in found["missing_keys"] if not any(part in name for part in may_lack))
+    missing = [name for name in found["missing_keys"] if not any(part in name for part in may_lack)]
     if missing:
         raise ValueError(f"{where}: its weights lack {first_of(missing)}, which its config.json asks for")
-    resized = sorted(name for name, *_ in found["mismatched_keys"])
+    resized = [name for name, *_ in found["mismatched_keys"]]
     if resized:
         raise ValueError(f"{where}: weights of another size than its config.json says: {first_of(resized)}")
-    surplus = sorted(name for name in found["unexpected_keys"] if _OF_LAYER.search(name))
+    surplus = [name for name in found["unexpected_keys"] if _OF_LAYER.search(name)]
     if surplus:
         raise ValueError(f"{where}: its weights hold {first_of(surplus)}, which its config.json does not know")
 

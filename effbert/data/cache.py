@@ -1,6 +1,7 @@
 """Data sets kept on disk between runs as Arrow files. The one idea: an entry is named by the hash of everything it
 depends on and appears by one atomic rename, so it is either whole or absent, whatever kills the process or races it."""
 
+import errno
 import hashlib
 import json
 import os
@@ -112,10 +113,12 @@ def _alone(folder: Path) -> Iterator[None]:
 
     with _one_line_errors(folder.parent):
         (folder.parent / _LOCKS).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.parent / _LOCKS / folder.name)
+        lock = FileLock(folder.parent / _LOCKS / folder.name, fallback_to_soft=False)  # a soft one outlives its process
         try:
             lock.acquire()
-        except NotImplementedError as error:
+        except OSError as error:
+            if error.errno != errno.ENOSYS:
+                raise
             raise OSError("its file system has no file locks") from error
     try:
         for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):

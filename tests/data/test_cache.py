@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -125,6 +126,15 @@ def test_an_unwritable_place_and_a_full_disk_are_one_line(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="No space left on device; set EFFBERT_CACHE"):
         cached(("rows",), lambda: Dataset.from_dict(ROWS), tmp_path)
     assert entries(tmp_path) == ["file"]
+
+
+def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch):
+    def unknown(descriptor, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    with pytest.raises(ValueError, match=r"cannot write the data cache .*: its file system has no file locks; set EFF"):
+        cached(("rows",), _never, tmp_path)
 
 
 def test_errors_of_the_builder_pass_through(tmp_path):

@@ -282,7 +282,7 @@ def test_weights_that_are_not_finite_are_said_to_be_so(tmp_path, capsys):
     model = student()
     model.classifier.bias.data[0] = float("nan")
     line = fails(capsys, saved(tmp_path / "model", model), "--output_dir", tmp_path / "out")
-    assert "has weights that are not finite: classifier.bias (1 in all)" in line and not (tmp_path / "out").exists()
+    assert "has weights that are not finite: classifier.bias" in line and not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

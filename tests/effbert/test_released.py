@@ -321,11 +321,11 @@ def wider_mlps(state):
         (wider_mlps, "(12 in all)\n"),
         (
             lambda s: s["encoder.1.attention.key.bias"].fill_(torch.nan),
-            "not finite: encoder.1.attention.key.bias (1 in",
+            "not finite: encoder.1.attention.key.bias",
         ),
         (
             lambda s: s["classifier.bias"][:1].fill_(-torch.inf),
-            "weights that are not finite: classifier.bias (1 in all)",
+            "weights that are not finite: classifier.bias",
         ),
     ],
 )
