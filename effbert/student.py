@@ -79,7 +79,7 @@ def distil(
                 students[place].after_epoch,
                 partial(_rank, workspace, students[place].model),
                 alike=teacher_of is None,
-                step_bytes=_step_bytes(workspace, students[place].model, arguments),
+                step_bytes=bytes_of_step(workspace, students[place].model, arguments),
             )
             for place in going
         ],
@@ -113,7 +113,7 @@ def warm_up(
                 lesson.shared_loss(_trace_of(student.model, head=False), student.model.effbert.fit_dense),
                 student.phase,
                 alike=True,
-                step_bytes=_step_bytes(workspace, student.model, arguments),
+                step_bytes=bytes_of_step(workspace, student.model, arguments),
             )
             for student in students
         ],
@@ -151,7 +151,7 @@ def distil_generally(
                 loss_of(getattr(model, "effbert", model)),
                 phase,
                 alike=True,
-                step_bytes=_step_bytes(workspace, model, arguments),
+                step_bytes=bytes_of_step(workspace, model, arguments),
             )
             for model, phase in zip(models, phases, strict=True)
         ],
@@ -172,7 +172,8 @@ def step_bytes(config: EffBertConfig, texts: int, length: int) -> int:
     return 4 * texts * length * (layers * layer + 2 * (layers + 1) * width)
 
 
-def _step_bytes(workspace: Workspace, model: nn.Module, arguments: TrainingArguments) -> int:
+def bytes_of_step(workspace: Workspace, model: nn.Module, arguments: TrainingArguments) -> int:
+    """`step_bytes` of a phase with these arguments."""
     return step_bytes(model.config, arguments.per_device_train_batch_size, workspace.config.max_length)
 
 

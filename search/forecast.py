@@ -9,6 +9,7 @@ the teacher's outputs.
 """
 
 import dataclasses
+import math
 import statistics
 import time
 from collections import Counter
@@ -19,25 +20,29 @@ from typing import Protocol
 
 import torch
 
+from effbert import graphs, threads
 from effbert.architecture import Architecture, Dimensions, bert_flops, count_flops
 from effbert.config import Budget, SearchConfig, SearchStage, published
 from effbert.data.batches import Batch, BatchPlan, subset
 from effbert.data.encode import EncodedTask
+from effbert.engine import Phase, Trainee, train_together
 from effbert.errors import first_line
-from effbert.kernels import gradients_in_place
+from effbert.kernels import few_compilations
 from effbert.mlm import new_bert
 from effbert.model import new_student
-from effbert.optim import Optimizer, TrainingArguments
+from effbert.optim import TrainingArguments
 from effbert.search.budget import cut, ladder
 from effbert.search.population import BYTES_A_PARAMETER, room_for
 from effbert.search.record import FIRST_SUPERNET
 from effbert.search.shared import mixed_tasks
 from effbert.step import general_lesson
+from effbert.student import bytes_of_step
 from effbert.supernet import FULL_STRUCTURE, Supernet, derive_config, supernet_config
 from effbert.teacher import Teacher, load_model
+from effbert.trace import Trace
 from effbert.workspace import Workspace, answers, model_inputs
 
-WARM_UP_STEPS, TIMED_STEPS = 1, 3
+TIMED_STEPS = 3
 POWER_SECONDS = 2.0  # of steps while the power is read: a GPU tells the mean of up to the last second
 BACKWARD = 3  # a step costs so many forward passes: forward, and a backward of twice its products
 
@@ -257,6 +262,11 @@ def largest_candidate(config: SearchConfig, dims: Dimensions) -> int:
     return config.band(dims)[1]
 
 
+def largest_cohort(config: SearchConfig) -> int:
+    """How many candidates are evaluated at once, at most."""
+    return max(config.stage1.cohort, config.stage2.cohort)
+
+
 def of_workspace(workspace: Workspace, rates: Rates) -> list[Part]:
     """The forecast for this data and this device."""
     return forecast(workspace.config, Drawn(workspace), rates, _together(workspace))
@@ -292,91 +302,148 @@ def assume(
 
 
 def measure(workspace: Workspace) -> Rates:
-    """Rates of a few steps on the first batches of the corpus, with fresh weights of the sizes that will train; on an
-    NVIDIA GPU the power too, of a candidate's steps with the teacher's passes."""
+    """Rates of a few steps on the first batches of the corpus, with fresh weights of the sizes that will train, as many
+    candidates side by side as the device takes; on an NVIDIA GPU the power too, of their steps with the teacher's
+    passes."""
     config, device = workspace.config, workspace.device
     given = load_model(config.teacher) if config.teacher else new_bert(workspace.teacher_config, config.seed)
     given = given.to(device).requires_grad_(True)
     layers = config.student.num_hidden_layers
     spec = workspace.main_task.spec
     torch.manual_seed(0)
-    student = new_student(derive_config(workspace.student_config(), published(layers)), spec.kind, spec.labels).to(
-        device
-    )
+    student_config = derive_config(workspace.student_config(), published(layers))
+    students = [new_student(student_config, spec.kind, spec.labels).to(device) for _ in range(_side_by_side(workspace))]
     supernet = Supernet(supernet_config(workspace.student_config(), layers), [spec]).to(device)
     arguments = config.stage1.general_phase
-    plan = workspace.general_plan(1.0, arguments.per_device_train_batch_size, 0)
-    batches = [plan[index % len(plan)].to(device) for index in range(WARM_UP_STEPS + TIMED_STEPS)]
+    batches = _first_batches(workspace, arguments)
     tuning = 0.0
     if Drawn(workspace).tuned or not config.teacher:
         phase = config.teacher_model.finetuning
-        rows = workspace.general_plan(1.0, phase.per_device_train_batch_size, 0)
-        few = [rows[index % len(rows)].to(device) for index in range(len(batches))]
-        tuning = _seconds_a_token(_tuning_step(given, phase, few), few, device)
+        tuning = _training(_tuned(given), _first_batches(workspace, phase), phase, device)
     workspace.general_teacher = Teacher(given)
     lesson = general_lesson(workspace)
 
-    def teach(index):
+    def teach(batch):
         with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
-            return lesson.teacher_of(batches[index])
+            return lesson.teacher_of(batch)
 
-    traces = [teach(index) for index in range(len(batches))]
-
-    def step(model, trace_of):
-        optimizer = Optimizer(model.train(), arguments, len(batches))
-        loss_of = lesson.shared_loss(trace_of, model.effbert.fit_dense)
-
-        def run(index):
-            with gradients_in_place(), torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
-                loss = loss_of(batches[index], index, traces[index])
-            loss.backward()
-            optimizer.step(index)
-
-        return run
-
-    def trace_of(model, **options):
-        return lambda batch, number, targets: model.trace(*model_inputs(batch), targets=targets, **options)
+    traces = [teach(batch) for batch in batches]
+    scored = students[0].eval()
 
     @torch.no_grad()
-    def scoring(index):
-        student.trace(*model_inputs(batches[index]))
+    def scoring(batch):
+        scored.trace(*model_inputs(batch))
 
-    train_candidate = step(student, trace_of(student, head=False))
+    reading, answering = _seconds_a_token(teach, batches, device), _seconds_a_token(scoring, batches, device)
+    with few_compilations():  # as candidates do
+        candidate = _training(_trainees(workspace, students, arguments, traces), batches, arguments, device)
+    step = batches[0].input_ids.numel() * (reading + len(students) * candidate)
+
+    def train(steps: int, on_step: Callable[[object], None]) -> None:
+        plan, once = [batches[index % len(batches)] for index in range(steps)], _plain(arguments, 1)
+        learners = _trainees(workspace, students, arguments)
+        with few_compilations():
+            train_together(learners, lambda epoch: plan, once, share=lesson.teacher_of, device=device, on_step=on_step)
+
+    power = measure_power(train, step, device)
     return Rates(
-        _seconds_a_token(teach, batches, device),
+        reading,
         tuning,
-        _seconds_a_token(train_candidate, batches, device),
-        _seconds_a_token(step(supernet, trace_of(supernet)), batches, device),
-        _seconds_a_token(scoring, batches, device),
-        f"measured: {TIMED_STEPS} steps of {batches[0].input_ids.shape[0]} texts on {device}",
-        measure_power(lambda: (teach(0), train_candidate(0)), device),
+        candidate,
+        _training(_trainees(workspace, [supernet], arguments, traces), batches, arguments, device),
+        answering,
+        f"measured: {TIMED_STEPS} steps of {batches[0].input_ids.shape[0]} texts on {device}, "
+        f"{len(students)} candidates side by side",
+        power,
     )
 
 
-def _tuning_step(model, arguments: TrainingArguments, batches: Sequence[Batch]) -> Callable[[int], None]:
-    """A step of the training of a BERT's encoder, with the mean of its outputs for a loss."""
-    encoder = getattr(model, model.base_model_prefix, model).train()
-    optimizer = Optimizer(encoder, arguments, len(batches))
-
-    def run(index: int) -> None:
-        input_ids, attention_mask, _ = model_inputs(batches[index])
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=arguments.bf16):
-            loss = encoder(input_ids, attention_mask).last_hidden_state.float().mean()
-        loss.backward()
-        optimizer.step(index)
-
-    return run
+def _side_by_side(workspace: Workspace) -> int:
+    """How many candidates the device works on at the same time, at most."""
+    at_once = graphs.STREAMS if workspace.device.type == "cuda" else min(torch.get_num_threads(), threads.MOST)
+    return min(at_once, _together(workspace), largest_cohort(workspace.config))
 
 
-def _seconds_a_token(run: Callable[[int], object], batches, device: torch.device) -> float:
-    for index in range(WARM_UP_STEPS):
-        run(index)
-    _wait(device)
-    begun = time.perf_counter()
-    for index in range(WARM_UP_STEPS, len(batches)):
-        run(index)
-    _wait(device)
-    return (time.perf_counter() - begun) / sum(batch.input_ids.numel() for batch in batches[WARM_UP_STEPS:])
+def _first_batches(workspace: Workspace, arguments: TrainingArguments) -> list[Batch]:
+    """TIMED_STEPS of the corpus, on the device."""
+    plan = workspace.general_plan(1.0, arguments.per_device_train_batch_size, 0)
+    return [plan[index % len(plan)].to(workspace.device) for index in range(TIMED_STEPS)]
+
+
+def _trainees(
+    workspace: Workspace, models: Sequence, arguments: TrainingArguments, traces: Sequence[Trace] = ()
+) -> list[Trainee]:
+    """Models that learn from what they share of a batch, or from the teacher's traces of the batches in turn."""
+    lesson = general_lesson(workspace)
+
+    def loss_of(encoder):
+        loss = lesson.shared_loss(
+            lambda batch, number, targets: encoder.trace(*model_inputs(batch), targets=targets), encoder.fit_dense
+        )
+        if not traces:
+            return loss
+        return lambda batch, number, _: loss(batch, number, traces[number % len(traces)])
+
+    return [
+        Trainee(
+            model,
+            loss_of(model.effbert),
+            Phase(("dry run", place), workspace.config.seed),
+            alike=True,
+            step_bytes=bytes_of_step(workspace, model, arguments),
+        )
+        for place, model in enumerate(models)
+    ]
+
+
+def _tuned(model) -> list[Trainee]:
+    """A BERT whose encoder trains, with the mean of its outputs for a loss."""
+    encoder = getattr(model, model.base_model_prefix, model)
+
+    def loss_of(batch: Batch, number: int, _) -> torch.Tensor:
+        input_ids, attention_mask, _ = model_inputs(batch)
+        return encoder(input_ids, attention_mask).last_hidden_state.float().mean()
+
+    return [Trainee(encoder, loss_of, Phase(("dry run", "teacher"), 0))]
+
+
+def _plain(arguments: TrainingArguments, epochs: int) -> TrainingArguments:
+    """The same for so many epochs with an update for every batch, where nothing is scored."""
+    return dataclasses.replace(
+        arguments,
+        num_train_epochs=epochs,
+        gradient_accumulation_steps=1,
+        load_best_model_at_end=False,
+        eval_steps=0,
+    )
+
+
+def _training(
+    trainees: Sequence[Trainee], batches: Sequence[Batch], arguments: TrainingArguments, device: torch.device
+) -> float:
+    """Seconds a token of each of these models, which train together: of the last time round the batches. Before it
+    kernels are compiled and, on a GPU, steps recorded."""
+    ends = []
+
+    def on_step(_) -> None:
+        _wait(device)
+        ends.append(time.perf_counter())
+
+    epochs = 3 if device.type == "cuda" else 2
+    train_together(trainees, lambda epoch: batches, _plain(arguments, epochs), device=device, on_step=on_step)
+    seconds = ends[-1] - ends[-1 - len(batches)]
+    return seconds / len(trainees) / sum(batch.input_ids.numel() for batch in batches)
+
+
+def _seconds_a_token(run: Callable[[Batch], object], batches: Sequence[Batch], device: torch.device) -> float:
+    """Of the second time round; the first compiles kernels."""
+    for _ in range(2):
+        _wait(device)
+        begun = time.perf_counter()
+        for batch in batches:
+            run(batch)
+        _wait(device)
+    return (time.perf_counter() - begun) / sum(batch.input_ids.numel() for batch in batches)
 
 
 def _wait(device: torch.device) -> None:
@@ -384,20 +451,26 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_power(run: Callable[[], object], device: torch.device) -> Power | None:
-    """What the device draws while `run` goes on and on: the mean of what is read in the second half of POWER_SECONDS.
-    None where it is no NVIDIA GPU."""
+def measure_power(
+    train: Callable[[int, Callable[[object], None]], None], step_seconds: float, device: torch.device
+) -> Power | None:
+    """What the device draws in training: the mean of what is read in the second half of POWER_SECONDS. None where it is
+    no NVIDIA GPU. train: takes so many steps, of about `step_seconds` each, and calls a function after each."""
     read = power_reader(device)
     if read is None:
         return None
-    readings, begun = [], time.perf_counter()
-    while not readings or time.perf_counter() - begun < POWER_SECONDS:
-        run()
+    readings, errors = [], []
+
+    def on_step(_) -> None:
         try:
             readings.append(read())  # while the device still works on it
         except Exception as error:  # NVML's own have no base that is there without it
-            return Power(None, f"the GPU's power draw cannot be read: {first_line(error)}")
+            errors.append(error)
         _wait(device)
+
+    train(max(1, math.ceil(POWER_SECONDS / step_seconds)), on_step)
+    if errors:
+        return Power(None, f"the GPU's power draw cannot be read: {first_line(errors[0])}")
     return Power(statistics.mean(readings[len(readings) // 2 :]), "measured in training")
 
 
@@ -411,7 +484,7 @@ def power_reader(device: torch.device) -> Callable[[], float] | None:
 def lines(parts: Sequence[Part], rates: Rates, config: SearchConfig, together: int, largest: int) -> list[str]:
     """The forecast as text; the time of the final distillation stands apart from that of the search. together:
     candidates that memory holds in training, or --population. largest: parameters of the largest candidate."""
-    most = min(together, max(config.stage1.cohort, config.stage2.cohort))
+    most = min(together, largest_cohort(config))
     each = f"{BYTES_A_PARAMETER * largest / 2**20:,.0f} MiB each"
     limit = f"--population {config.population}" if config.population else f"memory holds {together} candidates at once"
     said = [f"{rates.source}; {most} candidates train at once, {each}; {limit}"]

@@ -188,15 +188,39 @@ def a_reader(watts, monkeypatch):
 
 
 def test_the_power_is_that_of_steps_that_have_gone_on_for_a_while(monkeypatch):
-    seconds, ran = iter(range(1000)), []
-    monkeypatch.setattr(forecast.time, "perf_counter", lambda: float(next(seconds)))
+    asked = []
+
+    def train(steps, on_step):
+        asked.append(steps)
+        for _ in range(steps):
+            on_step(None)
+
     monkeypatch.setattr(forecast, "POWER_SECONDS", 6)
     a_reader([50.0, 100.0, 300.0, 600.0, 650.0, 700.0], monkeypatch)
-    found = forecast.measure_power(lambda: ran.append(1), torch.device("cpu"))
-    assert len(ran) == 6 and found == Power(650.0, "measured in training")
-    monkeypatch.setattr(forecast, "POWER_SECONDS", 0)  # a step that takes longer than that
+    found = forecast.measure_power(train, 1.1, torch.device("cpu"))
+    assert asked == [6] and found == Power(650.0, "measured in training")
     a_reader([640.0], monkeypatch)
-    assert forecast.measure_power(lambda: ran.append(1), torch.device("cpu")).watts == 640 and len(ran) == 7
+    assert forecast.measure_power(train, 10.0, torch.device("cpu")).watts == 640 and asked == [6, 1]
+
+
+def test_candidates_are_timed_side_by_side_as_they_train(workspace, monkeypatch):
+    at_once, trained = [], forecast.train_together
+
+    def noted(trainees, *given, **options):
+        at_once.append(len(trainees))
+        return trained(trainees, *given, **options)
+
+    monkeypatch.setattr(forecast, "train_together", noted)
+    for cores, cohort, size in ((2, 8, 2), (2, 1, 1)):
+        monkeypatch.setattr(forecast.torch, "get_num_threads", lambda cores=cores: cores)
+        config = dataclasses.replace(
+            workspace.config,
+            stage1=dataclasses.replace(workspace.config.stage1, cohort=cohort),
+            stage2=dataclasses.replace(workspace.config.stage2, cohort=cohort),
+        )
+        at_once.clear()
+        rates = forecast.measure(dataclasses.replace(workspace, config=config))
+        assert size in at_once and max(at_once) == size and f"{size} candidates side by side" in rates.source
 
 
 def test_only_a_gpu_of_nvidia_is_asked_for_its_power_and_in_milliwatts(monkeypatch):
@@ -205,7 +229,7 @@ def test_only_a_gpu_of_nvidia_is_asked_for_its_power_and_in_milliwatts(monkeypat
     gpu = torch.device("cuda", 1)
     assert forecast.power_reader(gpu)() == 643.21 and asked == [gpu]
     assert forecast.power_reader(torch.device("cpu")) is None
-    assert forecast.measure_power(None, torch.device("cpu")) is None
+    assert forecast.measure_power(None, 1.0, torch.device("cpu")) is None
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert forecast.power_reader(gpu) is None
 
@@ -218,9 +242,9 @@ def test_a_measured_power_gives_every_part_its_energy(workspace, monkeypatch):
     parts, text = forecast.of_workspace(workspace, rates), forecast.lines_of_workspace(workspace, rates)
     assert text[1] == "kWh: of the GPU alone, at 500 W, measured in training"
     for part, line in zip(parts, text[2:-1], strict=True):
-        assert line.startswith(part.name) and line.endswith(f" s {part.seconds / 3600 / 2:10.3f} kWh")
+        assert line.startswith(part.name) and line.endswith(f" {part.seconds / 3600 / 2:10.3f} kWh")
     hours = forecast.search_hours(parts), parts[-1].seconds / 3600
-    each = [f"{3600 * found:.1f} s and {found / 2:.3f} kWh" for found in hours]
+    each = [f"{forecast.duration(3600 * found)} and {found / 2:.3f} kWh" for found in hours]
     assert text[-1] == f"search {each[0]}, final distillation {each[1]}"
 
 
@@ -230,7 +254,7 @@ def test_a_gpu_that_does_not_tell_its_power_is_said_in_one_line_and_leaves_the_r
 
     monkeypatch.setattr(forecast, "power_reader", lambda device: missing)
     monkeypatch.setattr(forecast, "_together", lambda workspace: 7)  # else as many as memory has room for just then
-    power = forecast.measure_power(lambda: None, torch.device("cpu"))
+    power = forecast.measure_power(lambda steps, on_step: on_step(None), 1.0, torch.device("cpu"))
     text = forecast.lines_of_workspace(workspace, dataclasses.replace(TRAINING, power=power))
     plain = forecast.lines_of_workspace(workspace, TRAINING)
     assert text.pop(1) == (
