@@ -353,7 +353,7 @@ def measure(workspace: Workspace) -> Rates:
         _training(_trainees(workspace, [supernet], arguments, traces), batches, arguments, device),
         answering,
         f"measured: {TIMED_STEPS} steps of {batches[0].input_ids.shape[0]} texts on {device}, "
-        f"{len(students)} candidates side by side",
+        f"candidates {len(students)} at a time",
         power,
     )
 

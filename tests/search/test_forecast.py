@@ -220,7 +220,7 @@ def test_candidates_are_timed_side_by_side_as_they_train(workspace, monkeypatch)
         )
         at_once.clear()
         rates = forecast.measure(dataclasses.replace(workspace, config=config))
-        assert size in at_once and max(at_once) == size and f"{size} candidates side by side" in rates.source
+        assert size in at_once and max(at_once) == size and f"candidates {size} at a time" in rates.source
 
 
 def test_only_a_gpu_of_nvidia_is_asked_for_its_power_and_in_milliwatts(monkeypatch):
