@@ -6,7 +6,7 @@ the memory bandwidth, or its FLOPs at a share of the peak rate, whichever is lon
 a CUDA graph. The three assumed numbers are the same for both sides and printed with the result. Caches, tails and the
 host are left out, so the ratios mean more than the times, and neither is a measurement. Once is once: what a program of
 effbert.kernels.row_block writes and reads back a stage later is one write, as a tensor is one read that a kernel of
-PyTorch's goes through twice. Of a published block that is 9 MB forward and at most 27 MB backward, less than an L2 of
+PyTorch's goes through twice. Of a published block that is at most 18 MB forward and 27 MB backward, less than an L2 of
 50 MB holds. Meta tensors know no fused attention of PyTorch's: attention is therefore predicted for the fused form
 alone, and distill_attention's rival is materialised. torch.compile is not predicted.
 
@@ -260,7 +260,7 @@ _PRODUCTS: dict[str, Callable[[dict], int]] = {
     "linear_gradients_kernel": lambda given: (
         (4 + 2 * given["INPUT"]) * given["rows"] * given["inner"] * given["channels"]
     ),
-    "row_block_fwd_kernel": partial(_row_block, products=1),
+    "row_block_fwd_kernel": partial(_row_block, products=2),
     "row_block_bwd_kernel": lambda given: _row_block(given, products=1 + given["FINISHES"]),
     "projected_mse_fwd_kernel": _pairs,
     "projected_mse_dgrad_kernel": _pairs,

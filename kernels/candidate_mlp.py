@@ -6,9 +6,9 @@ Stages forward: pre, first GEMM and mid; second GEMM; post, dropout, residual an
 the second GEMM's input gradient and mid's; the first one's, and both weight gradients with their bias gradients; and
 the sum of all partial sums, straight into the used slice of the parent's gradient where `gradients_in_place` allows it.
 
-With rows enough (effbert.kernels.row_block) that is two launches forward, the last two stages being one, and three
-backward, of which the first is the last stage's, the second GEMM's and, where pre does nothing, the first GEMM's input
-gradient. With fewer it is three and four; and one forward where a row fits on the chip (effbert.kernels.whole_block).
+With rows enough (effbert.kernels.row_block) that is one launch forward and three backward, of which the first is the
+last stage's, the second GEMM's and, where pre does nothing, the first GEMM's input gradient. With fewer it is three and
+four; and one forward where a row fits on the chip (effbert.kernels.whole_block).
 Where weights are of another type than the computation, or their rows start at odd addresses, one more launch packs both
 slices.
 
@@ -81,16 +81,11 @@ class _Weights:
         self.first, self.second = packed if packed[0].numel() else views
 
 
-def _first_gemm(x, weights: _Weights, bias1, slots, width, dtype, keep_h):
-    """h [M, E] (None unless keep_h) and mid(h, x), padded."""
-    return linear_forward(
-        x, weights.first, bias1, width, x.shape[1], dtype, slots.pre, slots.mid, x, keep_z=keep_h
-    )  # fmt: skip
-
-
 def _gemms(x, weights: _Weights, bias1, bias2, slots, width, dtype, keep_h, post=None, keep_y=True, pad=True):
     """h [M, E] (None unless keep_h), then y = W2 mid(h, x) + b2 [M, C] and post(y, x); x [M, C]."""
-    h, middle = _first_gemm(x, weights, bias1, slots, width, dtype, keep_h)
+    h, middle = linear_forward(
+        x, weights.first, bias1, width, x.shape[1], dtype, slots.pre, slots.mid, x, keep_z=keep_h
+    )  # fmt: skip
     y, value = linear_forward(middle, weights.second, bias2, x.shape[1], width, dtype, None, post, x, pad, keep_y)
     return h, y, value
 
@@ -197,11 +192,10 @@ def _mlp_block_forward(
             rows, weights.first, bias1, weights.second, bias2, norm_weight, norm_bias, inner_width, eps, dropout, slots,
             dtype, need_grad, tile,
         )  # fmt: skip
-    elif tile := _rows_tile("row_block_fwd", rows, dtype, slots.post):
-        h, middle = _first_gemm(rows, weights, bias1, slots, inner_width, dtype, need_grad)
-        out, y, mean, rstd = row_block_forward(
-            middle, weights.second, bias2, inner_width, rows, norm_weight, norm_bias, eps, dropout, _last(slots), dtype,
-            tile,
+    elif tile := _rows_tile("row_block_fwd", rows, dtype, slots.pre, slots.mid, slots.post):
+        out, h, y, mean, rstd = row_block_forward(
+            rows, weights.first, bias1, weights.second, bias2, norm_weight, norm_bias, inner_width, eps, dropout, slots,
+            _last(slots), dtype, need_grad, tile,
         )  # fmt: skip
     else:
         h, y, _ = _gemms(rows, weights, bias1, bias2, slots, inner_width, dtype, need_grad)

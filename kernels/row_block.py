@@ -1,6 +1,6 @@
 """The stages of an MLP block that meet in whole rows: one kernel forward and one backward, for rows of any width.
 
-    forward    y = W2 middle + b2, then out = LN(x + Dropout(post(y, x)))
+    forward    h = W1 pre(x) + b1 and mid(h, x), then y = W2 mid + b2, then out = LN(x + Dropout(post(y, x)))
     backward   the gradients of that; then dh, through W2 and mid; then, where pre does nothing, dx, through W1
 
 The one idea: a program owns BLOCK_M whole rows and takes the stages one after the other, with a barrier between them.
@@ -9,7 +9,7 @@ between, and it comes from the caches. No stage keeps more in registers than its
 by tile of BLOCK_N columns, LayerNorm ROWS whole rows at a time, both by the functions of those kernels, so the results
 have the same bits, but for the gradients of the norm's weight and bias, which are summed over other groups of rows.
 
-It needs rows enough to give every multiprocessor its share, and its slots' functions key its compilations in pairs:
+It needs rows enough to give every multiprocessor its share, and its slots' functions key its compilations together:
 `effbert.kernels.tiles` decides, and what it refuses goes to the separate kernels. It refuses AMD's GPUs, where the
 barrier orders stores and loads of a workgroup by LLVM's memory model, but without a wait that the assembly would show,
 and fp32, which is bound by its products.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from effbert.kernels.codegen import SlotFunction
 from effbert.kernels.launch import ceil_div, divisor, input_precision, launch
-from effbert.kernels.linear import linear_tile, padded_width
+from effbert.kernels.linear import linear_tile, padded_width, slot_function
 from effbert.kernels.linear_gradient import first_gradient_tile, input_gradient_tile
 from effbert.kernels.norm import mask_arguments, normalise_rows, normalise_rows_backward, pieces
 from effbert.kernels.primitives import dropout_key, identity, identity_gradient
@@ -32,28 +32,39 @@ STAGES = tl.constexpr(3)  # rows in flight: a program has a multiprocessor to it
 
 @triton.jit(
     do_not_specialize=[
-        "key", "site", "threshold", "rows", "channels", "width", "middle_cols", "w_cols", "y_cols",
-        "stride_middle", "stride_w", "stride_x",
+        "key", "site", "threshold", "rows", "channels", "width", "h_cols", "w1_cols", "w2_cols", "y_cols",
+        "stride_x", "stride_w1", "stride_w2",
     ]
 )  # fmt: skip
 def row_block_fwd_kernel(
-    middle, w, bias, x, norm_weight, norm_bias, y, out, mean, rstd, key, site, threshold, scale, eps,
-    rows, channels, width, middle_cols, w_cols, y_cols, stride_middle, stride_w, stride_x,
-    POST: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEY_IS_TENSOR: tl.constexpr, PRECISION: tl.constexpr,
-    MIDDLE_UNIT: tl.constexpr, W_UNIT: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
+    x, w1, b1, w2, b2, norm_weight, norm_bias, h, middle, y, out, mean, rstd, key, site, threshold, scale, eps,
+    rows, channels, width, h_cols, w1_cols, w2_cols, y_cols, stride_x, stride_w1, stride_w2,
+    PRE: tl.constexpr, PRE_IS_IDENTITY: tl.constexpr, MID: tl.constexpr, MID_USES_X: tl.constexpr, POST: tl.constexpr,
+    STORE_H: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEY_IS_TENSOR: tl.constexpr, PRECISION: tl.constexpr,
+    X_UNIT: tl.constexpr, W1_UNIT: tl.constexpr, W2_UNIT: tl.constexpr, H_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
     HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of y [rows, channels] (padded), of out [rows, channels] contiguous, and of mean and rstd [rows]."""
+    """BLOCK_M rows of h (where STORE_H) and middle = mid(h, x) [rows, width] and y [rows, channels], padded, of out
+    [rows, channels] contiguous, and of mean and rstd [rows]."""
     channels *= X_UNIT
     stride_x *= X_UNIT
+    h_cols *= H_UNIT
     y_cols *= Y_UNIT
     first_row = tl.program_id(0) * BLOCK_M
+    for first_col in range(0, h_cols, BLOCK_N):
+        linear_tile(
+            x, w1, b1, x, h, middle, first_row, first_col, rows, width, channels,
+            channels, w1_cols * W1_UNIT, channels, h_cols,
+            stride_x, stride_w1 * W1_UNIT, stride_x, h_cols, h_cols,
+            PRE, PRE_IS_IDENTITY, MID, MID_USES_X, STORE_H, True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    tl.debug_barrier()
     for first_col in range(0, y_cols, BLOCK_N):
         linear_tile(
-            middle, w, bias, x, y, y, first_row, first_col, rows, channels, width,
-            middle_cols * MIDDLE_UNIT, w_cols * W_UNIT, channels, y_cols,
-            stride_middle * MIDDLE_UNIT, stride_w * W_UNIT, stride_x, y_cols, y_cols,
+            middle, w2, b2, x, y, y, first_row, first_col, rows, channels, width,
+            h_cols, w2_cols * W2_UNIT, channels, y_cols,
+            h_cols, stride_w2 * W2_UNIT, stride_x, y_cols, y_cols,
             identity, True, identity, False, True, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     tl.debug_barrier()
@@ -118,42 +129,51 @@ def row_block_bwd_kernel(
 
 
 def row_block_forward(
-    middle: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    width: int,
     x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
+    width: int,
     eps: float,
     dropout: tuple,
+    slots,
     post,
     dtype: torch.dtype,
+    keep_h: bool,
     tile: dict[str, int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out [M, C], y [M, C] padded, mean and rstd [M]: what `linear_forward` and then `norm_forward` give.
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """out [M, C], h [M, E] (None unless `keep_h`) and y [M, C], both padded, mean and rstd [M]: what `linear_forward`,
+    twice, and then `norm_forward` give.
 
-    middle [M, >= width], weight [C, >= width], x [M, C]; `dropout` as `philox.split` gives it.
+    x [M, C], weight1 [width, >= C], weight2 [C, >= width]; `post` as the norm takes it, `dropout` as `philox.split`
+    gives it.
     """
     (rows, channels), device = x.shape, x.device
-    y_cols = padded_width(channels, dtype)
+    h_cols, y_cols = padded_width(width, dtype), padded_width(channels, dtype)
+    h = torch.empty(rows, h_cols, dtype=dtype, device=device) if keep_h else None
+    middle = torch.empty(rows, h_cols, dtype=dtype, device=device)
     y = torch.empty(rows, y_cols, dtype=dtype, device=device)
     out = torch.empty(rows, channels, dtype=dtype, device=device)
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2))
     mask, has_dropout = mask_arguments(*dropout)
     head, tail = pieces(channels)
-    middle_unit, w_unit = (divisor(t.shape[1], t.stride(0)) for t in (middle, weight))
-    x_unit, y_unit = divisor(channels, x.stride(0)), divisor(y_cols)
+    w1_unit, w2_unit = (divisor(t.shape[1], t.stride(0)) for t in (weight1, weight2))
+    x_unit, h_unit, y_unit = divisor(channels, x.stride(0)), divisor(h_cols), divisor(y_cols)
     launch(
         row_block_fwd_kernel, (ceil_div(rows, tile["BLOCK_M"]),),
-        middle, weight, bias, x, norm_weight, norm_bias, y, out, mean, rstd, *mask, eps,
-        rows, channels // x_unit, width, middle.shape[1] // middle_unit, weight.shape[1] // w_unit, y_cols // y_unit,
-        middle.stride(0) // middle_unit, weight.stride(0) // w_unit, x.stride(0) // x_unit,
-        POST=post.forward, HAS_DROPOUT=has_dropout, KEY_IS_TENSOR=dropout[2] is not None,
-        PRECISION=input_precision(dtype), MIDDLE_UNIT=middle_unit, W_UNIT=w_unit, X_UNIT=x_unit, Y_UNIT=y_unit,
-        HEAD=head, TAIL=tail, **tile,
+        x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, middle if h is None else h, middle, y, out,
+        mean, rstd, *mask, eps, rows, channels // x_unit, width, h_cols // h_unit,
+        weight1.shape[1] // w1_unit, weight2.shape[1] // w2_unit, y_cols // y_unit,
+        x.stride(0) // x_unit, weight1.stride(0) // w1_unit, weight2.stride(0) // w2_unit,
+        PRE=slot_function(slots.pre), PRE_IS_IDENTITY=slots.pre.is_identity, MID=slots.mid.forward,
+        MID_USES_X=slots.mid.uses_x, POST=post.forward, STORE_H=keep_h, HAS_DROPOUT=has_dropout,
+        KEY_IS_TENSOR=dropout[2] is not None, PRECISION=input_precision(dtype),
+        X_UNIT=x_unit, W1_UNIT=w1_unit, W2_UNIT=w2_unit, H_UNIT=h_unit, Y_UNIT=y_unit, HEAD=head, TAIL=tail, **tile,
     )  # fmt: skip
-    return out, y, mean, rstd
+    return out, h, y, mean, rstd
 
 
 def row_block_backward(

@@ -188,8 +188,7 @@ SEPARATE = [
     "dropout_add_layer_norm_bwd_kernel", "linear_dgrad_kernel", "linear_gradients_kernel", "reduce_partials_kernel",
 ]  # fmt: skip
 TOGETHER = [
-    "linear_fwd_kernel", "row_block_fwd_kernel",
-    "row_block_bwd_kernel", "linear_gradients_kernel", "reduce_partials_kernel",
+    "row_block_fwd_kernel", "row_block_bwd_kernel", "linear_gradients_kernel", "reduce_partials_kernel",
 ]  # fmt: skip
 
 

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effbert.kernels import candidate_mlp, gradients_in_place, row_block
+from effbert.kernels.codegen import slot_functions
 from effbert.kernels.expression import STRUCTURES, Expression
-from effbert.kernels.linear import padded, padded_width
+from effbert.kernels.linear import padded_width
 from effbert.kernels.norm import Unchanged
 from effbert.kernels.philox import Dropout, split
 from effbert.search.space import random_expression
@@ -102,14 +103,23 @@ def test_products_are_exact_on_integers(rows, channels, width, device, dtype):
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(-2, 3, shape, generator=generator).to(device, dtype)
 
-    middle = padded(rows, width, dtype, device).fill_(float("nan"))
-    middle[:, :width], middle[:, width:] = integers(rows, width, seed=1), 0
-    weight, bias = integers(channels, width, seed=2), integers(channels, seed=3)
     x, ones = integers(rows, channels, seed=4), torch.ones(channels, device=device)
-    out, y, mean, rstd = row_block.row_block_forward(
-        middle, weight, bias, width, x, ones, 0 * ones, 1e-5, split(None), Unchanged, dtype, TILE
-    )
-    expected = middle[:, :width].double() @ weight.double().T + bias.double()
+    weight1, bias1 = integers(width, channels, seed=1), integers(width, seed=5)
+    weight2, bias2 = integers(channels, width, seed=2), integers(channels, seed=3)
+    slots = slot_functions("linear1_1(relu(linear1_1(x,wb1)),wb2)", "truncate")
+    results = [
+        row_block.row_block_forward(
+            x, weight1, bias1, weight2, bias2, ones, 0 * ones, width, 1e-5, split(None), slots, Unchanged, dtype,
+            keep_h, TILE,
+        )
+        for keep_h in (True, False)
+    ]  # fmt: skip
+    out, h, y, mean, rstd = results[0]
+    assert results[1][1] is None and torch.equal(results[1][0], out)
+    hidden = x.double() @ weight1.double().T + bias1.double()
+    assert torch.equal(h[:, :width].double(), hidden) and not h[:, width:].any()
+    assert h.shape == (rows, padded_width(width, dtype))
+    expected = hidden.relu() @ weight2.double().T + bias2.double()
     assert torch.equal(y[:, :channels].double(), expected) and not y[:, channels:].any()
     assert y.shape == (rows, padded_width(channels, dtype)) and out.shape == (rows, channels)
     z = expected + x.double()

@@ -121,18 +121,18 @@ def test_a_choice_follows_device_dtype_and_size():
 @pytest.mark.parametrize(
     "rows, cols, architecture, multiprocessors, dtype, together",
     [
-        (8192, 544, "sm_90", 132, torch.bfloat16, 8),  # 128 programs for 132
-        (64 * 99, 544, "sm_90", 132, torch.bfloat16, 8),
+        (8192, 544, "sm_90", 132, torch.bfloat16, 4),  # 128 programs for 132
+        (64 * 99, 544, "sm_90", 132, torch.bfloat16, 4),
         (64 * 99 - 64, 544, "sm_90", 132, torch.bfloat16, 0),  # fewer than three quarters
         (8192, 544, "sm_80", 108, torch.bfloat16, 0),  # the second round has 20 of 108
         (32768, 544, "sm_80", 108, torch.bfloat16, 8),
-        (8192, 2048, "sm_90", 132, torch.float16, 4),
-        (8192, 8192, "sm_90", 132, torch.float16, 1),
-        (8192, 16384, "sm_90", 132, torch.float16, 0),  # a row does not fit
+        (8192, 2048, "sm_90", 132, torch.float16, 2),
+        (8192, 4096, "sm_90", 132, torch.float16, 1),
+        (8192, 8192, "sm_90", 132, torch.float16, 0),  # a row does not fit
         (8192, 16, "sm_90", 132, torch.float16, 64),
         (8192, 544, "sm_90", 132, torch.float32, 0),
         (8192, 544, "gfx942", 80, torch.bfloat16, 0),
-        (0, 544, "sm_90", 132, torch.bfloat16, 8),
+        (0, 544, "sm_90", 132, torch.bfloat16, 4),
     ],
 )
 def test_programs_of_whole_rows_must_fill_the_card(rows, cols, architecture, multiprocessors, dtype, together):
