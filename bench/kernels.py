@@ -11,6 +11,7 @@ losses in fp32. Rows that could not be measured stay, with the reason.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -55,19 +56,26 @@ NOTES = (
     "compile: torch.compile of the same; reference: effbert.kernels.eager (counter-based masks, losses all in fp32)",
     "score_mse flex: FlexAttention has no sum of squares, but with the logarithm of the squared difference as score_mod"
     " its log-sum-exp is the logarithm of a row's sum; no mask, scales rounded into Q, values of width 16",
+    "triton separate: a block's stages in kernels of their own, as candidates train, in place of effbert.kernels."
+    "row_block",
     "roofline: effbert.bench.costs at the ceilings measured here; percent of it: by the cold time",
 )
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a case. kind: "rival" (a name of the case's), "reference", "compile" (of its first rival) or
-    "triton"."""
+    """One way to run a case. kind: "rival" (a name of the case's), "reference", "compile" (of its first rival),
+    "triton", or "separate" (the same under `kernels.few_compilations`)."""
 
     name: str
     kind: str
     graph: bool = False
     mode: str | None = None
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it runs our kernels."""
+        return self.kind in ("triton", "separate")
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,7 @@ class Target:
 
 
 TRITON, TRITON_GRAPH = Variant("triton", "triton"), Variant("triton+graph", "triton", graph=True)
+SEPARATE = Variant("triton separate", "separate"), Variant("triton separate+graph", "separate", graph=True)
 PASSES = ("eager", "compile")
 MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 
@@ -152,12 +161,15 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def warm_up(cases: Sequence[Case], setting: Setting) -> int:
-    """One call of each case's fused kernels, which compiles them; 1 where one fails."""
+    """One call of each case's fused kernels, which compiles them, of a block's separate ones too; 1 where one fails."""
     failed = 0
     for case in cases:
         try:
             problem = Problem(case, setting)
             problem.call(problem.forward(TRITON))()
+            if case.op == "mlp_block":
+                with kernels.few_compilations():
+                    problem.call(problem.forward(TRITON))()
         except Exception as error:
             failed = 1
             print(f"{case.name}: {_first_line(error)}", file=sys.stderr)
@@ -355,7 +367,8 @@ def _plain_variants(case: Case) -> list[Variant]:
     if case.rivals["eager"] is not getattr(eager, case.op):
         found.append(Variant("reference", "reference"))
     found += [Variant(f"{name}+graph", "rival", graph=True) for name in case.rivals]
-    return [*found, TRITON, TRITON_GRAPH]
+    separate = SEPARATE if case.op == "mlp_block" else ()
+    return [*found, TRITON, TRITON_GRAPH, *separate]
 
 
 def _compiled_variants(case: Case, mode: str | None) -> list[Variant]:
@@ -450,7 +463,9 @@ def measure(case: Case, variants: list[Variant], setting: Setting, repeats: int)
         return
     for variant in variants:
         try:
-            yield _measure(problem, variant, repeats)
+            with kernels.few_compilations() if variant.kind == "separate" else contextlib.nullcontext():
+                result = _measure(problem, variant, repeats)
+            yield result
         except Exception as error:
             yield Result(case.name, variant.name, reason=_first_line(error))
 
@@ -467,7 +482,7 @@ def _measure(problem: Problem, variant: Variant, repeats: int) -> Result:
     forward = problem.forward(variant)
     own_dropout = case.has_dropout and variant.kind in ("rival", "compile")
     error = None if own_dropout else problem.error(forward)
-    if variant.kind == "triton" and error > 1:
+    if variant.is_fused and error > 1:
         return Result(case.name, variant.name, error=error, reason=f"wrong: error {error:.3g} times what is allowed")
     call = problem.call(forward)
     if not on_gpu:
@@ -484,11 +499,11 @@ def _measure(problem: Problem, variant: Variant, repeats: int) -> Result:
 
 def unavailable(variant: Variant, device: torch.device) -> str | None:
     """Why a variant is not even tried."""
-    return NO_GPU if device.type != "cuda" and (variant.graph or variant.kind == "triton") else None
+    return NO_GPU if device.type != "cuda" and (variant.graph or variant.is_fused) else None
 
 
 def _op(case: Case, variant: Variant) -> Callable:
-    if variant.kind == "triton":
+    if variant.is_fused:
         return partial(getattr(kernels, case.op), backend="triton")
     if variant.kind == "reference":
         return getattr(eager, case.op)

@@ -6,8 +6,10 @@ step captured as a CUDA graph. Dropout's key is a tensor, as in training on a GP
 
     python -m effbert.bench.step --output step.json            the published sizes, bf16 autocast
     python -m effbert.bench.step --output step.json --small    sizes for a laptop's CPU
+    python -m effbert.bench.step --warm-up                     compile the fused kernels, measure nothing
 """
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -56,11 +58,20 @@ VARIANTS = {
 def main(arguments: list[str] | None = None) -> None:
     """Measure and write; what cannot be measured here is recorded with its reason."""
     parser = Parser(prog="effbert bench step", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--small", action="store_true", help="sizes for a try")
+    parser.add_argument("--warm-up", action="store_true", help="compile the fused kernels and measure nothing")
     options = parser.parse_args(arguments)
+    if bool(options.output) == options.warm_up:
+        parser.error("one of --output FILE and --warm-up is needed")
+    shapes = SMALL if options.small else Shapes()
+    if options.warm_up:
+        step = Step(shapes, device_to_measure())
+        with running(step, "triton"):
+            step.student_step()
+        return
     output_file(options.output)
-    for record in measure_all(SMALL if options.small else Shapes()):
+    for record in measure_all(shapes):
         write_atomic(options.output, json.dumps(record, indent=1))
     print(options.output.read_text())
 
@@ -83,12 +94,19 @@ def measure_all(shapes: Shapes) -> Iterator[dict]:
             yield record | {"ratios": ratios(cases)}
 
 
+@contextlib.contextmanager
+def running(step: "Step", backend: str) -> Iterator[None]:
+    """Inside, the step's student runs as in training, its ops by `backend`."""
+    with use_backend(backend), gradients_in_place(), random.dropout_key_in(step.key):
+        yield
+
+
 def measured(step: "Step", part: str, backend: str, wrap, repeats: int) -> dict:
     """Spread of one case, or the reason why there is none."""
     try:
         if step.device.type == "cpu" and (backend == "triton" or wrap is captured):
             raise RuntimeError("no GPU")
-        with use_backend(backend), gradients_in_place(), random.dropout_key_in(step.key):
+        with running(step, backend):
             return asdict(wall_time(wrap(getattr(step, part)), repeats, step.device))
     except Exception as error:
         return {"not measured": f"{type(error).__name__}: {(str(error).splitlines() or ['?'])[0]}"}

@@ -217,6 +217,8 @@ class _Together:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error) or self.width == 1 or self.world.size > 1:
                     raise
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)  # other lanes still work on what is moved now
                 self.width = max(1, len(group) // 2)
                 waiting = group + waiting
                 for learner in group:

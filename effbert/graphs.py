@@ -46,7 +46,16 @@ class Lane:
 
     def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """Record `function` on this lane, the current one, and do its work once; its result, whose tensors every replay
-        fills anew, and the replay. ValueError where it cannot be recorded; torch.OutOfMemoryError as it is."""
+        fills anew, and the replay. ValueError where it cannot be recorded; torch.OutOfMemoryError where memory does not
+        suffice either without what PyTorch keeps for reuse, which a recording cannot have."""
+        try:
+            return self._recorded(function)
+        except torch.OutOfMemoryError:
+            pass
+        torch.cuda.empty_cache()
+        return self._recorded(function)
+
+    def _recorded(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
         try:

@@ -255,7 +255,8 @@ def open_teachers(workspace: Workspace, say: Say, steps: Steps = no_steps) -> No
 def pick_device(name: str, world: World = ALONE) -> torch.device:
     """The device called `name`; "auto" is the GPU where there is one. ValueError where this machine has no such one.
 
-    Each process of a `world` of several has a GPU of its own, that of its local rank, which becomes CUDA's current one.
+    A GPU with a number becomes CUDA's current one. Each process of a `world` of several has one of its own, that of its
+    local rank.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -269,7 +270,11 @@ def pick_device(name: str, world: World = ALONE) -> torch.device:
         raise ValueError(
             f"--device {name}: PyTorch finds {torch.cuda.device_count()} GPUs here; use --device cpu or auto"
         )
-    return device if world.size == 1 or device.type == "cpu" else _own_gpu(name, device, world)
+    if device.type == "cuda" and world.size > 1:
+        device = _own_gpu(name, device, world)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
 
 
 def _own_gpu(name: str, device: torch.device, world: World) -> torch.device:
@@ -280,7 +285,6 @@ def _own_gpu(name: str, device: torch.device, world: World) -> torch.device:
             f"process {world.local_rank} of this machine has no GPU: PyTorch finds {torch.cuda.device_count()} here; "
             "start no more than that, or use --device cpu"
         )
-    torch.cuda.set_device(world.local_rank)
     return torch.device("cuda", world.local_rank)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 INTERPRETED = "interpreter"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -40,6 +41,7 @@ class _Recording:
 
 
 _recording: _Recording | None = None
+_NOTHING = contextlib.nullcontext()
 
 
 def launch(
@@ -66,7 +68,22 @@ def launch(
         arguments = dict(zip(names, args, strict=True)) | constants
         _recording.launches.append(Launch(kernel, grid, arguments, options))
         return
-    kernel[grid](*args, **options, **constants)
+    with _on_device_of(args):
+        kernel[grid](*args, **options, **constants)
+
+
+def _on_device_of(args):
+    """Inside, CUDA's current device is that of the tensors: Triton launches on the current one in any case."""
+    if _gpus() > 1:
+        tensor = next(leaf for leaf in tree_leaves(list(args)) if isinstance(leaf, torch.Tensor))
+        if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+            return torch.cuda.device(tensor.get_device())
+    return _NOTHING
+
+
+@functools.cache
+def _gpus() -> int:
+    return torch.cuda.device_count()
 
 
 @contextlib.contextmanager

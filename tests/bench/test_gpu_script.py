@@ -76,13 +76,17 @@ def test_parts_run_in_order_of_value_and_the_kernels_are_compiled_beside_them(ru
     assert (
         "left out: tests/kernels/test_linear.py (hypothesis is not installed)" in (tmp_path / "out/log.txt").read_text()
     )
-    assert (tmp_path / "calls").read_text().count("--warm-up") == 9
+    assert (tmp_path / "calls").read_text().count("--warm-up") == 10
 
 
-def test_parts_can_be_chosen(run, called):
+def test_parts_can_be_chosen_and_only_what_they_need_is_compiled_ahead(run, called, tmp_path):
     assert run("compiled", "step").returncode == 0
     compiled, step = called()
     assert "--passes compile" in compiled and "bench.step" in step
+    assert (tmp_path / "calls").read_text().count("--warm-up") == 10
+    (tmp_path / "calls").unlink()
+    assert run("step", "inference").returncode == 0
+    assert (tmp_path / "calls").read_text().count("--warm-up") == 1
 
 
 def test_an_unknown_part_is_one_line_and_runs_nothing(run, tmp_path):

@@ -12,7 +12,7 @@ from effbert import kernels
 from effbert.bench import kernel_cases, measure, rivals
 from effbert.bench import kernels as bench
 from effbert.bench.costs import Ceilings, Cost
-from effbert.kernels import Dropout, eager
+from effbert.kernels import Dropout, eager, tiles
 
 CPU = torch.device("cpu")
 CASES = kernel_cases.all_cases(bench.QUICK)
@@ -109,6 +109,23 @@ def test_what_compiles_can_be_compared_alone_the_tuned_layers_first(tmp_path, on
     assert compiled_modes == [bench.MAX_AUTOTUNE] * 6 + [None] * 8 + [bench.MAX_AUTOTUNE] * 2
     flex = [row for row in json.loads(output.read_text())["rows"] if row["variant"] == "flex"]
     assert all("backward" in row["reason"] for row in flex)  # it has none on a CPU
+
+
+def test_a_block_is_measured_with_separate_kernels_too(tmp_path, on_cpu, monkeypatch):
+    output, asked = tmp_path / "k.json", []
+
+    def mlp_block(*args, backend):
+        asked.append(tiles._few)
+        return eager.mlp_block(*args)
+
+    monkeypatch.setattr(kernels, "mlp_block", mlp_block)
+    monkeypatch.setattr(bench, "unavailable", lambda variant, device: "no graph" if variant.graph else None)
+    bench.main(["--quick", "--ops", "mlp_block", "--passes", "eager", "--output", str(output)])
+    found = variants_of(output, "mlp_block layer 1")
+    assert found[-4:] == ["triton", "triton+graph", "triton separate", "triton separate+graph"]
+    halves = len(asked) // 2
+    assert sorted(asked) == [False] * halves + [True] * halves and not tiles._few
+    assert "triton separate / triton" in json.loads(output.read_text())["ratios"]["mlp_block layer 1"]
 
 
 def test_kernels_are_compiled_ahead_and_a_failure_is_told(on_cpu, monkeypatch, capsys):

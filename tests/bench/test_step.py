@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
 import torch
 
 from effbert.bench import step
+from effbert.kernels import dispatch
 
 
 def test_the_step_benchmark_writes_every_case_with_its_spread(tmp_path, monkeypatch):
@@ -29,3 +31,13 @@ def test_a_part_that_fails_is_recorded_with_its_reason(monkeypatch):
     *_, recorded = step.measure_all(step.SMALL)
     assert recorded["cases"]["whole_step compile"] == {"not measured": "RuntimeError: no compiler here"}
     assert not any("compile" in name for name in recorded["ratios"])
+
+
+def test_kernels_are_compiled_ahead_by_one_step(monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(step.Step, "student_step", lambda self: asked.append(dispatch.current()))
+    step.main(["--small", "--warm-up"])
+    assert asked == ["triton"] and capsys.readouterr().out == ""
+    for arguments in ([], ["--warm-up", "--output", str(tmp_path / "s.json")]):
+        with pytest.raises(ValueError, match="one of --output FILE and --warm-up is needed"):
+            step.main(["--small", *arguments])

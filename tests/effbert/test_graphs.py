@@ -74,6 +74,39 @@ def noted(monkeypatch):
     return NotedLane
 
 
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_recording_that_lacks_memory_is_tried_again_without_what_is_kept_for_reuse(failures, monkeypatch):
+    done = []
+
+    class Graph:
+        def capture_begin(self, **options):
+            done.append("begin")
+
+        def capture_end(self):
+            done.append("end")
+
+        def replay(self):
+            done.append("replay")
+
+    def function():
+        if done.count("begin") <= failures:
+            raise torch.OutOfMemoryError("no memory")
+        return 7
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))
+    lane = object.__new__(graphs.Lane)
+    lane.pool = None
+    if failures == 1:
+        result, replay = lane.record(function)
+        replay()
+        assert result == 7 and done == ["begin", "end", "empty", "begin", "end", "replay", "replay"]
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            lane.record(function)
+        assert done == ["begin", "end", "empty", "begin", "end"]
+
+
 def batches(epoch, device="cpu"):
     draw = np.random.default_rng(epoch)
     found = []

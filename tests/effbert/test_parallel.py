@@ -132,7 +132,9 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     second = World(rank=5, size=8, local_rank=1)
     assert workspace.pick_device("auto", second) == workspace.pick_device("cuda", second) == torch.device("cuda:1")
-    assert workspace.pick_device("cpu", second) == torch.device("cpu") and chosen == [1, 1]
+    assert workspace.pick_device("cpu", second) == torch.device("cpu") and chosen == [torch.device("cuda:1")] * 2
+    assert workspace.pick_device("cuda:1") == chosen.pop() and workspace.pick_device("cuda") == torch.device("cuda")
+    assert len(chosen) == 2
     with pytest.raises(ValueError, match="--device cuda:0: each of 8 processes needs a GPU of its own"):
         workspace.pick_device("cuda:0", second)
     with pytest.raises(ValueError, match="process 2 of this machine has no GPU: PyTorch finds 2 here"):
