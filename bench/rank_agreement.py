@@ -36,13 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, numbers in found.items():
         print(f"{name:60} {numbers['estimate']:6.3f} ({numbers['low']:.3f} to {numbers['high']:.3f})")
     if options.write:
-        write_atomic(options.file, json.dumps(record | {"kendall": found}, indent=1) + "\n")
+        kept = {name: {end: _number(value) for end, value in numbers.items()} for name, numbers in found.items()}
+        write_atomic(options.file, json.dumps(record | {"kendall": kept}, indent=1) + "\n")
     return 0
 
 
-def read(record: dict, where: Path) -> Values:
+def _number(value: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return value if np.isfinite(value) else None
+
+
+def read(record: object, where: Path) -> Values:
     """The values as arrays; ValueError where they are not of one list of candidates."""
-    given = record.get("values")
+    given = record.get("values") if isinstance(record, dict) else None
     if not isinstance(given, dict) or not given:
         raise ValueError(f'{where}: it should have "values": procedure -> a list of values for each of its seeds')
     try:

@@ -44,7 +44,7 @@ from effbert.search.progress import Reporter
 from effbert.search.run import coarse_space
 from effbert.search.space import ArchitectureSpace
 from effbert.search.stages import candidate_start, run_cohort
-from effbert.search.study import Evaluation, Study
+from effbert.search.study import CONFIG_FILE, Evaluation, Study
 from effbert.search.workers import Workers
 from effbert.workspace import Workspace, open_teachers, open_workspace, pick_device
 
@@ -148,8 +148,10 @@ def main(arguments: list[str]) -> int:
 
 
 def prepare(config: SearchConfig, folder: Path, count: int) -> None:
-    """Teacher, warm supernet and the list of candidates, made once."""
+    """Teacher, warm supernet and the list of candidates, made once. ValueError where the folder is a run's."""
     folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / PLAN).exists() and (folder / CONFIG_FILE).exists():
+        raise ValueError(f"{folder} holds a run: give the comparison an --output_dir of its own")
     with Reporter() as reporter:
         workspace = open_workspace(config, folder, reporter.say)
         space = coarse_space(workspace, reporter)

@@ -572,12 +572,17 @@ def as_dict(config: RunConfig) -> dict:
 
 def absolute_storage(url: str) -> str:
     """A database's URL, of an SQLite file with its absolute path, so that it names one file wherever a worker starts;
-    "" as it is. ValueError as `without_password`."""
+    "" as it is. ValueError as `without_password`, and for an SQLite that keeps no file."""
     if not url.startswith("sqlite"):
         return url
     parsed = _parsed_url(url)
     file = parsed.database
-    if not file or file.startswith(("/", ":memory:", "file:")):
+    if not file or ":memory:" in file or parsed.query.get("mode") == "memory":
+        raise ValueError(
+            f"--storage {url} keeps the study in one process's memory, where it is lost: name a file, such as "
+            "sqlite:////path/study.db, or leave it out for one in --output_dir"
+        )
+    if file.startswith(("/", "file:")):
         return url
     return parsed.set(database=str(Path(file).resolve())).render_as_string(hide_password=False)
 

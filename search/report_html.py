@@ -18,6 +18,7 @@ from types import MappingProxyType
 
 from effbert.architecture import Architecture, Dimensions, mlp_parameters
 from effbert.data.tasks import scored_by
+from effbert.errors import first_line
 from effbert.files import write_atomic
 from effbert.kernels.expression import ExpressionError
 from effbert.search import pareto, report
@@ -64,7 +65,14 @@ def write_report(folder: str | Path, output: str | Path | None = None, storage: 
     path = Path(folder) / REPORT_FILE if output is None else Path(output)
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"{path}: give a file name in a folder that exists as --output")
-    write_atomic(path, page(record))
+    try:
+        text = page(record)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(
+            f"{folder}: no page can be drawn of this run, a file of it may be damaged: {reason}"
+        ) from error
+    write_atomic(path, text)
     return path
 
 
@@ -502,7 +510,7 @@ def curves(name: str, stage: list[Candidate], record: Record, metric: str) -> st
     best = max(complete, key=lambda candidate: candidate.score, default=None)
     if figures:
         note = _missing("Candidates are scored without training, on the weights of this supernet.")
-    for phase in dict.fromkeys(phase for candidate in stage for phase in candidate.losses):
+    for phase in dict.fromkeys(phase for candidate in stage for phase, points in candidate.losses.items() if points):
         figures.append(_candidate_losses(name, phase, stage, best))
     if any(len(candidate.epochs) > 1 for candidate in stage):
         figures.append(_epochs(name, [candidate for candidate in stage if len(candidate.epochs) > 1], best, metric))
@@ -634,7 +642,10 @@ def cost_section(record: Record) -> str:
     kinds = {kind for _, split, _ in parts for _, kind in split}
     legend = "".join(_key(kind, _WORDS[kind], "■") for kind in _STATES if kind in kinds) if len(kinds) > 1 else ""
     head = ("part", "seconds", "share", "of them on stopped ones", "on failed ones", "tokens")
-    note = "Seconds inside training loops; reading and encoding data is not in them."
+    note = (
+        "Seconds inside training loops, and of scoring where candidates are scored untrained; reading and encoding "
+        "data is not in them."
+    )
     if record.plan is not None:
         note += " They are the search's; the plan's other steps have theirs in their own folders."
     return (

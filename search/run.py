@@ -249,12 +249,14 @@ def train_alone(workspace: Workspace, study: Study, space: ArchitectureSpace, re
     line.close()
 
 
-def write_page(folder: Path, study: Study, say: Callable[[str], None]) -> None:
-    """report.html. One that cannot be drawn is said, and ends no search."""
+def write_page(folder: Path, study: Study, say: Callable[[str], None]) -> bool:
+    """report.html, and whether it is there. One that cannot be drawn is said, and ends no search."""
     try:
         write_report(folder, storage=study.url)
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except ValueError as error:
         say(f"report.html is not written: {first_line(error)}")
+        return False
+    return True
 
 
 class Pages:
@@ -343,7 +345,7 @@ def conclude(workspace: Workspace, winner: Architecture, study: Study, results: 
     found = any(result["row"] == "winner" and result["scores"] for result in results)
     if found and best.exists():
         write_atomic(best / "README.md", report.model_card(summary))
-    write_page(workspace.folder, study, reporter.say)
+    written = write_page(workspace.folder, study, reporter.say)
     chosen = report.chosen_by(config.final.task_phase.load_best_model_at_end)
     title = f"{metric} on held-out rows{chosen}; costs of the deployed model at length {config.max_length}"
     report.print_table(reporter.console, title, report.table_rows(table, metric))
@@ -352,7 +354,7 @@ def conclude(workspace: Workspace, winner: Architecture, study: Study, results: 
         reporter.say(compared)
     lost = "the winner diverged under every seed, so there is no best/: effbert distill takes other learning rates"
     where = f"the winner is in {best}" if found else lost
-    reporter.say(f"{where}; a report is in {workspace.folder / 'report.html'}")
+    reporter.say(f"{where}; a report is in {workspace.folder / 'report.html'}" if written else where)
     return summary
 
 
@@ -395,12 +397,12 @@ def others_on_front(study: Study, config: SearchConfig) -> list[Architecture]:
 
 
 def training_seconds(folder: Path, study: Study, results: list[dict]) -> dict[str, float]:
-    """Seconds spent in training loops, by part, from what each part kept beside its outcome."""
+    """Seconds spent in training loops and on stage 3's scores, by part, from what each part kept beside its outcome."""
     parts = {
         str(file.parent.relative_to(folder)): read_kept(file, "counts its seconds no more", "seconds")["seconds"]
         for file in training_files(folder)
     }
-    for name in ("stage1", "stage2", *([AGREEMENT] if (folder / AGREEMENT).exists() else [])):
+    for name in ("stage1", "stage2", "stage3", *([AGREEMENT] if (folder / AGREEMENT).exists() else [])):
         parts[f"{name} candidates"] = sum(e.attrs.get("seconds", 0.0) for e in study.stage(name).evaluations())
     parts["final rows"] = sum(result.get("seconds", 0.0) for result in results)
     return parts

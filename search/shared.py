@@ -6,7 +6,11 @@ scored without training.
 """
 
 import functools
+import json
+import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -16,6 +20,7 @@ from effbert.config import SearchStage
 from effbert.data.batches import Batch, subset
 from effbert.engine import Phase, forget, train
 from effbert.evaluate import evaluate_rows
+from effbert.files import read_kept, write_atomic
 from effbert.search.population import Evaluator, Member, Outcome, costs_of, ranking_metric, ranking_on
 from effbert.search.progress import Reporter
 from effbert.search.record import losses_file
@@ -27,6 +32,7 @@ from effbert.supernet import Supernet
 from effbert.workspace import Workspace, keep, model_inputs, must_finish
 
 AT_ONCE = 16  # candidates that a worker takes to score
+SUPERNET, BASE_FILE = "supernet", "architecture.json"
 
 
 class Draws:
@@ -72,11 +78,13 @@ def shared_supernet(
     workspace: Workspace, warm: Supernet, space: ArchitectureSpace, settings: SearchStage, reporter: Reporter
 ) -> Supernet:
     """Stage 3's supernet, kept in <run>/stage3/supernet: `warm` trained further, in place, on the corpus and then on
-    all tasks; data-parallel, every process with the same architecture for its part of a batch."""
+    all tasks; data-parallel, every process with the same architecture for its part of a batch. One that was made for
+    another winner of stage 2 is made anew."""
     folder, world = workspace.folder / "stage3", workspace.world
-    target = folder / "supernet"
+    target = folder / SUPERNET
     folder.mkdir(exist_ok=True)
-    phase = Phase(("stage3",), workspace.config.seed, folder / "supernet.pt")
+    world.on_first(_note_base, folder, str(space.base), reporter)
+    phase = Phase(("stage3",), workspace.config.seed, folder / f"{SUPERNET}.pt")
     phases = phase.sub("general"), phase.sub("tasks")
     if not target.exists():
         on_step = reporter.steps("stage 3's supernet")
@@ -118,6 +126,18 @@ def shared_supernet(
     return load_supernet(workspace, target)
 
 
+def _note_base(folder: Path, base: str, reporter: Reporter) -> None:
+    """Keep which architecture the supernet is made for; delete one, whole or half made, that was for another."""
+    noted = folder / BASE_FILE
+    known = read_kept(noted, "makes this supernet again", "architecture", delete=folder) if noted.exists() else {}
+    if known.get("architecture", base) != base:
+        reporter.say(f"stage3: the supernet in {folder} is of another winner of stage 2: made anew")
+        shutil.rmtree(folder / SUPERNET, ignore_errors=True)
+        for file in folder.glob(f"{SUPERNET}*.pt"):
+            file.unlink(missing_ok=True)
+    write_atomic(noted, json.dumps({"architecture": base}))
+
+
 def mixed_tasks(workspace: Workspace, settings: SearchStage, epoch: int) -> MixedPlan:
     """One epoch over a share of every task's rows."""
     config, size = workspace.config, settings.task_phase.per_device_train_batch_size
@@ -145,8 +165,10 @@ def shared_candidates(workspace: Workspace, supernet: Supernet) -> Evaluator:
 
     def evaluate(members: Sequence[Member], share: float) -> Iterator[tuple[int, Outcome]]:
         for number, architecture in members:
+            begun = time.perf_counter()
             scores = score(architecture)
             attrs = costs_of(architecture, supernet.config, workspace.config.max_length)
+            attrs |= {"seconds": time.perf_counter() - begun, "tokens": 0}  # none that it was trained on
             attrs["jackknife"] = scores.pop("jackknife")[metric]
             yield number, Outcome(scores[metric], attrs | {"scores": scores})
 

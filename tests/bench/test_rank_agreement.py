@@ -59,3 +59,15 @@ def test_another_form_is_one_line(tmp_path, values):
     with pytest.raises(ValueError, match=f"^{file}: ") as refusal:
         rank_agreement.main([str(file)])
     assert "\n" not in str(refusal.value)
+
+
+def test_what_is_no_object_is_one_line_and_what_cannot_be_ranked_is_null_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_agreement, "DRAWS", 5)
+    file = tmp_path / "values.json"
+    file.write_text("[]")
+    with pytest.raises(ValueError, match=f"^{file}: it should have"):
+        rank_agreement.main([str(file)])
+    file.write_text(json.dumps({"values": {"a": [[1, 1, 1], [1, 1, 1]]}}))
+    rank_agreement.main([str(file), "--write"])
+    kept = json.loads(file.read_text(), parse_constant=pytest.fail)["kendall"]
+    assert kept == {"a with itself": {"estimate": None, "low": None, "high": None}}

@@ -135,6 +135,13 @@ def test_without_a_folder_it_says_so():
         search_cost.main(["--preset", "smoke"])
 
 
+def test_the_folder_of_a_run_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"^{tmp_path} holds a run: give the comparison"):
+        search_cost.main(["--preset", "smoke", "--output_dir", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_a_mode_that_is_none_and_a_folder_without_a_plan_are_said(tmp_path):
     command = ["--preset", "smoke", "--output_dir", str(tmp_path)]
     with pytest.raises(ValueError, match="--mode fast: one of published"):

@@ -363,6 +363,17 @@ def test_a_stage_without_any_value_tells_why(tmp_path):
     assert "6 discarded before training: over --max_latency_ms 1" in words
 
 
+def test_a_stage_whose_candidates_diverged_before_any_loss_was_kept_has_a_page(tmp_path):
+    make_config(tmp_path)
+    stage = Study(tmp_path).stage("stage1")
+    for number, losses in enumerate(({"general": []}, {"general": [(0.5, 7.0)], "task": []})):
+        stage.begin(number, PUBLISHED, str(number))
+        stage.fail(number, "loss not finite at step 1", losses=losses, seconds=1.0, tokens=1)
+        page = read(tmp_path)
+        assert "loss not finite at step 1" in page.words["progress"]
+        assert list(page.figures).count("stage1-losses-general") == number
+
+
 @pytest.mark.parametrize(
     "settings,metric,ranking",
     [
@@ -578,10 +589,11 @@ def test_a_page_that_cannot_be_drawn_is_said_and_ends_no_search(whole, monkeypat
     said = []
     monkeypatch.setattr(report_html, "page", lambda record: math.log10(0))
     study = Study(shutil.copytree(whole, whole.parent / "undrawn"))
-    run.write_page(study.output_dir, study, said.append)
-    assert said == [f"report.html is not written: {error_of(math.log10, 0)}"]
+    assert not run.write_page(study.output_dir, study, said.append)
+    assert len(said) == 1 and said[0].startswith("report.html is not written: ")
+    assert said[0].endswith(f"ValueError: {error_of(math.log10, 0)}")
     monkeypatch.undo()
-    run.write_page(study.output_dir, study, said.append)
+    assert run.write_page(study.output_dir, study, said.append)
     assert len(said) == 1 and (study.output_dir / "report.html").exists()
 
 
@@ -625,6 +637,7 @@ def test_reading_agrees_with_the_study_and_changes_nothing(whole):
         ("config.json", "{", "config.json: cannot be read as JSON"),
         ("results.json", "[]", "results.json: holds a list, a dict belongs there"),
         ("agreement.json", "{}", "agreement.json: holds a dict, a list belongs there"),
+        ("agreement.json", "[1, 2]", "no page can be drawn of this run, a file of it may be damaged: AttributeError: "),
         ("study.db", "no database, and longer than the head of one" * 9, "study.db: cannot be read as a study"),
     ],
 )

@@ -1,5 +1,6 @@
 """A whole search: it ends in a model that transformers loads, resumes after any death, and repeats itself exactly."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import effbert  # noqa: F401  (registers the model type)
 from commands import Command, finished
 from effbert.__main__ import main
 from effbert.data.tasks import load_task
+from effbert.search import population
 from effbert.search import run as search_run
 from effbert.search.record import read_record
 from effbert.search.run import machine, surroundings, surroundings_of
@@ -272,6 +274,27 @@ def test_the_first_stage_is_in_the_study_before_its_folder_is_there(undisturbed,
 
     monkeypatch.setattr(search_run, "trained_candidates", stop)
     assert main([*COMMAND, str(folder)]) == 130 and seen == [(True, False)]
+
+
+def test_with_another_winner_of_stage_2_the_shared_supernet_is_made_anew(undisturbed, tmp_path, monkeypatch, capsys):
+    """As where the storage was lost, and stage 2 comes out otherwise the second time."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed[0], folder)
+    (folder / "study.db").unlink()
+    noted, weights = folder / "stage3" / "architecture.json", folder / "stage3" / "supernet" / "model.safetensors"
+    before, first = weights.read_bytes(), json.loads(noted.read_text())["architecture"]
+    scored = population.outcome
+
+    def reversed_outcome(*given):
+        found = scored(*given)
+        return found if found.value is None else dataclasses.replace(found, value=1 - found.value)
+
+    monkeypatch.setattr(population, "outcome", reversed_outcome)
+    assert main([*COMMAND, str(folder)]) == 0
+    assert json.loads(noted.read_text())["architecture"] != first and weights.read_bytes() != before
+    assert "is of another winner of stage 2: made anew" in "".join(capsys.readouterr())
+    assert main([*COMMAND, str(folder)]) == 0
+    assert "made anew" not in "".join(capsys.readouterr())
 
 
 def test_a_damaged_file_is_one_line_and_the_run_goes_on_without_it(undisturbed, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -350,10 +351,16 @@ def test_a_relative_storage_is_one_file_wherever_a_worker_starts(tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    "url", ["", "sqlite://", "sqlite:///:memory:", "sqlite:////a/../b.db", "postgresql+psycopg://me:secret@host/name"]
+    "url", ["", "sqlite:////a/../b.db", "sqlite:///file:/a/b.db?uri=true", "postgresql+psycopg://me:secret@host/name"]
 )
 def test_other_storages_stay_as_they_are_given(url):
     assert SearchConfig(output_dir="", storage=url).storage == url
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:a?mode=memory&uri=true"])
+def test_a_storage_that_no_other_worker_finds_is_refused(url):
+    with pytest.raises(ValueError, match=f"^--storage {re.escape(url)} keeps the study in one process's memory"):
+        SearchConfig(output_dir="", storage=url)
 
 
 def test_a_postgresql_that_is_gone_without_a_word_is_given_up(tmp_path):
