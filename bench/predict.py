@@ -35,6 +35,7 @@ from effbert.bench.kernel_cases import Case, Setting, Sizes, all_cases
 from effbert.bench.kernels import SIX_LAYERS, TARGETS
 from effbert.bench.measure import output_file
 from effbert.flags import Parser
+from effbert.kernels.dispatch import why_not_triton
 from effbert.kernels.launch import Launch, recording
 
 
@@ -69,6 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.output:
         output_file(options.output)
     gpu, assumptions = gpu_named(options.gpu), Assumptions()
+    missing = why_not_triton(torch.device("meta"))
+    if missing:
+        raise ValueError(f"bench predict counts what the fused kernels launch: {missing}")
     rows = predictions(all_cases(Sizes()), gpu, assumptions)
     print(f"Predicted, not measured: {gpu.name}, bf16, forward and backward in one CUDA graph; {assumptions}")
     print("\n".join(table(rows)))

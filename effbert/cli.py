@@ -400,14 +400,15 @@ def kernels_show(arguments: list[str]) -> int:
         ptx: str | None = None
 
     given = parse(Arguments, arguments, "effbert kernels show")
+    from effbert.kernels import Expression
+
+    expression = Expression.parse(given.text).check()
     if given.ptx is None:
         from effbert.kernels.codegen import source_of
 
-        print(source_of(given.text))
+        print(source_of(expression))
     else:
-        from effbert.kernels import Expression
-
-        print_assembly(Expression.parse(given.text).check(), given.ptx)
+        print_assembly(expression, given.ptx)
     return 0
 
 

@@ -165,7 +165,8 @@ def projected_mse(
     """
     name, pairs = "projected_mse", len(student_states)
     if pairs != len(teacher_states) or not pairs:
-        raise ValueError(f"{pairs} student states against {len(teacher_states)} teacher states")
+        found = f"{pairs} student states against {len(teacher_states)} teacher states"
+        raise ValueError(f"{name}: {found}: there must be as many of both, at least one")
     first, target = student_states[0], teacher_states[0]
     _check_floating(name, backend, first)
     _check_rows(name, first)
@@ -224,7 +225,7 @@ def _check_alike(op: str, backend: str, x: torch.Tensor, others: Sequence[torch.
     _check_floating(op, backend, x)
     dtype, device = x.dtype, x.device
     for other in others:
-        if other.dtype != dtype or other.device != device:
+        if getattr(other, "dtype", None) != dtype or other.device != device:
             _check_unlike(op, backend, x, others, names)
             return
 
@@ -232,6 +233,8 @@ def _check_alike(op: str, backend: str, x: torch.Tensor, others: Sequence[torch.
 def _check_unlike(op, backend, x, others, names) -> None:
     dtype, device = x.dtype, x.device
     for other, name in zip(others, names, strict=True):
+        if not hasattr(other, "dtype"):
+            raise TypeError(f"{op}: {name} is a {type(other).__name__}: it must be a tensor")
         if other.device != device:
             raise ValueError(f"{op}: {name} is on {other.device}, x on {device}: they must be on one device")
         _check_floating(op, backend, other, name)
@@ -263,25 +266,24 @@ def _check_mlp(op, x, weight1, bias1, weight2, bias2, expression, inner_width, c
         raise ValueError(f"{op}: weight2 is {_size(weight2)}, it must be [{width}, {intermediate}]")
     if bias2.shape != (width,):
         raise ValueError(f"{op}: bias2 is {_size(bias2)}, for x {_size(x)} it must be [{width}]")
+    if isinstance(inner_width, (torch.Tensor, float)):
+        raise TypeError(f"{op}: inner_width is a {type(inner_width).__name__}: it must be an int")
     if not 1 <= inner_width <= intermediate:
         raise ValueError(f"{op}: inner_width is {inner_width}, for weight1 {_size(weight1)} 1 to {intermediate}")
     _check_expression(op, expression, width, inner_width, combine)
 
 
 def _check_expression(op: str, expression: Expression, width: int, inner_width: int, combine: str) -> None:
-    """W1 and W2 get the widths they take, and the result is as wide as x; remembered for each expression."""
+    """The search's checker takes it, and W1 and W2 get the widths they take; remembered for each expression."""
     compiling = torch.compiler.is_compiling()
     known = None if compiling else (id(expression), width, inner_width, combine)
     if known in _fitting:
         return
     if not isinstance(expression, Expression):
         raise TypeError(f"{op}: the expression is {type(expression).__name__}: Expression.parse reads it from text")
-    gives = expression.output_width(width, inner_width, "truncate" if combine == "truncate" else "pad")
-    if gives != width:
-        raise ValueError(
-            f"{op}: {expression} gives {gives} channels at hidden width {width} and inner width {inner_width}"
-            f" with combine={combine!r}: it must give {width}"
-        )
+    if not compiling:
+        expression.check()
+    expression.output_width(width, inner_width, "truncate" if combine == "truncate" else "pad")
     if not compiling:
         if len(_fitting) >= _MEMO_LIMIT:
             _fitting.clear()

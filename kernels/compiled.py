@@ -1,12 +1,13 @@
 """The "compile" backend: the eager functions through torch.compile, each compiled on its first use for its shapes.
 
 torch.compile keeps what it compiled by a function's code, 8 versions of each, and with fullgraph refuses a ninth. So
-every op has a copy of its code for each expression and combine; shapes and types share one. Inside a function that is
+every op has a copy of its code for all that it compiles anew for but sizes and strides: expression and other names,
+types and dimensions of its tensors, those that are left out, what wants a gradient, autocast. Inside a function that is
 being compiled there is nothing to compile, and the eager function is called.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from types import FunctionType
 
 import torch
@@ -16,10 +17,25 @@ from effbert.kernels.expression import Expression
 
 
 @functools.cache
-def _compiled(name: str, *_: Expression | str) -> Callable:
+def _compiled(name: str, *_: Hashable) -> Callable:
     function = getattr(eager, name)
     parts = function.__globals__, name, function.__defaults__, function.__closure__
     return torch.compile(FunctionType(function.__code__.replace(), *parts), fullgraph=True)
+
+
+def _kind(value) -> Hashable:
+    """What code is compiled for, of an argument."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.dim(), value.device.type, value.requires_grad
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_kind, value))
+    return value if value is None or isinstance(value, (Expression, str, bool)) else type(value)
+
+
+def _state() -> Hashable:
+    """The same, of what is round the call."""
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    return torch.is_grad_enabled(), *((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
 
 
 @functools.cache
@@ -29,8 +45,7 @@ def _of(name: str) -> Callable:
     def run(*args, **kwargs):
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        kinds = (value for value in (*args, *kwargs.values()) if isinstance(value, (Expression, str)))
-        return _compiled(name, *kinds)(*args, **kwargs)
+        return _compiled(name, _state(), *map(_kind, (*args, *kwargs.values())))(*args, **kwargs)
 
     return run
 

@@ -58,7 +58,13 @@ def resolve(name: str) -> str:
 
 def current() -> str:
     """The backend in use, "auto" included: the innermost `use_backend`, else EFFBERT_BACKEND, else auto."""
-    return _chosen or resolve(os.environ.get(ENVIRONMENT) or "auto")
+    if _chosen:
+        return _chosen
+    name = os.environ.get(ENVIRONMENT) or "auto"
+    try:
+        return resolve(name)
+    except ValueError as error:
+        raise ValueError(f"{ENVIRONMENT}={name}: {error}") from None
 
 
 @contextlib.contextmanager

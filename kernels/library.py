@@ -23,10 +23,10 @@ def gradients_in_place() -> Iterator[None]:
     """Ops called inside add their weights' gradients to `.grad` themselves, where they can, once backward runs.
 
     A candidate that uses a slice of its parent's weight then touches that slice only; autograd's own way fills a tensor
-    of the parent's size with zeros for each op. It holds for eager calls of this thread whose weights are leaf tensors
-    that require a gradient and have no gradient hooks (one that has gets its op's gradients in autograd's own way), and
-    for `loss.backward()`, not for `torch.autograd.grad`. A wrapper that hooks on to what accumulates gradients
-    (DistributedDataParallel) must not be used inside.
+    of the parent's size with zeros for each op. It holds for eager calls of this thread whose weights are leaf tensors,
+    each another one, that require a gradient and have no gradient hooks (an op with others gets its gradients in
+    autograd's own way), and for `loss.backward()`, not for `torch.autograd.grad`. A wrapper that hooks on to what
+    accumulates gradients (DistributedDataParallel) must not be used inside.
     """
     before = _in_place.set(True)
     try:
@@ -144,8 +144,10 @@ class _Direct(torch.autograd.Function):
         outputs = op.forward(*args)
         ctx.op = op
         ctx.leaves = ()
-        if _in_place.get() and op.in_place and all(_is_plain_leaf(args[index]) for index in op.in_place):
-            ctx.leaves = [args[index] for index in op.in_place]
+        if _in_place.get() and op.in_place:
+            leaves = [args[index] for index in op.in_place]
+            alone = len({id(leaf) for leaf in leaves}) == len(leaves)  # else programs would add to one `.grad` at once
+            ctx.leaves = leaves if alone and all(map(_is_plain_leaf, leaves)) else ()
         _remember(ctx, args, outputs[op.first_kept :])
         return tuple(outputs[: op.results])
 

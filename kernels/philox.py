@@ -69,10 +69,10 @@ def keep_mask(shape, dropout: Dropout, device=None) -> torch.Tensor:
 
 
 def threshold(p: float) -> int:
-    """Lanes below this are dropped; the probability that is really used is threshold / 65536."""
+    """Lanes below this are dropped, at most 65535; the probability that is really used is threshold / 65536."""
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability {p}: it must be at least 0 and below 1")
-    return round(p * 65536)
+    return min(round(p * 65536), 65535)
 
 
 def apply(x: torch.Tensor, dropout: Dropout | None, keep: torch.Tensor | None = None) -> torch.Tensor:

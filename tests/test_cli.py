@@ -147,11 +147,13 @@ def test_the_help_of_a_benchmark_is_headed_by_its_own_name_once(capsys, word):
     "arguments,words",
     [
         (("nonsense",), "one of search, "),
-        (("bench", "step"), "the following arguments are required: --output (effbert bench step --help lists the"),
+        (("bench", "step"), "one of --output FILE and --warm-up is needed (effbert bench step --help lists the"),
+        (("bench", "forecast", "--gpus", "H200"), "unrecognized arguments: --gpus H200 (effbert bench forecast --help"),
         (("bench", "step", "--output", "x", "--smal"), "unrecognized arguments: --smal (effbert bench step --help"),
         (("kernels",), "a word is missing: one of show"),
         (("kernels", "sow"), "unknown 'sow': one of show"),
         (("kernels", "show", "x"), "height"),
+        (("kernels", "show", "linear(gelu(linear(x,wb1)),wb2)"), "linear without its structure"),
         (
             ("kernels", "show", "linear1_1(gelu(linear1_1(x,wb1)),wb2)", "--ptx", "sm_75"),
             "sm_80, sm_90, sm_100, gfx942",

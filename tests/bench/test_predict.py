@@ -83,3 +83,11 @@ def test_every_op_is_predicted_and_the_six_layers_are_summed(tmp_path, monkeypat
 def test_an_unknown_gpu_is_named():
     with pytest.raises(ValueError, match="--gpu H300: no such data sheet; known: A100, H200"):
         predict.main(["--gpu", "H300"])
+
+
+def test_without_triton_it_is_one_line(monkeypatch):
+    monkeypatch.setattr(predict, "why_not_triton", lambda device: "triton is not installed: pip install it")
+    with pytest.raises(
+        ValueError, match=r"^bench predict counts what the fused kernels launch: triton is not installed"
+    ):
+        predict.main(["--gpu", "H200"])

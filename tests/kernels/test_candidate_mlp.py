@@ -228,6 +228,29 @@ def test_mlp_block_adds_gradients_in_place(path, device):
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("path", ["rows"], indirect=True)
+def test_one_leaf_in_two_places_gets_both_gradients_from_autograd(path, device, monkeypatch):
+    """In place, two programs would add to one `.grad` at once, which an interpreter that goes one by one hides."""
+    x, weight1, _, weight2, _, norm_weight, _ = operands(6, 8, 8, device, torch.float32)
+    asked = []
+    backward = fused._mlp_block.backward
+    monkeypatch.setattr(
+        fused._mlp_block, "backward", lambda *args, **options: asked.append(options) or backward(*args, **options)
+    )
+    found = []
+    for in_place in (False, True):
+        leaf = torch.zeros(8, device=device, requires_grad=True)
+        leaves = [tensor.clone().requires_grad_() for tensor in (weight1, weight2, norm_weight)]
+        with gradients_in_place() if in_place else contextlib.nullcontext():
+            block = fused.mlp_block(
+                x, leaves[0], leaf, leaves[1], leaf, leaves[2], leaf, Expression.parse(FIRST), 8, 1e-5
+            )
+            block.square().sum().backward()
+        found.append([leaf.grad, *(other.grad for other in leaves)])
+    assert asked == [{}, {}]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_mlp_block_passes_opcheck_and_compiles_whole(path, device):
     tensors = [tensor.requires_grad_() for tensor in operands(8, 12, 12, device, torch.float32)]
     text = PUBLISHED_LAYERS[3]

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from effbert.kernels import checks
-from effbert.kernels.expression import Expression
+from effbert.kernels.expression import Expression, ExpressionError
 from effbert.kernels.philox import Dropout
 
 GELU = Expression.parse("linear1_2(gelu(linear1_2(x,wb1)),wb2)")
@@ -263,9 +263,6 @@ def test_widths_of_an_expression_must_work_out(refused):
     wide = dict(weight1=zeros(12, 8), bias1=zeros(12), weight2=zeros(8, 12), inner_width=12)
     refused(ValueError, "wb2 takes 12 channels and gets 8", "mlp", expression=POST, **wide)
     check("mlp", expression=POST, combine="pad", **wide)
-    outer = Expression.parse("add(linear1_2(gelu(linear1_2(x,wb1)),wb2),linear1_2(gelu(x),wb1))")
-    message = r"gives 4 channels at hidden width 8 and inner width 4 with combine='truncate': it must give 8"
-    refused(ValueError, message, "mlp", expression=outer)
     refused(TypeError, "the expression is str: Expression.parse reads it", "mlp", expression=str(GELU))
 
 
@@ -279,12 +276,33 @@ def test_widths_of_an_expression_are_worked_out_once(monkeypatch):
     for _ in range(3):
         check("mlp", expression=expression)
         check("mlp_block", expression=expression)
-    assert calls == [(8, 4, "truncate")]
+    assert calls == [(12, 12), (12, 6), (12, 4), (12, 3), (8, 4, "truncate")]
     check("mlp", expression=expression, inner_width=5)
-    assert len(calls) == 2
+    assert len(calls) == 10
     monkeypatch.setattr(checks, "_MEMO_LIMIT", 1)
     check("mlp", expression=expression, inner_width=6)
     assert len(checks._fitting) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("linear1_1(gelu(sigmoid(linear1_1(x,wb1))),wb2)", "an activation directly in the activation gelu"),
+        ("add(linear1_2(gelu(linear1_2(x,wb1)),wb2),linear1_2(gelu(x),wb1))", "needs exactly one wb1 and one wb2"),
+        ("linear(gelu(linear(x,wb1)),wb2)", "linear without its structure"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["triton", "eager", "compile"])
+def test_an_expression_that_the_checker_refuses_is_refused_by_every_backend(text, message, backend):
+    for op in ("mlp", "mlp_block"):
+        with pytest.raises(ExpressionError, match=message):
+            check(op, backend, expression=Expression.parse(text))
+
+
+@pytest.mark.parametrize("op", ["mlp", "mlp_block"])
+def test_what_is_no_tensor_or_no_number_is_named(op, refused):
+    refused(TypeError, f"^{op}: bias1 is a NoneType: it must be a tensor", op, bias1=None)
+    refused(TypeError, f"^{op}: inner_width is a Tensor: it must be an int", op, inner_width=torch.tensor(4))
 
 
 @pytest.mark.parametrize(

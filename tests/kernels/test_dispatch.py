@@ -1,6 +1,7 @@
 """The choice of backend, and that importing kernels does nothing."""
 
 import inspect
+import itertools
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import triton
 
 from effbert import kernels
 from effbert.kernels import compiled, dispatch, eager, fused
-from effbert.kernels.expression import STRUCTURES
+from effbert.kernels.expression import STRUCTURES, Expression
+from effbert.kernels.philox import Dropout
 from effbert.search.space import random_expression
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +39,7 @@ def test_an_unknown_name_or_backend_is_refused():
 
 def test_the_environment_chooses_the_backend(monkeypatch):
     monkeypatch.setenv("EFFBERT_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match="'nonsense'"):
+    with pytest.raises(ValueError, match=r"^EFFBERT_BACKEND=nonsense: no backend 'nonsense': one of auto"):
         dispatch.current()
     with kernels.use_backend("eager"):
         assert dispatch.current() == "eager"
@@ -183,6 +185,33 @@ def test_the_compile_backend_takes_as_many_expressions_as_there_are(monkeypatch)
             tensors = [torch.randn(*shape) for shape in ((rows, 24), (24, 24), (24,), (24, 24), (24,))]
             results = [kernels.mlp(*tensors, expression, width, backend=name) for name in ("compile", "eager")]
             torch.testing.assert_close(*results)
+    compiled._compiled.cache_clear()
+
+
+def test_the_compile_backend_takes_every_kind_of_input(monkeypatch):
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: whole(*args, **options, backend="aot_eager"))
+    compiled._compiled.cache_clear()
+    expression = Expression.parse("linear1_2(gelu(linear1_2(x,wb1)),wb2)")
+    kinds = itertools.product(
+        (torch.float32, torch.bfloat16), ((3, 24), (2, 3, 24)), (False, True), (None, Dropout(0.1, 7, 1))
+    )
+    for dtype, shape, grad, dropped in kinds:
+        shapes = (shape, (24, 24), (24,), (24, 24), (24,), (24,), (24,))
+        tensors = [torch.randn(*one, dtype=dtype, requires_grad=grad) for one in shapes]
+        results = [
+            kernels.mlp_block(*tensors, expression, 12, 1e-5, dropped, backend=name) for name in ("compile", "eager")
+        ]
+        torch.testing.assert_close(*results, rtol=0.1, atol=0.1)
+    query = torch.randn(2, 2, 5, 8)
+    for mask, form, grad in itertools.product((None, "real", "released"), ("auto", "direct"), (False, True)):
+        student = query.clone().requires_grad_(grad)
+        options = {} if mask is None else dict(mask=mask, form=form)
+        results = [
+            kernels.score_mse(student, query, query, query + 1, torch.ones(2, 5), **options, backend=name)
+            for name in ("compile", "eager")
+        ]
+        torch.testing.assert_close(*results)
     compiled._compiled.cache_clear()
 
 

@@ -54,3 +54,10 @@ def test_dropout_keeps_the_expectation_and_none_returns_the_input():
     assert philox.apply(x, Dropout(0.0, 7, 0)) is x
     with pytest.raises(ValueError, match="below 1"):
         philox.apply(x, Dropout(1.0, 7, 0))
+
+
+def test_a_probability_next_to_one_drops_nearly_all_and_never_divides_by_zero():
+    nearly = Dropout(1 - 1e-9, 3, 1)
+    assert philox.threshold(nearly.p) == 65535
+    x = torch.ones(64, 64)
+    assert torch.isfinite(philox.apply(x, nearly)).all()
