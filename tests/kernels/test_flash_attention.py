@@ -110,6 +110,20 @@ def test_a_large_loss(device, dtype, check_error):
     assert mine[1] > 1e5
 
 
+@pytest.mark.parametrize("scale", [3, 10])
+def test_large_scores_cost_gradients_in_fp32_ten_times_their_rounding_at_most(device, scale):
+    *tensors, mask = problem(torch.float32, device, width=45)
+    tensors = [tensors[0] * scale, tensors[1] * scale, tensors[2]]
+    largest = (tensors[0].double() @ tensors[1].double().mT / 45**0.5).abs().max().item()
+    assert largest > 2 * scale**2
+    mine, exact = (
+        results(function, tensors, mask, wide=wide)
+        for function, wide in ((fused.attention, False), (eager.attention, True))
+    )
+    for one, truth in zip(mine, exact, strict=True):
+        assert (one.double() - truth).abs().max() <= 10 * 2**-24 * largest * truth.abs().max()
+
+
 def test_a_tiny_gradient_of_the_loss_survives_half_precision(device, check_error):
     query, key, value, teacher_query, teacher_key, mask = problem(torch.float16, device)
     tensors = (query * 0.05, key * 100, value, teacher_query, teacher_key)  # ds is 1e-8, dq 1e-5
