@@ -430,6 +430,7 @@ def print_assembly(expression, architecture: str) -> None:
 BENCHMARKS = {
     "compile-report": "compile_report",
     "predict": "predict",
+    "overhead": "overhead",
     "kernels": "kernels",
     "step": "step",
     "search-cost": "search_cost",

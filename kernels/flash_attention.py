@@ -12,10 +12,10 @@ and 2 / count, where the loss is a mean over `count` entries. Backward forms eac
     dS = P (mask dP - delta) + 2 dloss / count (S - T),    dP = dO Vᵀ,    delta = rowsum(dO O) = rowsum(P mask dP)
     dQ = dS K / √D,    dK = dSᵀ Q / √D,    dV = (mask P)ᵀ dO          mask: 0 or 1 / (1 - p)
 
-P is formed from the log-sum-exp, so its relative error is that of the largest score, 6e-8 of it absolutely. In fp32, with
-scores in the hundreds, gradients are off by ten times that, as a share of the largest, which is more than where the
-softmax's own values are kept; once one key has all the weight, they are next to nothing and as much noise as gradient.
-In half precision rounding the inputs costs more.
+P is formed from the log-sum-exp, so its relative error is that of the largest score, 6e-8 of it absolutely. In fp32,
+with scores in the hundreds, gradients are off by ten times that, as a share of the largest, which is more than where
+the softmax's own values are kept; once one key has all the weight, they are next to nothing and as much noise as
+gradient. In half precision rounding the inputs costs more.
 
 T is formed again too. Keeping S - T would write and read L × L numbers; finishing the loss's gradients in the forward
 pass would need two more products there, a second role for dK, and dQ and dK written once more and read back. One more
