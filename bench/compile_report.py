@@ -2,7 +2,7 @@
 
 The one idea: what an op launches is noted down instead of started (effbert.bench.meta_cases), and exactly that is
 compiled ahead of time. A spill, a low-precision matrix product without matrix instructions, a block that does not fit
-on chip or a kernel that does not compile fails the report.
+on chip or a kernel that does not compile fails the report; asynchronous products that wait for each other are told.
 
     effbert bench compile-report                      all architectures and types, published and drawn expressions
     effbert bench compile-report --reduced            a small part of it, in a minute or two
@@ -11,12 +11,14 @@ on chip or a kernel that does not compile fails the report.
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -119,16 +121,19 @@ def _compile(cases: list[Case], architecture: str, dtype: str, found: dict[str, 
         key = aot.compilation_key(launch, architecture)
         users.setdefault(key, []).append(case)
         kernels_of.setdefault(id(case), Counter())[key] += 1
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        serialised = dict(zip(built, pool.map(aot.serialises, (one for one, _ in built.values())), strict=True))
     for key, (one, _) in built.items():
-        row = kernel_row(one, dtype, users[key])
+        row = kernel_row(one, dtype, users[key], serialised[key])
         found["kernels"].append(row)
         found["problems"] += problems(row)
     found["cases"] += [case_row(case, architecture, dtype, kernels_of.get(id(case), Counter())) for case in cases]
     return len(built)
 
 
-def kernel_row(built: aot.Built, dtype: str, users: list[Case]) -> dict:
-    """One compilation: the compiler's numbers and what they let a multiprocessor hold at once."""
+def kernel_row(built: aot.Built, dtype: str, users: list[Case], serialised: bool = False) -> dict:
+    """One compilation: the compiler's numbers and what they let a multiprocessor hold at once. serialised: as
+    `aot.serialises` finds it."""
     blocks = blocks_per_multiprocessor(built)
     return {
         "architecture": built.architecture,
@@ -145,6 +150,7 @@ def kernel_row(built: aot.Built, dtype: str, users: list[Case]) -> dict:
         "warps_per_multiprocessor": blocks * built.warps,
         "products": list(built.products),
         "matrix_instructions": list(built.matrix_instructions),
+        "serialised": serialised,
         "seconds": round(built.seconds, 3),
         "key": built.key,
     }
@@ -194,6 +200,10 @@ def table(result: dict) -> str:
     lines += _columns(header, _kernel_lines(result["kernels"]))
     count = len(result["kernels"])
     lines.append("")
+    waiting = [row for row in result["kernels"] if row["serialised"]]
+    if waiting:
+        lines.append(f"products that wait for each other, in {len(waiting)} compilations:")
+        lines += [f"{row['kernel']} ({row['architecture']} {row['dtype']}, {row['first_case']})" for row in waiting]
     if result["problems"]:
         lines += [f"problems: {len(result['problems'])}, in {count} compilations", *result["problems"]]
     else:

@@ -231,6 +231,23 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
 
 
+def serialises(built: Built) -> bool:
+    """Whether NVIDIA's assembler makes asynchronous products (wgmma) wait for each other, which it says in its log
+    alone (C7510 to C7519): right, but slower. It is asked again for that, so this takes as long as assembling."""
+    if "wgmma" not in built.matrix_instructions:
+        return False
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    target = re.search(r"^\.target (\w+)", built.assembly, re.M)[1]
+    ptxas = get_ptxas(TARGETS[built.architecture][1]).path
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx", encoding="utf-8") as file:
+        file.write(built.assembly)
+        file.flush()
+        command = [ptxas, "-v", "--regAllocOptLevel=2", "--gpu-name", target, file.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return re.search(r"\(C751\d\)", said) is not None
+
+
 def _amd_usage(assembly: str) -> tuple[int, int]:
     """Vector registers (the accumulation registers among them) and scratch bytes a thread, from the metadata."""
 

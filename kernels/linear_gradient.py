@@ -108,11 +108,14 @@ def linear_dgrad_kernel(
 def weight_products(
     g, a, weight_partial, bias_partial, program, rows, rows_each, cols, depth, g_cols, a_cols, stride_g, stride_a,
     PRE: tl.constexpr, PRE_IS_IDENTITY: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """One tile of gᵀ pre(a) over one part of the rows: g [rows, cols], a [rows, depth] -> fp32 [parts, cols, depth].
 
     The programs of the first tile column also sum their g over the rows: the bias gradient, fp32 [parts, cols].
+
+    APART: a barrier after the loop, for one of two calls. The compiler would else join the ends of both, and on sm_90
+    NVIDIA's assembler then has each product wait for the one before (`aot.serialises`).
     """
     depth_tiles = tl.cdiv(depth, BLOCK_K)
     all_tiles = tl.cdiv(cols, BLOCK_N) * depth_tiles
@@ -133,6 +136,8 @@ def weight_products(
             a_tile = PRE(a_tile.to(tl.float32), 0.0, True)
         total = tl.dot(g_tile.T, a_tile.to(g_tile.dtype), total, input_precision=PRECISION)
         sums += tl.sum(g_tile.to(tl.float32), axis=0)
+    if APART:
+        tl.debug_barrier()
     place = (part.to(tl.int64) * cols + col)[:, None] * depth + at[None, :]
     tl.store(weight_partial + place, total, mask=(col < cols)[:, None] & (at < depth)[None, :])
     if tile % depth_tiles == 0:
@@ -193,13 +198,13 @@ def linear_gradients_kernel(
         weight_products(
             dh, x, weight1_partial, bias1_partial, program, rows, rows_each, inner, channels,
             dh_cols * PAD_UNIT, x_cols * X_UNIT, stride_dh * PAD_UNIT, stride_x * X_UNIT,
-            PRE, PRE_IS_IDENTITY, PRECISION, ROWS, COLS, DEPTH,
+            PRE, PRE_IS_IDENTITY, PRECISION, ROWS, COLS, DEPTH, True,
         )  # fmt: skip
     elif program < first + second:
         weight_products(
             dy, middle, weight2_partial, bias2_partial, program - first, rows, rows_each, channels, inner,
             dy_cols * DY_UNIT, middle_cols * PAD_UNIT, stride_dy * DY_UNIT, stride_middle * PAD_UNIT,
-            PRE, True, PRECISION, ROWS, COLS, DEPTH,
+            PRE, True, PRECISION, ROWS, COLS, DEPTH, False,
         )  # fmt: skip
     elif INPUT:
         program -= first + second
