@@ -429,6 +429,10 @@ def attention_bwd_kernel(
             )  # fmt: skip
         dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        if (
+            BLOCK_D <= 64
+        ):  # else products wait for each other on sm_90 (effbert.kernels.aot.serialises); wide ones do not
+            tl.assume(length > 0)
         for first_query in range(0, length, BLOCK_M):
             queries = first_query + tl.arange(0, BLOCK_M)
             q_tile = _load_rows(  # [BM, BD]

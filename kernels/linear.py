@@ -32,13 +32,18 @@ def row_products(
     PRE: tl.constexpr, PRE_IS_IDENTITY: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """pre(a) Wᵀ for one tile: a [rows, a_cols], W [cols, w_cols] -> [BLOCK_M, BLOCK_N] in fp32."""
+    """pre(a) Wᵀ for one tile: a [rows, a_cols], W [cols, w_cols] -> [BLOCK_M, BLOCK_N] in fp32.
+
+    Without what is assumed NVIDIA's assembler has the products of some slots wait for each other on sm_90
+    (`aot.serialises`), for the sake of a loop that is never entered.
+    """
     row = first_row + tl.arange(0, BLOCK_M)
     col = first_col + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     a_rows = a + row.to(tl.int64)[:, None] * stride_a
     w_rows = w + col.to(tl.int64)[:, None] * stride_w
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    tl.assume(depth > 0)
     for start in range(0, depth, BLOCK_K):
         at = start + k
         a_tile = tl.load(a_rows + at[None, :], mask=(row < rows)[:, None] & (at < a_cols)[None, :], other=0.0)

@@ -24,17 +24,22 @@ def column_products(
     g, w, row, col, rows, g_cols, w_cols, depth, stride_g, stride_w,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """g W for one tile of rows `row` and columns `col`: g [rows, g_cols], W [depth, w_cols] -> fp32."""
+    """g W for one tile of rows `row` and columns `col`: g [rows, g_cols], W [depth, w_cols] -> fp32.
+
+    What is assumed and the last addition change no value (but the sign of a zero): without them NVIDIA's assembler has
+    the products of some slots wait for each other on sm_90 (`aot.serialises`).
+    """
     k = tl.arange(0, BLOCK_K)
     g_rows = g + row.to(tl.int64)[:, None] * stride_g
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    tl.assume(depth > 0)
     for start in range(0, depth, BLOCK_K):
         at = start + k
         g_tile = tl.load(g_rows + at[None, :], mask=(row < rows)[:, None] & (at < g_cols)[None, :], other=0.0)
         w_at = w + at.to(tl.int64)[:, None] * stride_w + col[None, :]
         w_tile = tl.load(w_at, mask=(at < depth)[:, None] & (col < w_cols)[None, :], other=0.0)
         total = tl.dot(g_tile.to(w_tile.dtype), w_tile, total, input_precision=PRECISION)
-    return total
+    return total + 0.0
 
 
 @triton.jit
