@@ -127,8 +127,9 @@ class FixedBatches:
         key, moving = shape_of(batch), _tensors(batch)
         if key not in self.kept:
             self.kept[key] = {name: torch.empty_like(tensor, device=self.device) for name, tensor in moving.items()}
-        for name, place in self.kept[key].items():
-            place.copy_(moving[name], non_blocking=True)
+        for name, place in self.kept[key].items():  # from pinned memory, else the host waits for the step before
+            pinned = self.device.type == "cuda" and moving[name].device.type == "cpu"
+            place.copy_(moving[name].pin_memory() if pinned else moving[name], non_blocking=True)
         return dataclasses.replace(batch, **self.kept[key])
 
 
