@@ -577,7 +577,7 @@ def absolute_storage(url: str) -> str:
         return url
     parsed = _parsed_url(url)
     file = parsed.database
-    if not file or ":memory:" in file or parsed.query.get("mode") == "memory":
+    if not file or file in (":memory:", "file::memory:") or parsed.query.get("mode") == "memory":
         raise ValueError(
             f"--storage {url} keeps the study in one process's memory, where it is lost: name a file, such as "
             "sqlite:////path/study.db, or leave it out for one in --output_dir"

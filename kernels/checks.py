@@ -274,7 +274,8 @@ def _check_mlp(op, x, weight1, bias1, weight2, bias2, expression, inner_width, c
 
 
 def _check_expression(op: str, expression: Expression, width: int, inner_width: int, combine: str) -> None:
-    """The search's checker takes it, and W1 and W2 get the widths they take; remembered for each expression."""
+    """The search's checker takes it, and W1 and W2 get the widths they take; remembered for each expression. While
+    torch.compile traces, which would trace the checker too, only the widths are looked at."""
     compiling = torch.compiler.is_compiling()
     known = None if compiling else (id(expression), width, inner_width, combine)
     if known in _fitting:

@@ -1,8 +1,9 @@
 """The "compile" backend: the eager functions through torch.compile, each compiled on its first use for its shapes.
 
 torch.compile keeps what it compiled by a function's code, 8 versions of each, and with fullgraph refuses a ninth. So
-every op has a copy of its code for all that it compiles anew for but sizes and strides: expression and other names,
-types and dimensions of its tensors, those that are left out, what wants a gradient, autocast. Inside a function that is
+every op has a copy of its code for all that it compiles anew for but strides and sizes of two and more: expression and
+other names, numbers that are no integers, types and dimensions of its tensors, which of these are 0 or 1, those that
+are left out, what wants a gradient, autocast. Inside a function that is
 being compiled there is nothing to compile, and the eager function is called.
 """
 
@@ -26,10 +27,11 @@ def _compiled(name: str, *_: Hashable) -> Callable:
 def _kind(value) -> Hashable:
     """What code is compiled for, of an argument."""
     if isinstance(value, torch.Tensor):
-        return value.dtype, value.dim(), value.device.type, value.requires_grad
+        sizes = tuple(min(size, 2) for size in value.shape)
+        return value.dtype, sizes, value.device.type, value.requires_grad
     if isinstance(value, (list, tuple)):
         return tuple(map(_kind, value))
-    return value if value is None or isinstance(value, (Expression, str, bool)) else type(value)
+    return value if value is None or isinstance(value, (Expression, str, bool, float)) else type(value)
 
 
 def _state() -> Hashable:

@@ -13,9 +13,9 @@ and 2 / count, where the loss is a mean over `count` entries. Backward forms eac
     dQ = dS K / √D,    dK = dSᵀ Q / √D,    dV = (mask P)ᵀ dO          mask: 0 or 1 / (1 - p)
 
 P is formed from the log-sum-exp, so its relative error is that of the largest score, 6e-8 of it absolutely. In fp32,
-with scores in the hundreds, gradients are off by ten times that, as a share of the largest, which is more than where
-the softmax's own values are kept; once one key has all the weight, they are next to nothing and as much noise as
-gradient. In half precision rounding the inputs costs more.
+with scores in the hundreds, gradients are off by up to ten times that, relative to the largest; keeping P itself would
+cost less. Once one key has all the weight, gradients are nearly zero and mostly rounding noise. In half precision
+rounding the inputs costs more.
 
 T is formed again too. Keeping S - T would write and read L × L numbers; finishing the loss's gradients in the forward
 pass would need two more products there, a second role for dK, and dQ and dK written once more and read back. One more
@@ -429,9 +429,8 @@ def attention_bwd_kernel(
             )  # fmt: skip
         dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        if (
-            BLOCK_D <= 64
-        ):  # else products wait for each other on sm_90 (effbert.kernels.aot.serialises); wide ones do not
+        # Without it products wait for each other on sm_90 (effbert.kernels.aot.serialises); with it wide heads spill.
+        if BLOCK_D <= 64:
             tl.assume(length > 0)
         for first_query in range(0, length, BLOCK_M):
             queries = first_query + tl.arange(0, BLOCK_M)

@@ -34,8 +34,8 @@ def row_products(
 ):  # fmt: skip
     """pre(a) Wᵀ for one tile: a [rows, a_cols], W [cols, w_cols] -> [BLOCK_M, BLOCK_N] in fp32.
 
-    Without what is assumed NVIDIA's assembler has the products of some slots wait for each other on sm_90
-    (`aot.serialises`), for the sake of a loop that is never entered.
+    Without what is assumed the loop might not be entered, and then NVIDIA's assembler has the products of some slots
+    wait for each other on sm_90 (`aot.serialises`).
     """
     row = first_row + tl.arange(0, BLOCK_M)
     col = first_col + tl.arange(0, BLOCK_N)

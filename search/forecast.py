@@ -64,8 +64,8 @@ class Power:
 @dataclass(frozen=True)
 class Rates:
     """Seconds a token: a teacher's forward pass, a step of its own training, a candidate's training step without the
-    teacher, the whole supernet's, and a candidate's forward pass. source: where they are from. power: of the GPU, None
-    where nothing is known of one."""
+    teacher beside others, the whole supernet's, and a candidate's forward pass. source: where they are from. power: of
+    the GPU, None where nothing is known of one. alone: of a training step with nothing beside it, None for the same."""
 
     teacher: float
     tuning: float
@@ -74,6 +74,12 @@ class Rates:
     scoring: float
     source: str
     power: Power | None = None
+    alone: float | None = None
+
+    @property
+    def by_itself(self) -> float:
+        """Of a training step of a student that trains by itself."""
+        return self.candidate if self.alone is None else self.alone
 
 
 @dataclass(frozen=True)
@@ -185,7 +191,7 @@ def forecast(config: SearchConfig, data: DataSizes, rates: Rates, together: int)
     seconds = tokens * (rows * rates.candidate + rates.teacher)
     scored = times_scored(config.final.task_phase, partial(data.batches, data.main, config.final.task_share))
     seconds += config.seeds * rows * scored * data.held_out(data.main) * rates.scoring
-    seconds += config.seeds * warm * (rates.teacher + rates.candidate)  # the plain BERT warms up by itself
+    seconds += config.seeds * warm * (rates.teacher + rates.by_itself)  # the plain BERT's warm-up
     return [*parts, Part("final", rows * config.seeds, rows * tokens + config.seeds * warm, seconds)]
 
 
@@ -233,7 +239,7 @@ def shared_weights(config: SearchConfig, data: DataSizes, rates: Rates) -> Part:
     students = 3 if config.weight_sharing == "sandwich" else 1
     scoring = settings.num_candidates * data.ranking(settings.ranking_share) * rates.scoring
     return Part(
-        "stage3", settings.num_candidates, tokens, tokens * (rates.teacher + students * rates.candidate) + scoring
+        "stage3", settings.num_candidates, tokens, tokens * (rates.teacher + students * rates.by_itself) + scoring
     )
 
 
@@ -337,6 +343,9 @@ def measure(workspace: Workspace) -> Rates:
     reading, answering = _seconds_a_token(teach, batches, device), _seconds_a_token(scoring, batches, device)
     with few_compilations():  # as candidates do
         candidate = _training(_trainees(workspace, students, arguments, traces), batches, arguments, device)
+    alone = None
+    if len(students) > 1:
+        alone = _training(_trainees(workspace, students[:1], arguments, traces), batches, arguments, device)
     step = batches[0].input_ids.numel() * (reading + len(students) * candidate)
 
     def train(steps: int, on_step: Callable[[object], None]) -> None:
@@ -355,6 +364,7 @@ def measure(workspace: Workspace) -> Rates:
         f"measured: {TIMED_STEPS} steps of {batches[0].input_ids.shape[0]} texts on {device}, "
         f"candidates {len(students)} at a time",
         power,
+        alone,
     )
 
 
@@ -421,18 +431,24 @@ def _plain(arguments: TrainingArguments, epochs: int) -> TrainingArguments:
 def _training(
     trainees: Sequence[Trainee], batches: Sequence[Batch], arguments: TrainingArguments, device: torch.device
 ) -> float:
-    """Seconds a token of each of these models, which train together: of the last time round the batches. Before it
-    kernels are compiled and, on a GPU, steps recorded."""
-    ends = []
+    """Seconds of a step of models that train together, for each model and token: of the last time round the batches.
+    Before it kernels are compiled and, on a GPU, steps recorded. ValueError where they do not come so far."""
+    ends, steps, epochs = [], [], 3 if device.type == "cuda" else 2
 
     def on_step(_) -> None:
-        _wait(device)
-        ends.append(time.perf_counter())
+        steps.append(None)
+        if len(steps) % len(batches) == 0:
+            _wait(device)
+            ends.append(time.perf_counter())
 
-    epochs = 3 if device.type == "cuda" else 2
-    train_together(trainees, lambda epoch: batches, _plain(arguments, epochs), device=device, on_step=on_step)
-    seconds = ends[-1] - ends[-1 - len(batches)]
-    return seconds / len(trainees) / sum(batch.input_ids.numel() for batch in batches)
+    results = train_together(
+        trainees, lambda epoch: batches, _plain(arguments, epochs), device=device, on_step=on_step
+    )  # fmt: skip
+    diverged = next((result.diverged for result in results if result.diverged), "")
+    if diverged or len(steps) != epochs * len(batches):
+        reason = diverged or f"memory does not hold {len(trainees)} at once: give --population"
+        raise ValueError(f"a dry run's {len(steps)} steps tell nothing ({reason}); --flops_per_second needs none")
+    return (ends[-1] - ends[-2]) / len(trainees) / sum(batch.input_ids.numel() for batch in batches)
 
 
 def _seconds_a_token(run: Callable[[Batch], object], batches: Sequence[Batch], device: torch.device) -> float:

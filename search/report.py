@@ -212,7 +212,7 @@ All rows were distilled from the same teacher with the same budget{warmed_up(res
 Costs are those of the deployed model at length {results["max_length"]}: 2 FLOPs a multiply-add of linears and
 attention, CPU latency as median ± quartile distance of one sequence in fp32 on {results["device"]}.
 
-| part of the search | seconds in training loops |
+| part of the search | seconds of training, in stage 3 of scoring |
 | --- | --- |
 {costs}
 """

@@ -61,13 +61,13 @@ def write_report(folder: str | Path, output: str | Path | None = None, storage: 
 
     ValueError, in one line, where the folder holds no run, a file of it is damaged, or `output` can be no file.
     """
-    record = read_record(folder, storage)
     path = Path(folder) / REPORT_FILE if output is None else Path(output)
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"{path}: give a file name in a folder that exists as --output")
     try:
+        record = read_record(folder, storage)
+        if path.is_dir() or not path.parent.is_dir():
+            raise ValueError(f"{path}: give a file name in a folder that exists as --output")
         text = page(record)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(
             f"{folder}: no page can be drawn of this run, a file of it may be damaged: {reason}"
@@ -183,7 +183,10 @@ def summary(record: Record, stages: dict[str, list[Candidate]], metric: str, ran
     of = f" of {planned:,}" if planned else ""
     tiles.append(("candidates evaluated", f"{len(finished):,}{of}"))
     tiles.append(
-        ("in training loops", _duration(sum(seconds for _, parts, _ in costs(record) for seconds, _ in parts)))
+        (
+            "training and stage 3's scoring",
+            _duration(sum(seconds for _, parts, _ in costs(record) for seconds, _ in parts)),
+        )
     )
     cells = "".join(tag("div", tag("dt", escape(name)), tag("dd", escape(value))) for name, value in tiles)
     return tag("p", escape(state(record, stages)), class_="state") + tag("dl", cells, class_="tiles")
@@ -624,7 +627,7 @@ def costs(record: Record) -> list[tuple[str, list[tuple[float, str]], int]]:
 
 
 def cost_section(record: Record) -> str:
-    """Seconds in training loops by part, and what became of them."""
+    """Seconds in training loops and of untrained candidates' scores by part, and what became of them."""
     parts = costs(record)
     if not parts:
         return _missing("No training has ended yet.")

@@ -132,7 +132,8 @@ def _note_base(folder: Path, base: str, reporter: Reporter) -> None:
     known = read_kept(noted, "makes this supernet again", "architecture", delete=folder) if noted.exists() else {}
     if known.get("architecture", base) != base:
         reporter.say(f"stage3: the supernet in {folder} is of another winner of stage 2: made anew")
-        shutil.rmtree(folder / SUPERNET, ignore_errors=True)
+        if (folder / SUPERNET).exists():
+            shutil.rmtree(folder / SUPERNET)
         for file in folder.glob(f"{SUPERNET}*.pt"):
             file.unlink(missing_ok=True)
     write_atomic(noted, json.dumps({"architecture": base}))

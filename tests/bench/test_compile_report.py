@@ -67,9 +67,7 @@ def test_every_op_is_there_with_its_kernels_and_costs(reduced):
         whole_rows = {"row_block_fwd_kernel", "row_block_bwd_kernel"}
         assert products & whole_rows == (whole_rows if architecture == "sm_90" else set())
     assert all(row["registers"] > 0 and row["blocks_per_multiprocessor"] > 0 for row in kernels.values())
-    waiting = {row["kernel"] for row in report["kernels"] if row["serialised"]}
-    assert "linear_gradients_kernel" not in waiting and "attention_bwd_kernel" in waiting
-    assert all(row["architecture"] == "sm_90" for row in report["kernels"] if row["serialised"])
+    assert not [row["first_case"] for row in report["kernels"] if row["serialised"]]
     assert set(report["versions"]) == {"python", "torch", "triton"} and set(report["limits"]) == {"sm_90", "gfx942"}
 
 

@@ -62,6 +62,22 @@ def greedy_kernel(x, y, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def exponential_product_kernel(a, b, c, depth, ENTERED: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr):
+    row, col, k = tl.arange(0, 2 * BLOCK), tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    total = tl.zeros([2 * BLOCK, BLOCK], tl.float32)
+    if ENTERED:
+        tl.assume(depth > 0)
+    for start in range(0, depth, BLOCK):
+        at = start + k
+        x = tl.load(a + row[:, None] * BLOCK + at[None, :], mask=(at < depth)[None, :], other=0.0)
+        y = tl.load(b + at[:, None] * BLOCK + col[None, :], mask=(at < depth)[:, None], other=0.0)
+        if not PLAIN:
+            x = tl.exp(x.to(tl.float32)).to(x.dtype)
+        total = tl.dot(x, y, total)
+    tl.store(c + row[:, None] * BLOCK + col[None, :], total * 2)
+
+
+@triton.jit
 def broken_kernel(x, BLOCK: tl.constexpr):
     tl.store(x + tl.arange(0, BLOCK), no_such_name)
 
@@ -140,6 +156,15 @@ for architecture in ("sm_90", "gfx942"):
     stacks, seconds = ([getattr(one, what) for one in (first, again, anew)] for what in ("stack", "seconds"))
     facts["spills"][architecture] = stacks, seconds, first.key == again.key == anew.key
 
+with recording("sm_90") as launches:
+    half = empty(1024, 64, dtype=torch.bfloat16)
+    for entered, plain in ((False, False), (True, False), (False, True)):
+        launch(
+            exponential_product_kernel, (1,), half, half, half, 512, ENTERED=entered, PLAIN=plain, BLOCK=64,
+            num_warps=8, num_stages=3,
+        )
+facts["serialised"] = [aot.serialises(aot.build(one, "sm_90")) for one in launches]
+
 with recording("sm_80") as launches:
     launch(broken_kernel, (1,), empty(16), BLOCK=16)
     rowwise(empty(1, 64), empty(1, 64), None, 1, 64)
@@ -167,6 +192,11 @@ def facts(tmp_path_factory):
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def test_products_that_wait_for_each_other_are_told(facts):
+    """One that stands behind other work in a loop which might not be entered does, the others do not."""
+    assert facts["serialised"] == [True, False, False]
 
 
 def test_what_is_built_is_what_a_launch_would_compile(facts):

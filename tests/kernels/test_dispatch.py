@@ -203,6 +203,16 @@ def test_the_compile_backend_takes_every_kind_of_input(monkeypatch):
             kernels.mlp_block(*tensors, expression, 12, 1e-5, dropped, backend=name) for name in ("compile", "eager")
         ]
         torch.testing.assert_close(*results, rtol=0.1, atol=0.1)
+    for eps in range(12):
+        x, weight = torch.randn(3, 24), torch.ones(24)
+        results = [
+            kernels.dropout_add_layer_norm(x, x, weight, weight, eps / 7, backend=name) for name in ("compile", "eager")
+        ]
+        torch.testing.assert_close(*results)
+    for shape in itertools.product((1, 2, 5), (1, 3), (1, 4)):
+        tensors = [torch.randn(*one) for one in ((*shape, 24), (24, 24), (24,), (24, 24), (24,))]
+        results = [kernels.mlp(*tensors, expression, 12, backend=name) for name in ("compile", "eager")]
+        torch.testing.assert_close(*results)
     query = torch.randn(2, 2, 5, 8)
     for mask, form, grad in itertools.product((None, "real", "released"), ("auto", "direct"), (False, True)):
         student = query.clone().requires_grad_(grad)

@@ -223,6 +223,35 @@ def test_candidates_are_timed_side_by_side_as_they_train(workspace, monkeypatch)
         assert size in at_once and max(at_once) == size and f"candidates {size} at a time" in rates.source
 
 
+def test_what_trains_by_itself_costs_what_it_takes_alone(workspace):
+    both = {
+        name: parts(workspace, dataclasses.replace(TRAINING, alone=alone))
+        for name, alone in (("same", None), ("more", 3.0))
+    }
+    same, more = both["same"], both["more"]
+    assert more["stage1"] == same["stage1"] and more["stage3"].seconds == 3 * same["stage3"].seconds
+    warm = workspace.config.seeds * same["supernet"].tokens
+    assert more["final"].seconds == pytest.approx(same["final"].seconds + 2 * warm)
+
+
+@pytest.mark.parametrize("why", ["diverged", "memory"])
+def test_a_dry_run_whose_models_do_not_come_far_enough_is_one_line(workspace, monkeypatch, why):
+    trained = forecast.train_together
+
+    def short(trainees, plan_of, arguments, **options):
+        if why == "diverged":
+            (one,) = trainees
+            trainees = [dataclasses.replace(one, loss_of=lambda *given: one.loss_of(*given) * float("nan"))]
+        else:
+            options["on_step"](None)
+        return trained(trainees, plan_of, arguments, **options)
+
+    monkeypatch.setattr(forecast, "train_together", short)
+    words = "loss not finite at step" if why == "diverged" else "memory does not hold 1 at once: give --population"
+    with pytest.raises(ValueError, match=f"^a dry run's .* steps tell nothing .*{words}"):
+        forecast.measure(dataclasses.replace(workspace))
+
+
 def test_only_a_gpu_of_nvidia_is_asked_for_its_power_and_in_milliwatts(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "power_draw", lambda device: asked.append(device) or 643_210)

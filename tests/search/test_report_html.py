@@ -591,7 +591,7 @@ def test_a_page_that_cannot_be_drawn_is_said_and_ends_no_search(whole, monkeypat
     study = Study(shutil.copytree(whole, whole.parent / "undrawn"))
     assert not run.write_page(study.output_dir, study, said.append)
     assert len(said) == 1 and said[0].startswith("report.html is not written: ")
-    assert said[0].endswith(f"ValueError: {error_of(math.log10, 0)}")
+    assert said[0].endswith(error_of(math.log10, 0))
     monkeypatch.undo()
     assert run.write_page(study.output_dir, study, said.append)
     assert len(said) == 1 and (study.output_dir / "report.html").exists()

@@ -351,7 +351,14 @@ def test_a_relative_storage_is_one_file_wherever_a_worker_starts(tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    "url", ["", "sqlite:////a/../b.db", "sqlite:///file:/a/b.db?uri=true", "postgresql+psycopg://me:secret@host/name"]
+    "url",
+    [
+        "",
+        "sqlite:////a/../b.db",
+        "sqlite:///file:/a/b.db?uri=true",
+        "sqlite:////a/:memory:/b.db",
+        "postgresql+psycopg://me:secret@host/name",
+    ],
 )
 def test_other_storages_stay_as_they_are_given(url):
     assert SearchConfig(output_dir="", storage=url).storage == url
