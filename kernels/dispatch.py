@@ -95,7 +95,7 @@ def _why_not_on(device: torch.device) -> str | None:
     if device.type == "cpu":
         if is_interpreted():
             return None
-        return "tensors are on the CPU: move them to a GPU, or set TRITON_INTERPRET=1 to test kernels (slow)"
+        return "tensors are on the CPU: move them to a GPU, or set TRITON_INTERPRET=1 to test kernels (slow; 3.6's needs numpy<2.4)"
     if device.type != "cuda":
         return f"no Triton kernels for {device.type}: an NVIDIA or AMD GPU is needed"
     capability = torch.cuda.get_device_capability(device)
