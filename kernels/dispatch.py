@@ -95,7 +95,8 @@ def _why_not_on(device: torch.device) -> str | None:
     if device.type == "cpu":
         if is_interpreted():
             return None
-        return "tensors are on the CPU: move them to a GPU, or set TRITON_INTERPRET=1 to test kernels (slow; 3.6's needs numpy<2.4)"
+        tested = "set TRITON_INTERPRET=1 to test kernels (slow; Triton 3.6 then needs numpy<2.4)"
+        return f"tensors are on the CPU: move them to a GPU, or {tested}"
     if device.type != "cuda":
         return f"no Triton kernels for {device.type}: an NVIDIA or AMD GPU is needed"
     capability = torch.cuda.get_device_capability(device)
