@@ -407,12 +407,12 @@ def _trainees(
 
 
 def _tuned(model) -> list[Trainee]:
-    """A BERT whose encoder trains, with the mean of its outputs for a loss."""
+    """A BERT whose encoder trains, with the mean square of its outputs for a loss."""
     encoder = getattr(model, model.base_model_prefix, model)
 
     def loss_of(batch: Batch, number: int, _) -> torch.Tensor:
         input_ids, attention_mask, _ = model_inputs(batch)
-        return encoder(input_ids, attention_mask).last_hidden_state.float().mean()
+        return encoder(input_ids, attention_mask).last_hidden_state.float().square().mean()
 
     return [Trainee(encoder, loss_of, Phase(("dry run", "teacher"), 0))]
 
@@ -444,9 +444,9 @@ def _training(
     results = train_together(
         trainees, lambda epoch: batches, _plain(arguments, epochs), device=device, on_step=on_step
     )  # fmt: skip
-    diverged = next((result.diverged for result in results if result.diverged), "")
-    if diverged or len(steps) != epochs * len(batches):
-        reason = diverged or f"memory does not hold {len(trainees)} at once: give --population"
+    short = [result.diverged for result in results if result.steps < epochs * len(batches)]
+    if short or len(steps) != epochs * len(batches):
+        reason = short[0] if short else f"memory does not hold {len(trainees)} at once: give --population"
         raise ValueError(f"a dry run's {len(steps)} steps tell nothing ({reason}); --flops_per_second needs none")
     return (ends[-1] - ends[-2]) / len(trainees) / sum(batch.input_ids.numel() for batch in batches)
 
