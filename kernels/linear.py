@@ -43,7 +43,8 @@ def row_products(
     a_rows = a + row.to(tl.int64)[:, None] * stride_a
     w_rows = w + col.to(tl.int64)[:, None] * stride_w
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    tl.assume(depth > 0)
+    if w.dtype.element_ty != tl.float32 or PRECISION != "ieee":
+        tl.assume(depth > 0)
     for start in range(0, depth, BLOCK_K):
         at = start + k
         a_tile = tl.load(a_rows + at[None, :], mask=(row < rows)[:, None] & (at < a_cols)[None, :], other=0.0)

@@ -163,6 +163,7 @@ RULES: tuple[Rule, ...] = (
     Rule("linear_dgrad", _gemm(64, 32, 32, 8, 2), itemsize=4),
     Rule("linear_dgrad", _gemm(128, 64, 64, 8, 2), "gfx*", up_to=8),
     Rule("linear_dgrad", _gemm(64, 64, 64, 8, 2), "gfx*"),
+    Rule("linear_dgrad", _gemm(128, 64, 64, 8, 3) | ALL_REGISTERS, "sm_8*", up_to=8),
     Rule("linear_dgrad", _gemm(128, 64, 64, 8, 4), "sm_1*", up_to=8),
     Rule("linear_dgrad", _gemm(128, 64, 64, 8, 3), up_to=8),
     Rule("linear_dgrad", _gemm(64, 64, 64, 8, 3)),
@@ -221,6 +222,7 @@ RULES: tuple[Rule, ...] = (
     Rule("attention_bwd", _pair(32, 64, 8, 2), "sm_9*"),  # 64 queries spill with heads of 32, 1 stage with one of 45
     Rule("attention_bwd", _pair(32, 64, 4, 1), "gfx*", up_to=64),
     Rule("attention_bwd", _pair(16, 128, 8, 1), "gfx*", up_to=128),
+    Rule("attention_bwd", _pair(32, 64, 4, 1) | ALL_REGISTERS, "sm_1*"),
     Rule("attention_bwd", _pair(32, 64, 4, 1)),
     Rule("attention_bwd_wide", _pair(16, 16, 4, 1), "interpreter"),
     Rule("attention_bwd_wide", _pair(16, 16, 8, 1) | ALL_REGISTERS, "sm_*", itemsize=4),
