@@ -233,7 +233,8 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
 
 def serialises(built: Built) -> bool:
     """Whether NVIDIA's assembler makes asynchronous products (wgmma) wait for each other, which it says in its log
-    alone (C7510 to C7519): right, but slower. It is asked again for that, so this takes as long as assembling."""
+    alone (C7510 to C7519): right, but slower. It is asked again for that, with the allocation of registers that Triton
+    3.9 asks for, so this takes as long as assembling."""
     if "wgmma" not in built.matrix_instructions:
         return False
     from triton.backends.nvidia.compiler import get_ptxas

@@ -233,7 +233,7 @@ def _check_alike(op: str, backend: str, x: torch.Tensor, others: Sequence[torch.
 def _check_unlike(op, backend, x, others, names) -> None:
     dtype, device = x.dtype, x.device
     for other, name in zip(others, names, strict=True):
-        if not hasattr(other, "dtype"):
+        if not hasattr(other, "is_floating_point"):
             raise TypeError(f"{op}: {name} is a {type(other).__name__}: it must be a tensor")
         if other.device != device:
             raise ValueError(f"{op}: {name} is on {other.device}, x on {device}: they must be on one device")

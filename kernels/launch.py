@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 INTERPRETED = "interpreter"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -75,7 +74,8 @@ def launch(
 def _on_device_of(args):
     """Inside, CUDA's current device is that of the tensors: Triton launches on the current one in any case."""
     if _gpus() > 1:
-        tensor = next(leaf for leaf in tree_leaves(list(args)) if isinstance(leaf, torch.Tensor))
+        firsts = (arg[0] if isinstance(arg, tuple) else arg for arg in args)
+        tensor = next(first for first in firsts if isinstance(first, torch.Tensor))
         if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
             return torch.cuda.device(tensor.get_device())
     return _NOTHING

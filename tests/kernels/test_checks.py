@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -302,6 +303,7 @@ def test_an_expression_that_the_checker_refuses_is_refused_by_every_backend(text
 @pytest.mark.parametrize("op", ["mlp", "mlp_block"])
 def test_what_is_no_tensor_or_no_number_is_named(op, refused):
     refused(TypeError, f"^{op}: bias1 is a NoneType: it must be a tensor", op, bias1=None)
+    refused(TypeError, f"^{op}: bias1 is a ndarray: it must be a tensor", op, bias1=np.zeros(8, np.float32))
     refused(TypeError, f"^{op}: inner_width is a Tensor: it must be an int", op, inner_width=torch.tensor(4))
 
 
